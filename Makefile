@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up from nothing; both are quick to repeat.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+# Benchmark data sets, where they lie beside the checkout; tests that need them skip where they are absent.
+ifneq ($(wildcard ../shared/data),)
+export IBKE_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: demo test env clean
+
+demo: env
+	$(BIN)/ibke demo
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+env: $(STAMP)
+
+# torch goes first and exactly pinned: a loose requirement would pull gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "IBKE needs Python 3.11 or newer; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
