@@ -1,0 +1,286 @@
+"""An Edit: low-rank updates of a model's linear modules, and where they came from.
+
+Shape suffixes: R rank, I d_in, O d_out. An update is ΔW_OI = B_OR @ A_RI, in ``nn.Linear`` orientation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
+from ibke.request import EditRequest
+
+FORMAT, VERSION = "ibke-edit", 1
+INDEX = "edit.json"
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass
+class EditInfo:
+    """How an Edit was made.
+
+    Args:
+        method: name of the editing method.
+        fingerprint: of the model it was made for.
+        model: name of that model.
+        refine_steps: steps taken to refine the code after the first guess.
+        rate_nats: nats the code carries, summed over the requests; None where the method has no code.
+        achieved: whether the edited model generates every target; None where nobody asked.
+        seconds: wall-clock time it took.
+        nll_before: NLL of the targets on the base, in nats, mean over the requests.
+        nll_after: the same with the edit.
+        latent: tensors of the code, e.g. ``{"z": …}``.
+    """
+
+    method: str
+    fingerprint: str
+    model: str = ""
+    refine_steps: int = 0
+    rate_nats: float | None = None
+    achieved: bool | None = None
+    seconds: float = 0.0
+    nll_before: float | None = None
+    nll_after: float | None = None
+    latent: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Edit:
+    """Low-rank updates by module name.
+
+    Args:
+        factors: module name to (A [R × I], B [O × R]), float32 and finite; kept on the CPU.
+        requests: what was asked for.
+        info: how it was made.
+
+    Raises:
+        FormatError: factors that do not fit each other or are not finite.
+    """
+
+    factors: dict[str, Factors]
+    requests: tuple[EditRequest, ...]
+    info: EditInfo
+
+    def __post_init__(self) -> None:
+        self.requests = tuple(self.requests)
+        self.factors = {name: _checked(name, *pair) for name, pair in self.factors.items()}
+        self.info.latent = {name: tensor.detach().cpu() for name, tensor in self.info.latent.items()}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank over the modules."""
+        return max((a_RI.shape[0] for a_RI, _ in self.factors.values()), default=0)
+
+    def delta(self, module: str) -> Tensor:
+        """The dense update of one module (O × I, float32).
+
+        Raises:
+            FormatError: the edit does not touch that module.
+        """
+        if module not in self.factors:
+            raise FormatError("the edit does not touch this module.", module, f"It has {', '.join(self.factors)}.")
+        a_RI, b_OR = self.factors[module]
+        return b_OR @ a_RI
+
+    def norm(self) -> dict[str, float]:
+        """Frobenius norm of each module's update, from the Gram matrices of its factors."""
+        norms = {}
+        for name, (a_RI, b_OR) in self.factors.items():
+            # ‖BA‖² = tr(BᵀB · AAᵀ): R × R products only. Float64, since terms may cancel.
+            a, b = a_RI.double(), b_OR.double()
+            norms[name] = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+        return norms
+
+    def compose(self, other: Edit) -> Edit:
+        """Both edits as one: updates add up, so factors stand side by side and ranks add.
+
+        The result is the output of no single code, so it has no latent; whether both targets still come is unknown.
+
+        Raises:
+            FingerprintMismatchError: they were made for different models.
+        """
+        if self.info.fingerprint != other.info.fingerprint:
+            raise FingerprintMismatchError(
+                f"made for models {self.info.fingerprint} and {other.info.fingerprint}.",
+                "edits to compose",
+                "Compose edits of one model only.",
+            )
+        factors = dict(self.factors)
+        for name, (a_RI, b_OR) in other.factors.items():
+            if name in factors:
+                mine_a, mine_b = factors[name]
+                if mine_a.shape[1] != a_RI.shape[1] or mine_b.shape[0] != b_OR.shape[0]:
+                    raise FormatError("the edits' shapes differ.", name, "Compose edits of one model only.")
+                a_RI, b_OR = torch.cat([mine_a, a_RI]), torch.cat([mine_b, b_OR], dim=1)
+            factors[name] = (a_RI, b_OR)
+        methods = dict.fromkeys([*self.info.method.split("+"), *other.info.method.split("+")])
+        info = EditInfo(
+            method="+".join(methods),
+            fingerprint=self.info.fingerprint,
+            model=self.info.model,
+            refine_steps=self.info.refine_steps + other.info.refine_steps,
+            rate_nats=_sum(self.info.rate_nats, other.info.rate_nats),
+            seconds=self.info.seconds + other.info.seconds,
+        )
+        return Edit(factors, self.requests + other.requests, info)
+
+    def compress(self, rank: int) -> tuple[Edit, float]:
+        """The nearest edit of at most this rank in each module (Eckart–Young, through QR of the factors).
+
+        Args:
+            rank: the largest rank allowed, at least 1.
+
+        Returns:
+            (edit, error): the error is ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm over all modules (ratio 0–1).
+
+        Raises:
+            FormatError: rank below 1.
+        """
+        if rank < 1:
+            raise FormatError(f"an edit cannot have rank {rank}.", "compress", "Ask for at least 1.")
+        factors, lost, total = {}, 0.0, 0.0
+        for name, (a_RI, b_OR) in self.factors.items():
+            q_a, r_a = torch.linalg.qr(a_RI.double().T)
+            q_b, r_b = torch.linalg.qr(b_OR.double())
+            u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+            root = s[:rank].sqrt()
+            factors[name] = ((root[:, None] * v[:rank] @ q_a.T).float(), (q_b @ u[:, :rank] * root).float())
+            lost, total = lost + s[rank:].square().sum().item(), total + s.square().sum().item()
+        return Edit(factors, self.requests, replace(self.info)), (lost / total) ** 0.5 if total else 0.0
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the edit as a folder of one JSON and one safetensors file.
+
+        The JSON file names the other by its hash and is replaced last, so whoever looks sees the old edit or the new
+        one, also after an interruption.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FormatError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {f"latent/{name}": tensor.contiguous() for name, tensor in self.info.latent.items()}
+        for name, (a_RI, b_OR) in self.factors.items():
+            tensors |= {f"factors/{name}/A": a_RI.contiguous(), f"factors/{name}/B": b_OR.contiguous()}
+        # Values that share memory are told apart by copying: safetensors refuses aliases.
+        raw = serialise({name: tensor.clone() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(raw).hexdigest()
+        data = f"edit-{digest[:16]}.safetensors"
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tensors": data,
+            "sha256": digest,
+            "info": {key: value for key, value in asdict(replace(self.info, latent={})).items() if key != "latent"},
+            "requests": [request.to_dict() for request in self.requests],
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / data, raw)
+            _write(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+            for old in folder.glob("edit-*.safetensors"):
+                if old.name != data:
+                    old.unlink()
+        except OSError as error:
+            raise FormatError(
+                f"the edit cannot be written ({error}).", str(folder), "Choose another folder."
+            ) from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Edit:
+        """Read an edit written by :meth:`save`; bit for bit what was saved.
+
+        Raises:
+            FormatError: there is no edit, it is truncated or changed, of a newer format, or not an edit at all.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        tensors = _read_tensors(folder, index)
+        try:
+            latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
+            names = [
+                key[len("factors/") : -len("/A")] for key in tensors if key.startswith("factors/") and key[-1] == "A"
+            ]
+            factors = {name: (tensors[f"factors/{name}/A"], tensors[f"factors/{name}/B"]) for name in names}
+            known = {item.name for item in fields(EditInfo)} - {"latent"}
+            info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
+            return cls(factors, tuple(EditRequest.from_dict(record) for record in index["requests"]), info)
+        except (KeyError, TypeError, AttributeError, IBKEError) as error:
+            raise FormatError(f"the edit is not complete ({error}).", str(folder), "Make the edit again.") from error
+
+
+def _checked(name: str, a_RI: Tensor, b_OR: Tensor) -> Factors:
+    shapes = f"A {list(a_RI.shape)}, B {list(b_OR.shape)}"
+    if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
+        raise FormatError(f"the factors do not fit: {shapes}.", name, "A is [rank, d_in], B is [d_out, rank].")
+    a_RI, b_OR = a_RI.detach().to("cpu", torch.float32), b_OR.detach().to("cpu", torch.float32)
+    if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
+        raise FormatError("the factors hold values that are not finite.", name, "Make the edit again, in float32.")
+    return a_RI, b_OR
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def _write(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _read_index(folder: Path) -> Mapping[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FormatError(
+            f"there is no edit here ({error}).", str(folder), "Give a folder that holds an edit."
+        ) from None
+    except ValueError as error:
+        raise FormatError(f"this is not valid JSON ({error}).", str(path), "Make the edit again.") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise FormatError("this is not an edit.", str(path), f"Its `format` should be {FORMAT!r}.")
+    if index.get("version") != VERSION:
+        raise FormatError(
+            f"format version {index.get('version')!r} is not the one understood here, {VERSION}.",
+            str(path),
+            "Use the version of ibke that wrote it, or a newer one.",
+        )
+    return index
+
+
+def _read_tensors(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor]:
+    # Only the bare name counts: an index from elsewhere must not lead out of its folder.
+    path = folder / Path(str(index.get("tensors"))).name
+    try:
+        raw = path.read_bytes()
+        if hashlib.sha256(raw).hexdigest() != index.get("sha256"):
+            raise FormatError("the file is truncated or was changed.", str(path), "Make the edit again.")
+        return parse_tensors(raw)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"the factors cannot be read ({error}).", str(path), "Make the edit again.") from None
