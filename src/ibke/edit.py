@@ -187,6 +187,7 @@ class Edit:
             "version": VERSION,
             "tensors": data,
             "sha256": digest,
+            "modules": list(self.factors),
             "info": {key: value for key, value in asdict(replace(self.info, latent={})).items() if key != "latent"},
             "requests": [request.to_dict() for request in self.requests],
         }
@@ -215,10 +216,7 @@ class Edit:
         tensors = _read_tensors(folder, index)
         try:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
-            names = [
-                key[len("factors/") : -len("/A")] for key in tensors if key.startswith("factors/") and key[-1] == "A"
-            ]
-            factors = {name: (tensors[f"factors/{name}/A"], tensors[f"factors/{name}/B"]) for name in names}
+            factors = {name: (tensors[f"factors/{name}/A"], tensors[f"factors/{name}/B"]) for name in index["modules"]}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
             return cls(factors, tuple(EditRequest.from_dict(record) for record in index["requests"]), info)
