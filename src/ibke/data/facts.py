@@ -239,4 +239,6 @@ def _pick(rng: random.Random, items: Sequence[Item], usable: Callable[[Item], bo
 
 def _takes_phrase(template: str) -> bool:
     """Whether a noun phrase reads well in a template's gap: not quoted, no article before, no possessive after it."""
-    return not re.search(r"""["“]\{\}|\b(an?|the|any|every|typical|word) \{\}|\{\}['’]s""", template, re.IGNORECASE)
+    return not re.search(
+        r"""["“]\{\}|\b(an?|the|any|every|typical|word|name|named|called) \{\}|\{\}['’]s""", template, re.IGNORECASE
+    )
