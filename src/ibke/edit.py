@@ -175,11 +175,11 @@ class Edit:
             FormatError: the folder cannot be written.
         """
         folder = Path(folder)
-        tensors = {f"latent/{name}": tensor.contiguous() for name, tensor in self.info.latent.items()}
+        tensors = {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
         for name, (a_RI, b_OR) in self.factors.items():
-            tensors |= {f"factors/{name}/A": a_RI.contiguous(), f"factors/{name}/B": b_OR.contiguous()}
-        # Values that share memory are told apart by copying: safetensors refuses aliases.
-        raw = serialise({name: tensor.clone() for name, tensor in tensors.items()})
+            tensors |= {f"factors/{name}/A": a_RI, f"factors/{name}/B": b_OR}
+        # Copied, since safetensors refuses views and tensors that share memory.
+        raw = serialise({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()})
         digest = hashlib.sha256(raw).hexdigest()
         data = f"edit-{digest[:16]}.safetensors"
         index = {
@@ -188,7 +188,7 @@ class Edit:
             "tensors": data,
             "sha256": digest,
             "modules": list(self.factors),
-            "info": {key: value for key, value in asdict(replace(self.info, latent={})).items() if key != "latent"},
+            "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
         }
         try:
@@ -232,6 +232,12 @@ def _checked(name: str, a_RI: Tensor, b_OR: Tensor) -> Factors:
     if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
         raise FormatError("the factors hold values that are not finite.", name, "Make the edit again, in float32.")
     return a_RI, b_OR
+
+
+def _without_latent(info: EditInfo) -> dict[str, Any]:
+    record = asdict(replace(info, latent={}))
+    del record["latent"]
+    return record
 
 
 def _sum(first: float | None, second: float | None) -> float | None:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ibke.bundled import BUNDLED, MANIFEST, Progress, ensure
 from ibke.errors import IBKEError, ModelError
 from ibke.fingerprint import check_fingerprint, fingerprint
-from ibke.gguf import read_gguf
+from ibke.gguf import complete, read_gguf
 from ibke.modules import Architecture, architecture_of
 
 __all__ = ["LanguageModel", "check_fingerprint", "load_model"]
@@ -132,18 +132,14 @@ def _load_any(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[A
 
 def _load_folder(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Any, Any]:
     # Weights in safetensors only: other formats are pickles, which can run code.
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         source,
         dtype="auto" if dtype == torch.float16 else dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
     )
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{len(missing)} weights are missing, {missing[0]} among them.", source, "Fetch or save the model again."
-        )
-    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return complete(loaded, source), AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _device(device: str | torch.device) -> torch.device:
