@@ -18,7 +18,7 @@ class FactTable:
     """Facts by relation and subject, with what makes a fact safe to use.
 
     Args:
-        triples: facts; those without wordings are left out.
+        triples: facts; those without wordings are left out, and a fact given twice is kept once.
         wordings: relations by id.
         skips: where facts without wordings are counted.
     """
