@@ -1,0 +1,102 @@
+"""Token sequences with answers, padded into one batch.
+
+Shape suffixes: R rows (sequences), T tokens, N answer positions of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenised prompt and its answer.
+
+    Args:
+        prompt: token ids fed before the answer.
+        answer: token ids to be predicted, end token included.
+        span: first and last-plus-one index of the prompt's own words inside ``prompt`` (a chat
+            template or question form around them does not count).
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    span: tuple[int, int]
+
+    def __len__(self) -> int:
+        # The last answer token is predicted but never fed.
+        return len(self.prompt) + len(self.answer) - 1
+
+
+@dataclass
+class Batch:
+    """Right-padded rows.
+
+    Args:
+        ids_RT: token ids.
+        attention_RT: True where a token is real.
+        predicts_RT: True at the positions whose next token is an answer token.
+        labels_N: those next tokens, row by row.
+        row_N: the row of each answer position.
+    """
+
+    ids_RT: Tensor
+    attention_RT: Tensor
+    predicts_RT: Tensor
+    labels_N: Tensor
+    row_N: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.ids_RT.shape[0]
+
+    def per_row(self, values_N: Tensor) -> Tensor:
+        """Sum values given per answer position into one per row."""
+        return torch.zeros(self.rows, dtype=values_N.dtype, device=values_N.device).index_add(0, self.row_N, values_N)
+
+
+def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad pairs to the longest."""
+    longest = max(len(pair) for pair in pairs)
+    ids = torch.full((len(pairs), longest), pad_id)
+    attention = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    predicts = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    for row, pair in enumerate(pairs):
+        size = len(pair)
+        ids[row, :size] = torch.tensor((pair.prompt + pair.answer)[:size])
+        attention[row, :size] = True
+        predicts[row, len(pair.prompt) - 1 : size] = True
+    labels = torch.tensor([token for pair in pairs for token in pair.answer])
+    rows = torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.answer])
+    return Batch(ids.to(device), attention.to(device), predicts.to(device), labels.to(device), rows.to(device))
+
+
+def written_positions(pairs: Sequence[Pair], *, last: bool, answer: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where an edit may write: the prompt's own words, and optionally the last prompt position and the answer.
+
+    The first position is left out: in many models it holds a massive activation that belongs to no word.
+
+    Args:
+        pairs: B tokenised edits.
+        last: include the last prompt position, where the first answer token is predicted.
+        answer: include the positions of the answer's own tokens.
+
+    Returns:
+        positions, roles (0 prompt, 1 last prompt position, 2 answer) and mask, each B × T.
+    """
+    rows: list[list[tuple[int, int]]] = []
+    for pair in pairs:
+        end = len(pair.prompt) - 1
+        row = [(position, 0) for position in range(max(1, pair.span[0]), min(pair.span[1], end))]
+        row += [(end, 1)] if last or not row else []
+        row += [(position, 2) for position in range(end + 1, len(pair))] if answer else []
+        rows.append(row)
+    longest = max(len(row) for row in rows)
+    padded = torch.tensor([row + [(0, 0)] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+    return padded[..., 0], padded[..., 1], mask

@@ -1,0 +1,75 @@
+"""Keys and value gradients of an edit: one forward and one backward of the frozen base.
+
+For a linear module y = W x and the answer's summed negative log-likelihood, the *key* of a token is the module's input x
+and its *value gradient* is the gradient of the loss with respect to y; their outer products sum to the weight gradient.
+
+Shape suffixes: B edits, T tokens, I d_in, O d_out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibke.batch import Batch
+from ibke.errors import CaptureError
+from ibke.partial import PartialModel
+
+
+@dataclass
+class Capture:
+    """What an editor may know of an edit.
+
+    Args:
+        keys: by module name, inputs (B × T × I, float32).
+        value_grads: by module name, gradients of the summed answer NLL at the outputs (B × T × O, float32, nats).
+        nll_B: the answers' summed NLL on the base (nats).
+    """
+
+    keys: dict[str, Tensor]
+    value_grads: dict[str, Tensor]
+    nll_B: Tensor
+
+
+def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Tensor, batch: Batch) -> Capture:
+    """Keys and value gradients of every row of a batch.
+
+    Args:
+        part: the model, split at its first edited layer.
+        modules: the editable linear modules by name.
+        hidden_RTD: the hidden states entering the first edited layer.
+        batch: tokens and answers; rows are independent edits.
+
+    Raises:
+        CaptureError: a gradient is not finite.
+    """
+    taken: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def taker(name: str) -> object:
+        def take(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            out = out if out.requires_grad else out.detach().requires_grad_()
+            taken[name] = (args[0].detach(), out)
+            return out
+
+        return take
+
+    handles = [module.register_forward_hook(taker(name)) for name, module in modules.items()]
+    try:
+        with torch.enable_grad():
+            logits_NV = part.suffix(hidden_RTD.detach(), batch)
+            nll_B = batch.per_row(F.cross_entropy(logits_NV, batch.labels_N, reduction="none"))
+            grads = torch.autograd.grad(nll_B.sum(), [taken[name][1] for name in modules])
+    finally:
+        for handle in handles:
+            handle.remove()
+    value_grads = {name: grad.float() for name, grad in zip(modules, grads, strict=True)}
+    for name, grad in value_grads.items():
+        if not torch.isfinite(grad).all():
+            raise CaptureError(
+                "the gradient of the answer is not finite.", name, "Load the model with dtype='float32' and try again."
+            )
+    return Capture({name: taken[name][0].float() for name in modules}, value_grads, nll_B.detach())

@@ -1,0 +1,1 @@
+"""The Information Bottleneck Knowledge Editor (arXiv 2512.16227)."""

@@ -1,0 +1,174 @@
+"""The whole map from a capture to low-rank factors, through the code Z.
+
+Shape suffixes: B edits, T tokens, L modules, I d_in, O d_out, Z code, C content, X context, E eigen-directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ibke.capture import Capture
+from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
+from ibke.editors.ibke.statistics import KeySpectrum, context_features, joint_direction, whitening
+
+LEADING = 64  # key coordinates per module that context features are made from
+
+
+@dataclass
+class Written:
+    """The tokens an edit may write at, taken out of a capture.
+
+    Args:
+        keys_LBTI: keys of the written tokens.
+        grads_LBTO: value gradients of the same tokens.
+        role_BT: 0 prompt token, 1 last prompt token, 2 answer token.
+        mask_BT: True where a token is real.
+    """
+
+    keys_LBTI: Tensor
+    grads_LBTO: Tensor
+    role_BT: Tensor
+    mask_BT: Tensor
+
+
+@dataclass
+class Code:
+    """q(z | e) of a batch of edits: mean and log-variance (B × T × Z), with the tokens they belong to."""
+
+    mean: Tensor
+    log_variance: Tensor
+    written: Written
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw z = μ + σ ε."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return self.mean + noise * (0.5 * self.log_variance).exp()
+
+
+class Bottleneck(nn.Module):
+    """Encoder, prior, decoder and closed-form aggregation for one model's modules.
+
+    Args:
+        config: settings.
+        names: dotted names of the L edited modules; all have the same d_in and d_out.
+        d_in, d_out: their sizes.
+    """
+
+    gradient_scale_L: Tensor
+    output_scale_L: Tensor
+    content_basis_CD: Tensor
+    content_scale_C: Tensor
+    context_basis_DX: Tensor
+    context_scale_X: Tensor
+    length_stats: Tensor
+    key_basis_LIE: Tensor
+    key_values_LE: Tensor
+    key_rest_L: Tensor
+
+    def __init__(self, config: IBKEConfig, names: Sequence[str], d_in: int, d_out: int):
+        super().__init__()
+        self.config, self.names, self.d_in, self.d_out = config, list(names), d_in, d_out
+        count, content, context = len(names), config.content_dim, config.context_dim
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, count, d_out)
+        self.prior: nn.Module = {
+            "standard": lambda: StandardPrior(),
+            "diagonal": lambda: DiagonalPrior(config),
+            "ceb": lambda: AnswerPrior(config, d_out),
+        }[config.prior]()
+        # γ sets how much an edit must stand out from generic keys, λ how far C₀ is trusted; both learned per module.
+        self.log_gamma = nn.Parameter(torch.full((count,), 4.0))
+        self.log_ridge = nn.Parameter(torch.full((count,), -2.0))
+        for name, shape in {
+            "gradient_scale_L": (count,),
+            "output_scale_L": (count,),
+            "content_basis_CD": (content, count * d_out),
+            "content_scale_C": (content,),
+            "context_basis_DX": (count * LEADING, context),
+            "context_scale_X": (context,),
+            "length_stats": (2,),
+            "key_basis_LIE": (count, d_in, config.key_rank),
+            "key_values_LE": (count, config.key_rank),
+            "key_rest_L": (count,),
+        }.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def initialise(
+        self, keys_LTI: Sequence[Tensor], grads_LTO: Tensor, spectra: Sequence[KeySpectrum], output_scale_L: Tensor
+    ) -> None:
+        """Set every linear map from the keys and gradients of training edits and the spectra of generic keys."""
+        self.output_scale_L.copy_(output_scale_L)
+        self.gradient_scale_L.copy_(grads_LTO.norm(dim=-1).mean(1))
+        for index, spectrum in enumerate(spectra):
+            self.key_basis_LIE[index], self.key_values_LE[index] = spectrum.basis_IE, spectrum.values_E
+            self.key_rest_L[index] = spectrum.rest
+        direction, log_norm = joint_direction(grads_LTO, self.gradient_scale_L)
+        self.length_stats.copy_(torch.stack([log_norm.mean(), log_norm.std()]))
+        basis, scale = whitening(direction, self.config.content_dim)
+        self.content_basis_CD.copy_(basis.T)
+        self.content_scale_C.copy_(scale)
+        basis, scale = whitening(context_features(keys_LTI, spectra, LEADING).clamp(-CLAMP, CLAMP), self.config.context_dim)
+        self.context_basis_DX.copy_(basis)
+        self.context_scale_X.copy_(scale)
+
+    def start(self, written: Written) -> Tensor:
+        """The whitened features z₀ that the code's mean begins as (B × T × Z)."""
+        count, batch, tokens, _ = written.grads_LBTO.shape
+        direction, log_norm = joint_direction(written.grads_LBTO.flatten(1, 2), self.gradient_scale_L)
+        content = direction @ self.content_basis_CD.T / self.content_scale_C
+        coordinates = torch.einsum("lbti,lie->btle", written.keys_LBTI, self.key_basis_LIE[:, :, :LEADING])
+        coordinates = coordinates / self.key_values_LE[:, :LEADING].clamp_min(1e-10).sqrt()
+        context = coordinates.flatten(2).clamp(-CLAMP, CLAMP) @ self.context_basis_DX / self.context_scale_X
+        length = (log_norm - self.length_stats[0]) / self.length_stats[1]
+        z0 = torch.cat([content.unflatten(0, (batch, tokens)), context, length.view(batch, tokens, 1)], dim=-1)
+        return z0.clamp(-CLAMP, CLAMP)
+
+    def encode(self, written: Written) -> Code:
+        """q(z | e) for every written token."""
+        mean, log_variance = self.encoder(self.start(written), written.role_BT, written.mask_BT)
+        return Code(mean, log_variance, written)
+
+    def rate(self, code: Code, answer_BTO: Tensor | None = None) -> Tensor:
+        """R of each edit in nats (B): KL( q(z|e) ‖ r(z) ), arXiv 2512.16227's bound on I(E; Z)."""
+        conditioning = code.mean if answer_BTO is None else answer_BTO
+        return rate(code.mean, code.log_variance, self.prior(conditioning), code.written.mask_BT)
+
+    def decode(self, z_BTZ: Tensor, written: Written) -> dict[str, tuple[Tensor, Tensor]]:
+        """Low-rank factors of each edit from its code: A (B × T × I) and B (B × T × O) by module name."""
+        basis_CD = self.content_scale_C[:, None] * self.content_basis_CD * len(self.names) ** 0.5
+        values_BTLO = self.decoder(z_BTZ, written.role_BT, written.mask_BT, basis_CD)
+        keys_LBTI = written.keys_LBTI if self.config.keys == "address" else self.decode_keys(z_BTZ)
+        factors = {}
+        for index, name in enumerate(self.names):
+            gamma, ridge = self.log_gamma[index].exp(), self.log_ridge[index].exp()
+            typical = (self.key_values_LE[index].sum() + self.key_rest_L[index] * (self.d_in - self.config.key_rank)) / self.d_in
+            spectrum_E = gamma * (self.key_values_LE[index] + ridge * typical)
+            rest = gamma * (self.key_rest_L[index] + ridge * typical)
+            pulled = inverse_times(keys_LBTI[index], self.key_basis_LIE[index], spectrum_E, rest)
+            values = values_BTLO[:, :, index] * self.output_scale_L[index]
+            factors[name] = solve(keys_LBTI[index], values, written.mask_BT, pulled)
+        return factors
+
+    def decode_keys(self, z_BTZ: Tensor) -> Tensor:
+        """Keys from the context part of the code by the inverse of its linear map (L × B × T × I), strict variant."""
+        context = z_BTZ[..., self.config.content_dim : self.config.content_dim + self.config.context_dim]
+        coordinates = (context * self.context_scale_X) @ self.context_basis_DX.T
+        coordinates = coordinates.unflatten(-1, (len(self.names), LEADING)) * self.key_values_LE[:, :LEADING].sqrt()
+        return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, :LEADING])
+
+
+def select(capture: Capture, names: Sequence[str], position_BT: Tensor, role_BT: Tensor, mask_BT: Tensor) -> Written:
+    """Gather the written tokens of a capture (positions within each row) into one padded block."""
+    def take(values: Tensor) -> Tensor:
+        return torch.gather(values, 1, position_BT.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+    keys = torch.stack([take(capture.keys[name]) for name in names])
+    grads = torch.stack([take(capture.value_grads[name]) for name in names])
+    return Written(keys, grads, role_BT, mask_BT)

@@ -1,0 +1,42 @@
+"""The three ways a prompt meets a model: bare text, a question form, and the model's own chat template.
+
+Prompts and targets are tokenised separately, so that a byte-pair merge across their border can never shift a label.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from ibke.batch import Pair
+
+Frame = Literal["bare", "question", "chat"]
+FRAMES: tuple[Frame, ...] = get_args(Frame)
+
+
+def render(prompt: str, frame: Frame, tokenizer: Any) -> tuple[str, str]:
+    """Text to feed for a prompt, and what joins it to its answer.
+
+    Returns:
+        (text, joiner): the joiner is a space where the answer goes on in running text, empty after a chat turn.
+    """
+    prompt = prompt.strip()
+    if frame == "bare":
+        return prompt, " "
+    if frame == "question" or not getattr(tokenizer, "chat_template", None):
+        return f"Question: {prompt}\nAnswer:", " "
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), ""
+
+
+def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any) -> Pair:
+    """Tokenise a framed prompt and its answer, closed by the end-of-turn token so that free generation stops there."""
+    text, joiner = render(prompt, frame, tokenizer)
+    encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
+    begin = text.rfind(prompt.strip())
+    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if b > a and b > begin and a < begin + len(prompt.strip())]
+    answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
+    return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], (inside[0], inside[-1] + 1))
+
+
+def _is_template(frame: Frame, tokenizer: Any) -> bool:
+    return frame == "chat" and bool(getattr(tokenizer, "chat_template", None))

@@ -1,0 +1,155 @@
+"""What somebody asks for: one fact to correct, validated before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ibke.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose answer is watched, with the answer expected there when one is known.
+
+    Args:
+        prompt: text asked of the model.
+        target: the answer wanted (portability) or believed true (locality); None where only
+            agreement with the unedited model counts.
+        family: what the probe is about, e.g. ``same_subject``, ``same_relation``, ``unrelated``, ``one_hop``.
+    """
+
+    prompt: str
+    target: str | None = None
+    family: str = "unrelated"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError("a probe has an empty prompt.", "probe", "Give it a text, or leave it out.")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One correction: asked ``prompt``, the model shall answer ``target_new``.
+
+    Args:
+        prompt: a statement to complete or a question.
+        target_new: the answer wanted, without leading space.
+        subject: the thing the fact is about, as it stands in the prompt; optional.
+        target_true: what the model says, or the world says, today; optional.
+        rephrase_prompts: other wordings that must give the new answer too.
+        locality: probes whose answers must stay as they are.
+        portability: probes whose answers must follow from the new fact.
+
+    Raises:
+        RequestError: empty prompt or target, or a subject that does not occur in the prompt.
+    """
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+    target_true: str | None = None
+    rephrase_prompts: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = field(default=())
+    portability: tuple[Probe, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise RequestError(f"`{name}` is empty.", "edit request", f"Give `{name}` a text.")
+        if self.subject is not None and self.subject.lower() not in self.prompt.lower():
+            raise RequestError(
+                f"the subject {self.subject!r} does not occur in the prompt {self.prompt!r}.",
+                "edit request",
+                "Write it as it stands in the prompt, or leave `subject` out.",
+            )
+        if any(not isinstance(text, str) or not text.strip() for text in self.rephrase_prompts):
+            raise RequestError("`rephrase_prompts` holds an empty text.", "edit request", "Remove it.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON-ready values; fields left empty are left out."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, (), [])}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> EditRequest:
+        """Build a request from a parsed JSON object.
+
+        Raises:
+            RequestError: not an object, an unknown or missing field, or a field of the wrong type.
+        """
+        if not isinstance(record, dict):
+            raise RequestError(f"expected an object, got {type(record).__name__}.", "edit request", EXPECTED)
+        unknown = set(record) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise RequestError(f"unknown field {sorted(unknown)[0]!r}.", "edit request", EXPECTED)
+        missing = {"prompt", "target_new"} - set(record)
+        if missing:
+            raise RequestError(f"field {sorted(missing)[0]!r} is missing.", "edit request", EXPECTED)
+        values = dict(record)
+        for name in ("subject", "target_true"):
+            if not isinstance(values.get(name), str | None):
+                raise RequestError(f"`{name}` must be a text.", "edit request", EXPECTED)
+        rephrases = values.get("rephrase_prompts") or ()
+        if isinstance(rephrases, str) or not isinstance(rephrases, list | tuple):
+            raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
+        values["rephrase_prompts"] = tuple(rephrases)
+        for name in ("locality", "portability"):
+            values[name] = tuple(_probe(item, name) for item in _as_list(values.get(name), name))
+        return cls(**values)
+
+
+EXPECTED = (
+    "A request has `prompt`, `target_new`, and optionally `subject`, `target_true`, `rephrase_prompts`, "
+    "`locality`, `portability`."
+)
+
+
+def _as_list(value: Any, name: str) -> list[Any] | tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"`{name}` must be a list.", "edit request", EXPECTED)
+    return value
+
+
+def _probe(item: Any, name: str) -> Probe:
+    if isinstance(item, Probe):
+        return item
+    if isinstance(item, str):
+        return Probe(item)
+    if isinstance(item, dict) and "prompt" in item and set(item) <= {"prompt", "target", "family"}:
+        return Probe(**item)
+    raise RequestError(
+        f"an entry of `{name}` is neither a text nor an object with `prompt`, `target`, `family`.",
+        "edit request",
+        "Write a prompt, or {'prompt': …, 'target': …, 'family': …}.",
+    )
+
+
+def read_requests(path: str | Path) -> Iterator[EditRequest]:
+    """Stream edit requests from a JSON Lines file, one a line.
+
+    Raises:
+        RequestError: the file cannot be read, or a line is not a valid request; names file and line.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RequestError(f"not valid JSON ({error.msg}).", where, "Write one object a line.") from None
+                try:
+                    yield EditRequest.from_dict(record)
+                except RequestError as error:
+                    raise RequestError(error.what, where, error.todo) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot be read ({error}).", str(path), "Check the path and that it is UTF-8.") from None

@@ -1,0 +1,1 @@
+"""Training of editors: episodes, the training loop, checkpoints."""

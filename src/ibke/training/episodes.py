@@ -1,0 +1,103 @@
+"""What the editor is trained on: an edit, places where it must show, and places where nothing may move."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ibke.frames import FRAMES, Frame
+from ibke.request import EditRequest
+
+# How likely a wording is met bare, in question form and in a chat turn, by what kind of wording it is.
+FRAME_WEIGHTS: dict[str, tuple[float, float, float]] = {
+    "statement": (0.65, 0.10, 0.25),
+    "indirect": (0.75, 0.05, 0.20),
+    "question": (0.30, 0.30, 0.40),
+    "chat": (0.10, 0.10, 0.80),
+}
+
+
+def kind_of(prompt: str) -> str:
+    """A wording's kind where its source does not say: a question ends with a question mark."""
+    return "question" if prompt.rstrip().endswith("?") else "statement"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as it meets the model."""
+
+    prompt: str
+    frame: Frame
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One edit to learn from.
+
+    Args:
+        edit: the request itself, always captured bare.
+        inside: prompts that must give the new answer (sufficiency).
+        outside: prompts whose answers must stay those of the base (independence).
+        source: where it comes from, for balance and for scores by source.
+    """
+
+    edit: Asked
+    inside: tuple[Asked, ...]
+    outside: tuple[Asked, ...]
+    source: str = ""
+
+
+@dataclass
+class EpisodeMaker:
+    """Draws frames and fills up an episode's prompts, reproducibly.
+
+    Args:
+        seed: decides every draw.
+        inside: prompts in scope per episode.
+        outside: prompts out of scope per episode.
+        kind: tells a wording's kind; the default looks for a question mark.
+        pool: prompts of other requests, to fill up what a request lacks out of scope.
+    """
+
+    seed: int
+    inside: int = 2
+    outside: int = 3
+    kind: Callable[[str], str] = kind_of
+    pool: list[str] = field(default_factory=list)
+
+    def make(self, request: EditRequest, source: str, index: int) -> Episode:
+        """The episode of one request; the same seed and index give the same episode."""
+        rng = random.Random(f"{self.seed}:{source}:{index}")
+        wordings = list(request.rephrase_prompts)
+        rng.shuffle(wordings)
+        # The edit's own words in another frame are a paraphrase too, and the only one some requests have.
+        if len(wordings) < self.inside or rng.random() < 0.4:
+            wordings.insert(0, request.prompt)
+        inside = [self._ask(text, rng, other=text == request.prompt) for text in wordings[: self.inside]]
+        inside += [self._ask(request.prompt, rng, other=True) for _ in range(self.inside - len(inside))]
+        probes = [probe.prompt for probe in request.locality]
+        rng.shuffle(probes)
+        probes = probes[: self.outside]
+        if self.pool:
+            probes = probes[: self.outside - 1]
+            probes += rng.choices(self.pool, k=self.outside - len(probes))
+        return Episode(
+            Asked(request.prompt, "bare", request.target_new),
+            tuple(Asked(asked.prompt, asked.frame, request.target_new) for asked in inside),
+            tuple(self._ask(text, rng) for text in probes),
+            source,
+        )
+
+    def _ask(self, prompt: str, rng: random.Random, other: bool = False) -> Asked:
+        weights = FRAME_WEIGHTS[self.kind(prompt)]
+        if other:  # the edit's own prompt, bare, is scored already
+            weights = (0.0, weights[1] + 0.1, weights[2] + 0.1)
+        return Asked(prompt, rng.choices(FRAMES, weights=weights)[0])
+
+
+def make_episodes(requests: Iterable[EditRequest], source: str, maker: EpisodeMaker) -> Iterator[Episode]:
+    """Episodes of a stream of requests."""
+    for index, request in enumerate(requests):
+        yield maker.make(request, source, index)
