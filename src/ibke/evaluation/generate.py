@@ -1,0 +1,190 @@
+"""Greedy answers of a model to many prompts at once, every prompt under an edit of its own.
+
+Prompts are batched by their lengths alone and no row ever leaves a batch before its end, so the base and an edited
+model meet the same prompts in tensors of the same shapes: what differs between their answers is the edit's doing and
+not a sum rounded in another order.
+
+Shape suffixes: R rows (prompts), T tokens, K rank, I d_in, O d_out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ibke.edit import Edit
+from ibke.errors import RequestError
+from ibke.models import LanguageModel
+from ibke.modules import resolve
+from ibke.partial import row_updates
+
+MAX_NEW_TOKENS = 40
+BATCH_SIZE = 96
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        text: the answer up to the first newline, without space around it.
+        ids: the tokens chosen, the one that ended the answer included.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    edits: Sequence[Edit | None] | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+    tick: Tick | None = None,
+) -> list[Answer]:
+    """Greedy answers, each ending at an end token, at a newline, or after ``max_new_tokens``.
+
+    Args:
+        lm: the model; its weights are not touched.
+        prompts: token ids of each prompt.
+        edits: the edit in force for each prompt; None for the unedited model.
+        max_new_tokens: longest answer (tokens).
+        batch_size: prompts per pass.
+        tick: told after each pass how many prompts it answered.
+
+    Raises:
+        RequestError: a prompt and its answer do not fit the model's window.
+    """
+    _check_window(lm, prompts, max_new_tokens)
+    stops = _Stops(lm)
+    answers: dict[int, Answer] = {}
+    for rows in plan([len(prompt) for prompt in prompts], batch_size):
+        ids_RT, attention_RT = _pad_left([prompts[row] for row in rows], lm)
+        with edited_rows(lm, None if edits is None else [edits[row] for row in rows]):
+            chosen = _greedy(lm, ids_RT, attention_RT, stops, max_new_tokens)
+        answers |= {row: stops.answer(tokens) for row, tokens in zip(rows, chosen, strict=True)}
+        if tick:
+            tick(len(rows))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def plan(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of items of like length, by batch; depends on nothing but the lengths."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@contextmanager
+def edited_rows(lm: LanguageModel, edits: Sequence[Edit | None] | None) -> Iterator[None]:
+    """Let row r of every batch pass through the model as ``edits[r]`` changes it; None leaves all rows unedited."""
+    if edits is None:
+        yield
+        return
+    factors = stack_edits(edits, lm.device, lm.dtype)
+    with row_updates(resolve(lm.model, factors), factors):
+        yield
+
+
+def stack_edits(
+    edits: Sequence[Edit | None], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of several edits side by side, zero-padded to the largest rank of each module.
+
+    Returns:
+        by module name, A (R × K × I) and B (R × K × O).
+    """
+    by_row: list[Mapping[str, tuple[Tensor, Tensor]]] = [edit.factors if edit else {} for edit in edits]
+    stacked = {}
+    for name in dict.fromkeys(name for factors in by_row for name in factors):
+        pairs = {row: factors[name] for row, factors in enumerate(by_row) if name in factors}
+        rank = max(a_KI.shape[0] for a_KI, _ in pairs.values())
+        any_a, any_b = next(iter(pairs.values()))
+        a_RKI = torch.zeros(len(edits), rank, any_a.shape[1])
+        b_RKO = torch.zeros(len(edits), rank, any_b.shape[0])
+        for row, (a_KI, b_OK) in pairs.items():
+            a_RKI[row, : len(a_KI)] = a_KI
+            b_RKO[row, : len(a_KI)] = b_OK.T
+        stacked[name] = (a_RKI.to(device, dtype), b_RKO.to(device, dtype))
+    return stacked
+
+
+class _Stops:
+    """Knows which tokens end an answer: the model's end tokens, and any that holds a newline."""
+
+    def __init__(self, lm: LanguageModel):
+        ends = getattr(lm.model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self.tokenizer = lm.tokenizer
+        self.known = {token: True for token in [*ends, lm.tokenizer.eos_token_id] if token is not None}
+
+    def __contains__(self, token: int) -> bool:
+        if token not in self.known:
+            self.known[token] = "\n" in self.tokenizer.decode([token])
+        return self.known[token]
+
+    def answer(self, tokens: list[int]) -> Answer:
+        """The answer in a row of chosen tokens, which may run on after its end."""
+        length = next((i + 1 for i, token in enumerate(tokens) if token in self), len(tokens))
+        text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(text.split("\n")[0].strip(), tuple(tokens[:length]))
+
+
+@torch.inference_mode()
+def _greedy(lm: LanguageModel, ids_RT: Tensor, attention_RT: Tensor, stops: _Stops, steps: int) -> list[list[int]]:
+    # The loop is our own since transformers' `generate` mixes in whatever a model's generation settings hold
+    # (repetition penalties, suppressed tokens), which is not greedy decoding.
+    decoder, head = lm.model.base_model, lm.model.get_output_embeddings()
+    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+    open_rows = set(range(len(ids_RT)))
+    chosen: list[list[int]] = [[] for _ in open_rows]
+    cache = None
+    while open_rows and steps:
+        positions_RT = (attention_RT.cumsum(-1) - 1).clamp(min=0)[:, -ids_RT.shape[1] :]
+        out = decoder(
+            input_ids=ids_RT,
+            attention_mask=attention_RT,
+            past_key_values=cache,
+            use_cache=True,
+            **({"position_ids": positions_RT} if takes_positions else {}),
+        )
+        cache, steps = out.past_key_values, steps - 1
+        # One row a prompt: a three-dimensional slice would have PyTorch copy the head's weight for every prompt. Caps
+        # and scales that some models put on logits do not change which is largest.
+        next_R = head(out.last_hidden_state[:, -1]).argmax(-1)
+        for row, token in enumerate(next_R.tolist()):
+            chosen[row].append(token)
+            if token in stops:
+                open_rows.discard(row)
+        ids_RT = next_R[:, None]
+        attention_RT = torch.cat([attention_RT, attention_RT.new_ones(len(ids_RT), 1)], dim=1)
+    return chosen
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids_RT = torch.full((len(prompts), longest), lm.tokenizer.pad_token_id)
+    attention_RT = torch.zeros_like(ids_RT)
+    for row, prompt in enumerate(prompts):
+        ids_RT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_RT[row, longest - len(prompt) :] = 1
+    return ids_RT.to(lm.device), attention_RT.to(lm.device)
+
+
+def _check_window(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if window and longest + max_new_tokens > window:
+        raise RequestError(
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's window of {window}.",
+            lm.name,
+            "Shorten the prompt.",
+        )

@@ -1,0 +1,173 @@
+"""Every prompt an edit is judged by, asked of the base and of the edited model, and what the answers are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+from ibke.batch import Pair
+from ibke.edit import Edit
+from ibke.evaluation.generate import Answer, Tick, generate
+from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
+from ibke.evaluation.scoring import Forced, divergence, score
+from ibke.frames import Frame, encode_pair
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+
+Kind = Literal["reliability", "generality", "locality", "portability"]
+
+# What one answer is worth, by (block, name); blocks are the parts of a report.
+Scores = dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt in one frame.
+
+    Args:
+        edit: index of the edit it belongs to.
+        kind: what it measures.
+        frame: how it is asked.
+        pair: its tokens, and those of the expected answer (the end token alone where none is known).
+        target: the answer expected; None where only agreement with the base counts.
+        old: the answer that should be gone, where it is known.
+        old_pair: the tokens with that answer.
+        family: the probe's family, empty for the edit's own wordings.
+    """
+
+    edit: int
+    kind: Kind
+    frame: Frame
+    pair: Pair
+    target: str | None
+    old: str | None = None
+    old_pair: Pair | None = None
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model made of a question: its greedy answer, and its predictions along the expected answers."""
+
+    answer: Answer
+    forced: Forced
+    forced_old: Forced | None
+
+
+def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenizer: Any) -> Iterator[Question]:
+    """Everything that is asked about one edit, in each frame."""
+    for frame in frames:
+        for index, prompt in enumerate((request.prompt, *request.rephrase_prompts)):
+            pair = encode_pair(prompt, request.target_new, frame, tokenizer)
+            old = request.target_true
+            old_pair = encode_pair(prompt, old, frame, tokenizer) if old else None
+            kind: Kind = "generality" if index else "reliability"
+            yield Question(edit, kind, frame, pair, request.target_new, old, old_pair)
+        kinds: tuple[tuple[Kind, Any], ...] = (("locality", request.locality), ("portability", request.portability))
+        for kind, probes in kinds:
+            for probe in probes:
+                target = (probe.target or "").strip()
+                pair = encode_pair(probe.prompt, target, frame, tokenizer)
+                yield Question(edit, kind, frame, pair, target or None, family=probe.family)
+
+
+def ask(
+    lm: LanguageModel, asked: Sequence[Question], edits: Sequence[Edit] | None, batch_size: int, tick: Tick | None
+) -> Iterator[tuple[Question, Scores, Scores | None]]:
+    """Put questions to the base and, each under its own edit, to the edited model.
+
+    Args:
+        lm: the model.
+        asked: the questions; their ``edit`` indexes ``edits``.
+        edits: independent edits; None asks the base alone.
+        batch_size: prompts per pass.
+        tick: told how many answers have come, by and by.
+
+    Yields:
+        each question with the scores of the base's answer and of the edited model's.
+    """
+    # A kind at a time: answers to like questions end at like lengths, and a batch lasts as long as its longest.
+    for kind, group in groupby(sorted(asked, key=lambda question: question.kind), key=lambda question: question.kind):
+        batch = list(group)
+        said = generate(lm, [q.pair.prompt for q in batch], batch_size=batch_size, tick=tick)
+        own = [Pair(q.pair.prompt, list(a.ids), q.pair.span) for q, a in zip(batch, said, strict=True)]
+        batch = [q if q.target else _with_pair(q, pair) for q, pair in zip(batch, own, strict=True)]
+        base = _outcomes(lm, batch, said, None, batch_size)
+        if edits is None:
+            yield from ((q, judge(q, b, b), None) for q, b in zip(batch, base, strict=True))
+            continue
+        rows = [edits[q.edit] for q in batch]
+        answers = generate(lm, [q.pair.prompt for q in batch], rows, batch_size=batch_size, tick=tick)
+        edited = _outcomes(lm, batch, answers, rows, batch_size)
+        moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
+        for q, b, e, kl in zip(batch, base, edited, moved, strict=True):
+            scores = judge(q, b, e)
+            if kl is not None:
+                scores |= {("kl_nats", "base_edited"): kl[0], ("kl_nats", "edited_base"): kl[1]}
+            yield q, judge(q, b, b), scores
+
+
+def _outcomes(
+    lm: LanguageModel, asked: Sequence[Question], said: Sequence[Answer], edits: Sequence[Edit] | None, batch_size: int
+) -> list[Outcome]:
+    forced = score(lm, [q.pair for q in asked], edits, batch_size=batch_size)
+    with_old = [i for i, q in enumerate(asked) if q.old_pair]
+    old_pairs = [q.old_pair for q in asked if q.old_pair]
+    old_edits = None if edits is None else [edits[i] for i in with_old]
+    old = dict(zip(with_old, score(lm, old_pairs, old_edits, batch_size=batch_size), strict=True))
+    return [Outcome(a, f, old.get(i)) for i, (a, f) in enumerate(zip(said, forced, strict=True))]
+
+
+def _with_pair(question: Question, pair: Pair) -> Question:
+    return Question(question.edit, question.kind, question.frame, pair, question.target, family=question.family)
+
+
+def judge(question: Question, base: Outcome, mine: Outcome) -> Scores:
+    """What a model's answer is worth; for the base itself ``mine`` is ``base``.
+
+    Token accuracy, sequence accuracy and P(new) > P(old) leave out the end token, as published figures do.
+
+    Locality wants the whole answer unchanged, and a model that completes a statement may run on for forty tokens. So
+    the block ``locality_detail`` tells how far the answers agree: ``shared_prefix``, the share of the base's tokens
+    before the first difference; ``at_answer_length``, whether they agree over as many words as the known answer has;
+    ``base_answers``, whether the base says anything at all; and ``where_base_answers``, locality on those prompts.
+    """
+    said, kind = mine.answer.text, question.kind
+    same = float(exact_match(said, base.answer.text))
+    scores: Scores = {}
+    if kind == "locality":
+        answered = bool(base.answer.text)
+        scores["generation", "locality"] = same
+        scores["teacher_forced", "locality"] = _share(mine.forced.predicted, base.forced.predicted, question)
+        scores["locality_detail", "shared_prefix"] = shared_prefix(base.answer.ids, mine.answer.ids)
+        scores["locality_detail", "base_answers"] = float(answered)
+        if answered:
+            scores["locality_detail", "where_base_answers"] = same
+        scores["families", f"locality/{question.family}"] = same
+    if question.target is None:
+        return scores
+    name = "locality_accuracy" if kind == "locality" else kind
+    right = float(exact_match(said, question.target))
+    scores["generation", name] = right
+    scores["contains", name] = float(contains(said, question.target, question.old))
+    scores["teacher_forced", name] = _share(mine.forced.predicted, question.pair.answer, question)
+    scores["nll_nats", name] = sum(mine.forced.nll)
+    if kind == "portability":
+        scores["families", f"portability/{question.family}"] = right
+    if kind == "locality":
+        words = len(normalise(question.target).split())
+        starts = [normalise(text).split()[:words] for text in (said, base.answer.text)]
+        scores["locality_detail", "at_answer_length"] = float(starts[0] == starts[1])
+    else:
+        scores["sequence_accuracy", name] = float(scores["teacher_forced", name] == 1.0)
+    if mine.forced_old:
+        scores["new_over_old", name] = float(sum(mine.forced.nll[:-1]) < sum(mine.forced_old.nll[:-1]))
+    return scores
+
+
+def _share(predicted: Sequence[int], wanted: Sequence[int], question: Question) -> float:
+    """Share of the answer's tokens at which two sequences agree, the end token left out of a known answer."""
+    size = len(question.pair.answer) - (question.target is not None)
+    return sum(p == w for p, w in zip(predicted[:size], wanted[:size], strict=True)) / size

@@ -1,0 +1,103 @@
+"""Teacher-forced scores: what a model predicts at each token of a given answer.
+
+They flatter an edit, since every token is predicted after the right ones, and stand beside generated answers only so
+that published numbers can be compared.
+
+Shape suffixes: N answer positions of all rows, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ibke.batch import Batch, Pair, collate
+from ibke.edit import Edit
+from ibke.evaluation.generate import BATCH_SIZE, edited_rows, plan
+from ibke.models import LanguageModel
+
+# Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
+POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A model's predictions along a given answer.
+
+    Args:
+        predicted: the likeliest token at each of the answer's positions.
+        nll: the answer's negative log-likelihood by token (nats).
+    """
+
+    predicted: tuple[int, ...]
+    nll: tuple[float, ...]
+
+
+@torch.inference_mode()
+def score(
+    lm: LanguageModel,
+    pairs: Sequence[Pair],
+    edits: Sequence[Edit | None] | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> list[Forced]:
+    """Predictions along each pair's answer, under an edit of its own where one is given."""
+    scores: dict[int, Forced] = {}
+    for rows in plan([len(pair) for pair in pairs], batch_size):
+        batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
+        states_ND = _answer_states(lm, batch, edits, rows)
+        predicted, nll = [], []
+        for part in _parts(len(states_ND)):
+            logp_NV = _log_probs(lm, states_ND[part])
+            predicted += logp_NV.argmax(-1).tolist()
+            nll += (-logp_NV.gather(1, batch.labels_N[part, None])[:, 0]).tolist()
+        for row in rows:
+            size = len(pairs[row].answer)
+            scores[row] = Forced(tuple(predicted[:size]), tuple(nll[:size]))
+            del predicted[:size], nll[:size]
+    return [scores[row] for row in range(len(pairs))]
+
+
+@torch.inference_mode()
+def divergence(
+    lm: LanguageModel, pairs: Sequence[Pair], edits: Sequence[Edit | None], *, batch_size: int = BATCH_SIZE
+) -> list[tuple[float, float]]:
+    """How far an edit moves the next-token distributions along an answer.
+
+    Returns:
+        for each pair, KL(base ‖ edited) and KL(edited ‖ base), mean over the answer's positions (nats per token).
+    """
+    divergences: dict[int, tuple[float, float]] = {}
+    for rows in plan([len(pair) for pair in pairs], batch_size):
+        batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
+        base_ND, edited_ND = _answer_states(lm, batch, None, rows), _answer_states(lm, batch, edits, rows)
+        parts = []
+        for part in _parts(len(base_ND)):
+            base_NV, edited_NV = _log_probs(lm, base_ND[part]), _log_probs(lm, edited_ND[part])
+            gap_NV = base_NV - edited_NV
+            parts.append(torch.stack([(base_NV.exp() * gap_NV).sum(-1), -(edited_NV.exp() * gap_NV).sum(-1)]))
+        forward_N, backward_N = torch.cat(parts, dim=1)
+        counts = batch.per_row(torch.ones_like(forward_N))
+        forward, backward = batch.per_row(forward_N) / counts, batch.per_row(backward_N) / counts
+        divergences |= dict(zip(rows, zip(forward.tolist(), backward.tolist(), strict=True), strict=True))
+    return [divergences[row] for row in range(len(pairs))]
+
+
+def _answer_states(lm: LanguageModel, batch: Batch, edits: Sequence[Edit | None] | None, rows: Sequence[int]) -> Tensor:
+    """Last hidden states at the answer's positions (N × D)."""
+    with edited_rows(lm, None if edits is None else [edits[row] for row in rows]):
+        out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+    return out.last_hidden_state[batch.predicts_RT]
+
+
+def _log_probs(lm: LanguageModel, states_ND: Tensor) -> Tensor:
+    logits_NV = lm.model.get_output_embeddings()(states_ND).float()
+    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    return (torch.tanh(logits_NV / cap) * cap if cap else logits_NV).log_softmax(-1)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + POSITIONS) for start in range(0, count, POSITIONS))
