@@ -232,7 +232,7 @@ def test_judging_locality_compares_with_the_base_and_not_with_the_truth() -> Non
     assert scores["teacher_forced", "locality_accuracy"] == 0.0
     assert scores["locality_detail", "at_answer_length"] == 1.0
     assert scores["locality_detail", "shared_prefix"] == 0.25
-    silent = judge(question, outcome("", END), outcome("", END))
+    silent = judge(question, outcome("", END, 3, 3), outcome("", END, 3, 3))
     assert silent["generation", "locality"] == 1.0
     assert silent["locality_detail", "base_answers"] == 0.0
     assert ("locality_detail", "where_base_answers") not in silent
