@@ -56,7 +56,8 @@ def evaluate_single(
     every row has its own edit.
 
     Args:
-        lm: the model; left as it was.
+        lm: the model; left as it was. Load it in float32: in bfloat16 the faintest update stirs up enough rounding to
+            change most answers of forty tokens, and locality measures that instead of the edit.
         editor: the method under test.
         requests: what to edit.
         frames: how prompts are asked; a metric is the mean over frames, and ``by_frame`` has each.
