@@ -1,14 +1,15 @@
 """Keys and value gradients of an edit: one forward and one backward of the frozen base.
 
-For a linear module y = W x and the answer's summed negative log-likelihood, the *key* of a token is the module's input x
-and its *value gradient* is the gradient of the loss with respect to y; their outer products sum to the weight gradient.
+For a linear module y = W x and the answer's summed negative log-likelihood, the *key* of a token is the module's
+input x and its *value gradient* the gradient of the loss with respect to y; their outer products sum to the weight
+gradient.
 
 Shape suffixes: B edits, T tokens, I d_in, O d_out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
     """
     taken: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def taker(name: str) -> object:
+    def taker(name: str) -> Callable[..., Tensor]:
         def take(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_()
             taken[name] = (args[0].detach(), out)

@@ -33,7 +33,11 @@ def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any) -> Pair:
     text, joiner = render(prompt, frame, tokenizer)
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
     begin = text.rfind(prompt.strip())
-    inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if b > a and b > begin and a < begin + len(prompt.strip())]
+    inside = [
+        i
+        for i, (a, b) in enumerate(encoding["offset_mapping"])
+        if b > a and b > begin and a < begin + len(prompt.strip())
+    ]
     answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
     return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], (inside[0], inside[-1] + 1))
 

@@ -1,7 +1,7 @@
 """Run a causal language model in two parts: the layers no edit can touch, once, and the rest, as often as needed.
 
 The hidden states entering the first edited layer are a function of the frozen base alone, so they are computed once
-and kept. The second part runs the model's own code with the first layers stood in for by pass-through modules, so masks,
+and kept. The second part runs the model's own code with pass-through modules in place of the first layers, so masks,
 rotary or learned positions and layer types stay those of the architecture.
 
 Shape suffixes: R rows, T tokens, D hidden size, N answer positions, I d_in, O d_out, K rank, V vocabulary.
@@ -45,7 +45,7 @@ class PartialModel:
         first: index of the first layer that an edit may change.
     """
 
-    def __init__(self, model: nn.Module, layers: str, first: int):
+    def __init__(self, model: Any, layers: str, first: int):
         self.model, self.first = model, first
         self.parent: Any = model.get_submodule(layers.rpartition(".")[0])
         self.attribute = layers.rpartition(".")[2]
@@ -98,19 +98,24 @@ class PartialModel:
             finally:
                 handle.remove()
             return
-        self._skipped[0].hidden_RTD = hidden_RTD
+        entrance: Any = self._skipped[0]
+        entrance.hidden_RTD = hidden_RTD
         setattr(self.parent, self.attribute, self._skipped)
         try:
             yield
         finally:
             setattr(self.parent, self.attribute, self.layers)
-            self._skipped[0].hidden_RTD = None
+            entrance.hidden_RTD = None
+
+    def states(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
+        """Final hidden states (R × T × D) from those entering layer ``first``."""
+        with self._skipping(hidden_RTD):
+            out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        return out.last_hidden_state
 
     def suffix(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
         """Logits at the answer positions (N × V, float32) from hidden states entering layer ``first``."""
-        with self._skipping(hidden_RTD):
-            out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
-        logits = self.head(out.last_hidden_state[batch.predicts_RT]).float()
+        logits = self.head(self.states(hidden_RTD, batch)[batch.predicts_RT]).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

@@ -3,12 +3,11 @@
 Keys, gradients, the hidden states entering the first edited layer and the base's own answers out of scope are functions
 of the frozen model. They are written in shards, each complete or absent, so building can stop and go on.
 
-Shape suffixes: E episodes, R rows, T tokens, N answer positions, L modules, I d_in, O d_out, D hidden, P leading tokens.
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, L modules, I d_in, O d_out, D hidden, P leading.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,13 @@ from torch import Tensor, nn
 
 from ibke.batch import Batch, Pair, collate, written_positions
 from ibke.capture import capture
+from ibke.editors.ibke.contrast import contrast_keys
 from ibke.frames import encode_pair
 from ibke.partial import PartialModel
-from ibke.training.episodes import Asked, Episode
+from ibke.rows import EDIT, INSIDE, OUTSIDE, RowGroup, build_groups, by_length, continuations
+from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
-LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
-CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
-GROUP_TOKENS = 1024  # padded tokens computed at once
-EDIT, INSIDE, OUTSIDE = 0, 1, 2
 
 
 @dataclass
@@ -53,7 +50,8 @@ class Builder:
     def shard(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         """Everything about some episodes as flat tensors."""
         outside = [asked for episode in episodes for asked in episode.outside]
-        answers = continuations(self.model, self.tokenizer, outside)
+        prompts = [encode_pair(asked.prompt, "-", asked.frame, self.tokenizer).prompt for asked in outside]
+        answers = continuations(self.model, self.tokenizer, prompts)
         pairs: list[Pair] = []
         kinds: list[int] = []
         owner: list[int] = []
@@ -71,7 +69,8 @@ class Builder:
                 kinds.append(OUTSIDE)
                 owner.append(index)
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        out |= self._rows(pairs, torch.tensor(kinds))
+        out |= self._contrast(episodes)
+        out |= self._rows(pairs, kinds)
         return out | {"row_kind": torch.tensor(kinds), "row_owner": torch.tensor(owner)}
 
     def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
@@ -96,25 +95,27 @@ class Builder:
             "written": torch.cat(counts),
         }
 
-    @torch.no_grad()
-    def _rows(self, pairs: list[Pair], kind_R: Tensor) -> dict[str, Tensor]:
-        order = sorted(range(len(pairs)), key=lambda row: len(pairs[row]))
+    def _contrast(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        keys, count = [], []
+        for begin in range(0, len(episodes), 64):
+            requests = [(item.edit.prompt, item.subject) for item in episodes[begin : begin + 64]]
+            found, mask = contrast_keys(self.part, self.modules, self.tokenizer, requests)
+            keys.append(found.transpose(0, 1).transpose(1, 2)[mask].bfloat16())
+            count.append(mask.sum(1))
+        return {"contrast_SLI": torch.cat(keys), "contrast": torch.cat(count)}
+
+    def _rows(self, pairs: list[Pair], kinds: list[int]) -> dict[str, Tensor]:
         hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
         leading: dict[int, tuple[Tensor, Tensor]] = {}
-        for begin in range(0, len(order), 64):
-            rows = order[begin : begin + 64]
-            batch = collate([pairs[row] for row in rows], self.tokenizer.pad_token_id)
-            states = self.part.prefix(batch)
-            for slot, row in enumerate(rows):
-                hidden[row] = states[slot, : len(pairs[row])].clone()
-            keep = torch.tensor([int(kind_R[row]) == OUTSIDE for row in rows])
-            if keep.any():
-                chosen = [row for row in rows if int(kind_R[row]) == OUTSIDE]
-                some = collate([pairs[row] for row in chosen], self.tokenizer.pad_token_id)
-                logits = self.part.suffix(states[keep][:, : some.ids_RT.shape[1]], some)
-                log_probs, tokens = logits.log_softmax(-1).topk(LEADING)
-                for slot, row in enumerate(chosen):
-                    leading[row] = (tokens[some.row_N == slot].int(), log_probs[some.row_N == slot])
+        # The owner of a row is irrelevant here, so it carries the row's own number through the grouping.
+        for group in build_groups(self.part, pairs, kinds, list(range(len(pairs))), self.tokenizer.pad_token_id):
+            begin = 0
+            for slot, row in enumerate(group.owner_R.tolist()):
+                hidden[row] = group.hidden_RTD[slot, : len(pairs[row])].cpu()
+                if kinds[row] == OUTSIDE:
+                    end = begin + len(pairs[row].answer)
+                    leading[row] = (group.base_tokens_NP[begin:end].int(), group.base_log_probs_NP[begin:end])
+                    begin = end
         outside = [row for row in range(len(pairs)) if row in leading]
         flat_ids = [token for pair in pairs for token in (pair.prompt + pair.answer)[: len(pair)]]
         return {
@@ -128,32 +129,6 @@ class Builder:
         }
 
 
-@torch.no_grad()
-def continuations(model: Any, tokenizer: Any, asked: Sequence[Asked]) -> list[list[int]]:
-    """The base's own greedy answers (up to ``CONTINUATION`` tokens), which edits must leave alone."""
-    prompts = [encode_pair(item.prompt, "-", item.frame, tokenizer).prompt for item in asked]
-    out: list[list[int]] = [[]] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for begin in range(0, len(order), 96):
-        rows = order[begin : begin + 96]
-        longest = max(len(prompts[row]) for row in rows)
-        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        attention = torch.zeros_like(ids)
-        for slot, row in enumerate(rows):
-            ids[slot, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
-            attention[slot, longest - len(prompts[row]) :] = 1
-        made = model.generate(
-            input_ids=ids, attention_mask=attention, max_new_tokens=CONTINUATION, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, longest:]
-        for slot, row in enumerate(rows):
-            tokens = made[slot].tolist()
-            if tokenizer.eos_token_id in tokens:
-                tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-            out[row] = tokens
-    return out
-
-
 def build(builder: Builder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None]) -> None:
     """Write all shards that are not there yet; safe to interrupt at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,28 +137,8 @@ def build(builder: Builder, episodes: Sequence[Episode], folder: Path, progress:
         if not path.exists():
             part = path.with_suffix(".part")
             save_file(builder.shard(episodes[begin : begin + SHARD]), part)
-            os.replace(part, path)
+            part.replace(path)
         progress(min(begin + SHARD, len(episodes)), len(episodes))
-
-
-@dataclass
-class RowGroup:
-    """Rows of similar length, padded together.
-
-    Args:
-        hidden_RTD: states entering the first edited layer.
-        batch: tokens and answers.
-        kind_R: ``EDIT``, ``INSIDE`` or ``OUTSIDE``.
-        owner_R: the episode, counted within the batch.
-        base_tokens_NP, base_log_probs_NP: the base's leading tokens at the answer positions of rows out of scope.
-    """
-
-    hidden_RTD: Tensor
-    batch: Batch
-    kind_R: Tensor
-    owner_R: Tensor
-    base_tokens_NP: Tensor
-    base_log_probs_NP: Tensor
 
 
 @dataclass
@@ -191,7 +146,7 @@ class EpisodeBatch:
     """Some episodes ready for one training step.
 
     Args:
-        keys_LBTI, grads_LBTO, role_BT, mask_BT: the written tokens (see ``bottleneck.Written``).
+        keys_LBTI, grads_LBTO, role_BT, mask_BT, contrast_LBSI, contrast_mask_BS: see ``bottleneck.Written``.
         groups: all rows, in groups of similar length so that little is computed on padding.
     """
 
@@ -199,6 +154,8 @@ class EpisodeBatch:
     grads_LBTO: Tensor
     role_BT: Tensor
     mask_BT: Tensor
+    contrast_LBSI: Tensor
+    contrast_mask_BS: Tensor
     groups: list[RowGroup]
 
 
@@ -213,6 +170,7 @@ class EpisodeCache:
                 data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             data["row_start"] = torch.cat([torch.zeros(1, dtype=torch.long), data["length"].cumsum(0)])
             data["answer_start"] = torch.cat([torch.zeros(1, dtype=torch.long), data["answer_length"].cumsum(0)])
+            data["contrast_start"] = torch.cat([torch.zeros(1, dtype=torch.long), data["contrast"].cumsum(0)])
             data["written_start"] = torch.cat([torch.zeros(1, dtype=torch.long), data["written"].cumsum(0)])
             outside = (data["row_kind"] == OUTSIDE) * data["answer_length"]
             data["base_start"] = torch.cat([torch.zeros(1, dtype=torch.long), outside.cumsum(0)])
@@ -230,32 +188,14 @@ class EpisodeCache:
             for slot, (shard, episode) in enumerate(found)
             for row in (self.shards[shard]["row_owner"] == episode).nonzero()[:, 0]
         ]
-        spans = [self._span(shard, "written_start", episode) for shard, episode in found]
-        longest = max(end - begin for begin, end in spans)
-        first = self.shards[found[0][0]]
-        count, d_in = first["keys_TLI"].shape[1:]
-        keys = torch.zeros(count, len(found), longest, d_in)
-        grads = torch.zeros(count, len(found), longest, first["grads_TLO"].shape[-1])
-        role = torch.zeros(len(found), longest, dtype=torch.long)
-        mask = torch.zeros(len(found), longest, dtype=torch.bool)
-        for slot, ((shard, _), (begin, end)) in enumerate(zip(found, spans, strict=True)):
-            data = self.shards[shard]
-            keys[:, slot, : end - begin] = data["keys_TLI"][begin:end].transpose(0, 1)
-            grads[:, slot, : end - begin] = data["grads_TLO"][begin:end].transpose(0, 1)
-            role[slot, : end - begin] = data["role"][begin:end]
-            mask[slot, : end - begin] = True
-        return EpisodeBatch(keys, grads, role, mask, [self._group(some) for some in self._by_length(rows)])
-
-    def _by_length(self, rows: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-        """Split rows into groups of at most ``GROUP_TOKENS`` padded tokens: small enough for the processor's cache."""
-        rows = sorted(rows, key=lambda item: int(self.shards[item[0]]["length"][item[1]]))
-        groups: list[list[tuple[int, int, int]]] = [[]]
-        for item in rows:
-            length = int(self.shards[item[0]]["length"][item[1]])
-            if groups[-1] and (len(groups[-1]) + 1) * length > GROUP_TOKENS:
-                groups.append([])
-            groups[-1].append(item)
-        return groups
+        keys, mask = self._padded(found, "keys_TLI", "written_start")
+        grads, _ = self._padded(found, "grads_TLO", "written_start")
+        role = torch.zeros(mask.shape, dtype=torch.long)
+        role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "written_start", e))] for s, e in found])
+        contrast, contrast_mask = self._padded(found, "contrast_SLI", "contrast_start")
+        lengths = [int(self.shards[shard]["length"][row]) for shard, row, _ in rows]
+        groups = [self._group([rows[item] for item in some]) for some in by_length(lengths)]
+        return EpisodeBatch(keys, grads, role, mask, contrast, contrast_mask, groups)
 
     def _group(self, rows: list[tuple[int, int, int]]) -> RowGroup:
         hidden, batch = self._rows(rows)
@@ -266,6 +206,24 @@ class EpisodeCache:
             torch.cat([data["base_tokens_NP"][begin:end] for data, begin, end in spans]).long(),
             torch.cat([data["base_log_probs_NP"][begin:end] for data, begin, end in spans]),
         )  # fmt: skip
+
+    def tokens(self, count: int) -> tuple[Tensor, Tensor]:
+        """Keys (L × T × I) and gradients (L × T × O) of the first written tokens, ``count`` of them at most."""
+        keys = torch.cat([data["keys_TLI"] for data in self.shards])[:count].float()
+        grads = torch.cat([data["grads_TLO"] for data in self.shards])[:count].float()
+        return keys.transpose(0, 1), grads.transpose(0, 1)
+
+    def _padded(self, found: list[tuple[int, int]], name: str, starts: str) -> tuple[Tensor, Tensor]:
+        """Ragged tokens × modules × features of some episodes as L × B × T × features, with the mask B × T."""
+        spans = [(shard, *self._span(shard, starts, episode)) for shard, episode in found]
+        longest = max(1, max(end - begin for _, begin, end in spans))
+        count, size = self.shards[0][name].shape[1:]
+        block = torch.zeros(count, len(found), longest, size)
+        mask = torch.zeros(len(found), longest, dtype=torch.bool)
+        for slot, (shard, begin, end) in enumerate(spans):
+            block[:, slot, : end - begin] = self.shards[shard][name][begin:end].transpose(0, 1)
+            mask[slot, : end - begin] = True
+        return block, mask
 
     def _span(self, shard: int, name: str, item: int) -> tuple[int, int]:
         starts = self.shards[shard][name]

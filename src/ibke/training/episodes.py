@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ibke.frames import FRAMES, Frame
@@ -41,12 +41,14 @@ class Episode:
         inside: prompts that must give the new answer (sufficiency).
         outside: prompts whose answers must stay those of the base (independence).
         source: where it comes from, for balance and for scores by source.
+        subject: what the edit is about, where known.
     """
 
     edit: Asked
     inside: tuple[Asked, ...]
     outside: tuple[Asked, ...]
     source: str = ""
+    subject: str | None = None
 
 
 @dataclass
@@ -57,14 +59,14 @@ class EpisodeMaker:
         seed: decides every draw.
         inside: prompts in scope per episode.
         outside: prompts out of scope per episode.
-        kind: tells a wording's kind; the default looks for a question mark.
+        kinds: the kind of wordings whose source knows it; of others the question mark tells.
         pool: prompts of other requests, to fill up what a request lacks out of scope.
     """
 
     seed: int
     inside: int = 2
     outside: int = 3
-    kind: Callable[[str], str] = kind_of
+    kinds: Mapping[str, str] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
 
     def make(self, request: EditRequest, source: str, index: int) -> Episode:
@@ -88,10 +90,11 @@ class EpisodeMaker:
             tuple(Asked(asked.prompt, asked.frame, request.target_new) for asked in inside),
             tuple(self._ask(text, rng) for text in probes),
             source,
+            request.subject,
         )
 
     def _ask(self, prompt: str, rng: random.Random, other: bool = False) -> Asked:
-        weights = FRAME_WEIGHTS[self.kind(prompt)]
+        weights = FRAME_WEIGHTS[self.kinds.get(prompt) or kind_of(prompt)]
         if other:  # the edit's own prompt, bare, is scored already
             weights = (0.0, weights[1] + 0.1, weights[2] + 0.1)
         return Asked(prompt, rng.choices(FRAMES, weights=weights)[0])

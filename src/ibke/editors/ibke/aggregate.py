@@ -6,10 +6,12 @@ With m written tokens, far fewer than d_in, the push-through identity gives ΔW�
 only an m × m system to solve (ridge regression as in MALMEN, Tan et al. 2023, eq. 5, with MEMIT's generic keys C₀).
 C₀ is kept as its leading eigenvectors plus an isotropic remainder, so B⁻¹ costs two thin products.
 
-Shape suffixes: B edits, T written tokens, I d_in, O d_out, E kept eigen-directions.
+Shape suffixes: B edits, T written tokens, S contrast tokens, U = T + S, I d_in, O d_out, E kept eigen-directions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,20 +24,26 @@ def inverse_times(keys_BTI: Tensor, basis_IE: Tensor, spectrum_E: Tensor, rest: 
     return keys_BTI / rest + (inside_BTE * correction_E) @ basis_IE.T
 
 
-def solve(keys_BTI: Tensor, values_BTO: Tensor, mask_BT: Tensor, pulled_BTI: Tensor) -> tuple[Tensor, Tensor]:
-    """Low-rank factors of the ridge solution, one independent solve per edit.
+def solve(
+    keys_BTI: Tensor, mask_BT: Tensor, contrast_BSI: Tensor, weight_BS: Tensor, pull: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The address of each written token: A (B × T × I) such that ΔWᵀ = Aᵀ V, one independent solve per edit.
+
+    Contrast keys N are places that must not answer; they enter as further rows with value zero and weight ρ, so that
+    A = KᵀK + ρ NᵀN + B, without raising the rank.
 
     Args:
         keys_BTI: K; rows outside the mask are ignored.
-        values_BTO: V, the wanted change of the module's output at each key.
         mask_BT: True where a token is written.
-        pulled_BTI: B⁻¹K (see :func:`inverse_times`).
-
-    Returns:
-        A (B × T × I) and B (B × T × O) with ΔWᵀ = Aᵀ B for each edit.
+        contrast_BSI: N.
+        weight_BS: ρ of each contrast key, 0 where there is none.
+        pull: multiplies keys by B⁻¹ (see :func:`inverse_times`).
     """
-    weight_BT1 = mask_BT.unsqueeze(-1).to(keys_BTI.dtype)
-    keys_BTI, pulled_BTI = keys_BTI * weight_BT1, pulled_BTI * weight_BT1
-    gram_BTT = keys_BTI @ pulled_BTI.transpose(1, 2)
-    eye_TT = torch.eye(gram_BTT.shape[-1], dtype=gram_BTT.dtype, device=gram_BTT.device)
-    return pulled_BTI, torch.linalg.solve(gram_BTT + eye_TT, values_BTO * weight_BT1)
+    weight_BU = torch.cat([mask_BT.to(keys_BTI.dtype), weight_BS.sqrt()], dim=1)
+    rows_BUI = torch.cat([keys_BTI, contrast_BSI], dim=1) * weight_BU.unsqueeze(-1)
+    pulled_BUI = pull(rows_BUI)
+    gram_BUU = rows_BUI @ pulled_BUI.transpose(1, 2)
+    eye_UU = torch.eye(gram_BUU.shape[-1], dtype=gram_BUU.dtype, device=gram_BUU.device)
+    # (I + K B⁻¹ Kᵀ)⁻¹ is symmetric, so its first T columns transposed weight the rows of each address.
+    pick_UT = eye_UU[:, : keys_BTI.shape[1]].expand(len(keys_BTI), -1, -1) * mask_BT.unsqueeze(1).to(keys_BTI.dtype)
+    return torch.linalg.solve(gram_BUU + eye_UU, pick_UT).transpose(1, 2) @ pulled_BUI

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,16 @@ class Written:
         grads_LBTO: value gradients of the same tokens.
         role_BT: 0 prompt token, 1 last prompt token, 2 answer token.
         mask_BT: True where a token is real.
+        contrast_LBSI: keys of the same prompt about other subjects, where nothing may answer.
+        contrast_mask_BS: True where such a key is real.
     """
 
     keys_LBTI: Tensor
     grads_LBTO: Tensor
     role_BT: Tensor
     mask_BT: Tensor
+    contrast_LBSI: Tensor
+    contrast_mask_BS: Tensor
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Bottleneck(nn.Module):
         # γ sets how much an edit must stand out from generic keys, λ how far C₀ is trusted; both learned per module.
         self.log_gamma = nn.Parameter(torch.full((count,), 4.0))
         self.log_ridge = nn.Parameter(torch.full((count,), -2.0))
+        self.log_contrast = nn.Parameter(torch.full((count,), 1.0))
         for name, shape in {
             "gradient_scale_L": (count,),
             "output_scale_L": (count,),
@@ -114,7 +120,9 @@ class Bottleneck(nn.Module):
         basis, scale = whitening(direction, self.config.content_dim)
         self.content_basis_CD.copy_(basis.T)
         self.content_scale_C.copy_(scale)
-        basis, scale = whitening(context_features(keys_LTI, spectra, LEADING).clamp(-CLAMP, CLAMP), self.config.context_dim)
+        basis, scale = whitening(
+            context_features(keys_LTI, spectra, LEADING).clamp(-CLAMP, CLAMP), self.config.context_dim
+        )
         self.context_basis_DX.copy_(basis)
         self.context_scale_X.copy_(scale)
 
@@ -140,21 +148,36 @@ class Bottleneck(nn.Module):
         conditioning = code.mean if answer_BTO is None else answer_BTO
         return rate(code.mean, code.log_variance, self.prior(conditioning), code.written.mask_BT)
 
-    def decode(self, z_BTZ: Tensor, written: Written) -> dict[str, tuple[Tensor, Tensor]]:
-        """Low-rank factors of each edit from its code: A (B × T × I) and B (B × T × O) by module name."""
+    def decode(self, z_BTZ: Tensor, written: Written, *, joint: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """Low-rank factors from codes: A (B × T × I) and B (B × T × O) by module name.
+
+        Args:
+            z_BTZ: codes of the written tokens.
+            written: those tokens; their keys are the address.
+            joint: solve all edits together, as one update of rank up to B·T (then the leading size is 1).
+        """
         basis_CD = self.content_scale_C[:, None] * self.content_basis_CD * len(self.names) ** 0.5
         values_BTLO = self.decoder(z_BTZ, written.role_BT, written.mask_BT, basis_CD)
         keys_LBTI = written.keys_LBTI if self.config.keys == "address" else self.decode_keys(z_BTZ)
         factors = {}
         for index, name in enumerate(self.names):
-            gamma, ridge = self.log_gamma[index].exp(), self.log_ridge[index].exp()
-            typical = (self.key_values_LE[index].sum() + self.key_rest_L[index] * (self.d_in - self.config.key_rank)) / self.d_in
-            spectrum_E = gamma * (self.key_values_LE[index] + ridge * typical)
-            rest = gamma * (self.key_rest_L[index] + ridge * typical)
-            pulled = inverse_times(keys_LBTI[index], self.key_basis_LIE[index], spectrum_E, rest)
-            values = values_BTLO[:, :, index] * self.output_scale_L[index]
-            factors[name] = solve(keys_LBTI[index], values, written.mask_BT, pulled)
+            keys, mask = keys_LBTI[index], written.mask_BT
+            values = values_BTLO[:, :, index] * self.output_scale_L[index] * mask.unsqueeze(-1)
+            contrast, real = written.contrast_LBSI[index], written.contrast_mask_BS
+            weight = real * self.log_contrast[index].exp()
+            if joint:
+                keys, values, mask = keys[mask][None], values[mask][None], mask[mask][None]
+                contrast, weight = contrast[real][None], weight[real][None]
+            pull = partial(inverse_times, basis_IE=self.key_basis_LIE[index], **self._ridge(index))
+            factors[name] = (solve(keys, mask, contrast, weight, pull), values)
         return factors
+
+    def _ridge(self, index: int) -> dict[str, Tensor]:
+        """Eigenvalues of B = γ (C₀ + λ I) for one module: the leading ones and the remainder's."""
+        leading_E, rest = self.key_values_LE[index], self.key_rest_L[index]
+        typical = (leading_E.sum() + rest * (self.d_in - len(leading_E))) / self.d_in
+        gamma, ridge = self.log_gamma[index].exp(), self.log_ridge[index].exp() * typical
+        return {"spectrum_E": gamma * (leading_E + ridge), "rest": gamma * (rest + ridge)}
 
     def decode_keys(self, z_BTZ: Tensor) -> Tensor:
         """Keys from the context part of the code by the inverse of its linear map (L × B × T × I), strict variant."""
@@ -164,11 +187,27 @@ class Bottleneck(nn.Module):
         return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, :LEADING])
 
 
-def select(capture: Capture, names: Sequence[str], position_BT: Tensor, role_BT: Tensor, mask_BT: Tensor) -> Written:
-    """Gather the written tokens of a capture (positions within each row) into one padded block."""
+def select(
+    capture: Capture,
+    names: Sequence[str],
+    where: tuple[Tensor, Tensor, Tensor],
+    contrast_LBSI: Tensor,
+    contrast_mask_BS: Tensor,
+) -> Written:
+    """Gather the written tokens of a capture into one padded block.
+
+    Args:
+        capture: keys and gradients of every token.
+        names: the modules, in order.
+        where: positions, roles and mask from :func:`ibke.batch.written_positions`.
+        contrast_LBSI: contrast keys.
+        contrast_mask_BS: which of them are real.
+    """
+    position_BT, role_BT, mask_BT = where
+
     def take(values: Tensor) -> Tensor:
         return torch.gather(values, 1, position_BT.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
     keys = torch.stack([take(capture.keys[name]) for name in names])
     grads = torch.stack([take(capture.value_grads[name]) for name in names])
-    return Written(keys, grads, role_BT, mask_BT)
+    return Written(keys, grads, role_BT, mask_BT, contrast_LBSI, contrast_mask_BS)

@@ -66,5 +66,7 @@ class IBKEConfig:
         """
         unknown = set(record) - {item.name for item in fields(cls)}
         if unknown:
-            raise FormatError(f"unknown setting {sorted(unknown)[0]!r}.", "IBKE config", "Update ibke, or check the file.")
+            raise FormatError(
+                f"unknown setting {sorted(unknown)[0]!r}.", "IBKE config", "Update ibke, or check the file."
+            )
         return cls(**{**record, "layers": tuple(record.get("layers", cls.layers))})

@@ -32,6 +32,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+        """Mix tokens within each edit."""
         batch, tokens, width = x_BTH.shape
         q, k, v = self.qkv(self.norm_a(x_BTH)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(width // self.heads)
@@ -62,6 +63,7 @@ class Encoder(nn.Module):
         self.log_variance = _zero(nn.Linear(width, code), bias=-4.0)
 
     def forward(self, start_BTZ: Tensor, role_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B × T × Z) from the whitened features z₀."""
         h = self.inp(start_BTZ) + self.role(role_BT)
         for block in self.blocks:
             h = block(h, mask_BT)
@@ -99,6 +101,7 @@ class StandardPrior(nn.Module):
     """r(z) = N(0, I)."""
 
     def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of r(z), shaped like the code."""
         zero = torch.zeros_like(answer_BTZ)
         return zero, zero
 
@@ -112,6 +115,7 @@ class DiagonalPrior(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(config.code_dim))
 
     def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of r(z), shaped like the code."""
         return self.mean.expand_as(answer_BTZ), self.log_variance.expand_as(answer_BTZ)
 
 
@@ -125,6 +129,7 @@ class AnswerPrior(nn.Module):
         self.log_variance = _zero(nn.Linear(config.width, config.code_dim))
 
     def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of r(z), shaped like the code."""
         h = F.silu(self.inp(answer_BTZ))
         return self.mean(h), self.log_variance(h).clamp(-6.0, 4.0)
 

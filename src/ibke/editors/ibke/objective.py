@@ -1,34 +1,6 @@
-"""L = SG + λ_IL · IL + β · R, every term in nats per edit (arXiv 2512.16227).
-
-Shape suffixes: B edits, R rows, N answer positions, P leading tokens of the base.
-"""
+"""How the weight β of the rate is set while training (arXiv 2512.16227: L = SG + λ_IL · IL + β · R, nats per edit)."""
 
 from __future__ import annotations
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-
-def answer_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood of each answer token in nats (N)."""
-    return F.cross_entropy(logits_NV, labels_N, reduction="none")
-
-
-def binned_kl(logits_NV: Tensor, tokens_NP: Tensor, base_log_probs_NP: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(base‖edited) and KL(edited‖base) over the base's leading tokens and one bin for all others (N, nats).
-
-    Merging outcomes can only lower a divergence, so both are lower bounds, tight where the base is confident.
-    """
-    total_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    edited_NP = logits_NV.gather(1, tokens_NP) - total_N1
-    base, edited = _with_rest(base_log_probs_NP), _with_rest(edited_NP)
-    return (base.exp() * (base - edited)).sum(-1), (edited.exp() * (edited - base)).sum(-1)
-
-
-def _with_rest(log_probs_NP: Tensor) -> Tensor:
-    mass = log_probs_NP.exp().sum(-1, keepdim=True)
-    return torch.cat([log_probs_NP, (1.0 - mass).clamp_min(1e-5).log()], dim=-1)
 
 
 class BetaSchedule:

@@ -1,0 +1,59 @@
+"""``ibke ask``: one prompt, with edits in force or without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ibke.cli.console import JSON, Bars, Device, Dtype, ModelChoice, ModelName, Modules
+from ibke.cli.output import print_json
+from ibke.errors import RequestError
+
+
+def ask(
+    prompt: Annotated[str, typer.Argument(help="A text to go on with, or a question.")],
+    edits: Annotated[list[Path] | None, typer.Option("--edit", help="Folder of an edit to put on. Repeat.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
+    model: ModelName = ModelChoice.name,
+    module: Modules = None,
+    device: Device = ModelChoice.device,
+    dtype: Dtype = ModelChoice.dtype,
+    as_json: JSON = False,
+) -> None:
+    """Print a model's greedy answer, up to its end or its first line.
+
+    The answer alone goes to standard output. Several edits add up, in the order given.
+    """
+    if not prompt.strip():
+        raise RequestError("the prompt is empty.", "ask", "Give it a text.")
+    from ibke.edit import Edit
+    from ibke.evaluation.generate import generate
+    from ibke.frames import Frame, encode_pair
+    from ibke.session import EditSession
+
+    loaded = [Edit.load(folder) for folder in edits or ()]
+    lm = ModelChoice(model, device, dtype, tuple(module or ())).load()
+    frame: Frame = "chat" if chat else "bare"
+    # Only the prompt's side of the pair is used; the answer beside it is a placeholder.
+    ids = encode_pair(prompt, "-", frame, lm.tokenizer).prompt
+    with EditSession(lm) as session, Bars() as tick:
+        for edit in loaded:
+            session.attach(edit)
+        tick("Answering", 0, None)
+        answer = generate(lm, [ids], max_new_tokens=max_tokens)[0]
+    if as_json:
+        print_json(
+            {
+                "prompt": prompt,
+                "frame": frame,
+                "answer": answer.text,
+                "tokens": len(answer.ids),
+                "model": lm.name,
+                "edits": [str(folder) for folder in edits or ()],
+            }
+        )
+    else:
+        typer.echo(answer.text)

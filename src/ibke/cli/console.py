@@ -1,0 +1,183 @@
+"""What all commands share: exit codes, errors, options, and progress.
+
+Nothing here or in any command's module may import torch or transformers before a command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ibke.bundled import BUNDLED
+from ibke.errors import IBKEError, ModelError
+
+if TYPE_CHECKING:
+    from ibke.editors.base import Editor
+    from ibke.models import LanguageModel
+
+DONE, NOT_ACHIEVED, WRONG_INPUT = 0, 1, 2
+# Seconds before the first line of progress, and between lines, where there is no terminal to draw a bar on.
+FIRST_LINE, LINE_EVERY = 5.0, 30.0
+
+
+class Commands(TyperGroup):
+    """A group that turns every error the package raises on purpose into one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except IBKEError as error:
+            show_error(error)
+            raise typer.Exit(WRONG_INPUT) from None
+
+
+def show_error(error: IBKEError) -> None:
+    """One message on standard error: where, what, and what to do."""
+    text = Text("Error: ", style="bold red")
+    text.append(f"{error.where}: " if error.where else "", style="bold")
+    text.append(error.what, style="red")
+    text.append(f"\n{error.todo}" if error.todo else "")
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document; tables go to standard error.")]
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="A known name (`ibke ls models`), a folder, a .gguf file or a hub id.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--module", help="Dotted name of a module to edit, for an unknown architecture. Repeat."),
+]
+Method = Annotated[str, typer.Option("--method", help="The editing method (`ibke ls methods`).")]
+EditorPath = Annotated[
+    str | None, typer.Option("--editor", help="Folder of a trained editor; the shipped one if left out.")
+]
+NoRefine = Annotated[bool, typer.Option("--no-refine", help="Take the editor's first guess as it is.")]
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load, and how."""
+
+    name: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    modules: tuple[str, ...] = ()
+
+    def load(self) -> LanguageModel:
+        """The model, with a bar while it is fetched and loaded.
+
+        Raises:
+            ModelError: it cannot be had.
+        """
+        with Bars() as tick:
+            tick(f"Loading {self.name}", 0, None)
+            self._check_name()
+            # The hub's client warns of every retry; the error that comes in the end says it all.
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            from ibke.models import load_model
+
+            return load_model(
+                self.name, device=self.device, dtype=self.dtype, modules=self.modules or None, progress=tick
+            )
+
+    def _check_name(self) -> None:
+        """Refuse what looks like a slip in a known name, instead of asking the hub for it."""
+        if self.name in BUNDLED or "/" in self.name or Path(self.name).exists():
+            return
+        if near := difflib.get_close_matches(self.name.lower(), BUNDLED, n=1):
+            raise ModelError(
+                f"there is no model {self.name!r}.", "--model", f"Did you mean {near[0]!r}? See `ibke ls models`."
+            )
+
+
+def load_for_editing(choice: ModelChoice, method: str, path: str | None, refine: bool) -> tuple[LanguageModel, Editor]:
+    """A model and the editor of a method for it.
+
+    Raises:
+        IBKEError: no such method, or one that does not refine was told not to.
+        ModelError: the model cannot be had.
+    """
+    with Bars() as tick:
+        tick(f"Loading the {method} editor", 0, None)
+        from ibke.editors.base import method_class
+
+        kind = method_class(method)
+        if not refine and "refine" not in inspect.signature(kind).parameters:
+            raise IBKEError(f"the method {method!r} has nothing to refine.", "--no-refine", "Leave it out.")
+    lm = choice.load()
+    with Bars() as tick:
+        tick(f"Loading the {method} editor", 0, None)
+        return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}))
+
+
+class Bars:
+    """Bars on standard error with the time left, gone when done; now and then a line where there is no terminal.
+
+    As a context manager it yields itself, to be called with what is being done, and how much of how much of it is done
+    (None where nobody knows).
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", markup=False, style="cyan"),
+        )
+        self.bars = Progress(
+            *columns,
+            console=self.console,
+            transient=True,
+            redirect_stdout=False,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.due: dict[str, float] = {}  # when the next line is
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, what: str, done: int, total: int | None, figures: str = "") -> None:
+        """Move a bar, or start it."""
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, figures=figures)
+            self.due[what] = time.monotonic() + FIRST_LINE
+        self.bars.update(self.tasks[what], completed=done, total=total, figures=figures)
+        if not self.console.is_terminal and time.monotonic() >= self.due[what]:
+            self.due[what] = time.monotonic() + LINE_EVERY
+            share = f" {done / total:.0%}" if done and total else ""
+            self.console.print(f"{what} …{share} {figures}".rstrip(), markup=False, soft_wrap=True)
+
+    def print(self, console: Console, line: Any) -> None:
+        """Print a line for people while bars are shown: above them where both are on a terminal."""
+        (self.console if console.is_terminal and self.console.is_terminal else console).print(line)

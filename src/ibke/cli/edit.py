@@ -1,0 +1,156 @@
+"""``ibke edit``: one correction, or a file of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from ibke.cli.console import (
+    DONE,
+    JSON,
+    NOT_ACHIEVED,
+    WRONG_INPUT,
+    Bars,
+    Device,
+    Dtype,
+    EditorPath,
+    Method,
+    ModelChoice,
+    ModelName,
+    Modules,
+    NoRefine,
+    load_for_editing,
+)
+from ibke.cli.correction import Correction, asked_by, correct, figures, render
+from ibke.cli.output import print_json, screen, shorten
+from ibke.errors import RequestError
+from ibke.request import EditRequest, Probe, read_requests
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ibke.editors.base import Editor
+    from ibke.models import LanguageModel
+
+
+def edit(
+    prompt: Annotated[str | None, typer.Argument(help="A statement to complete, or a question.")] = None,
+    target: Annotated[str | None, typer.Argument(help="The answer it shall get.")] = None,
+    subject: Annotated[str | None, typer.Option(help="What the fact is about, as written in the prompt.")] = None,
+    rephrase: Annotated[list[str] | None, typer.Option(help="Another wording of the prompt. Repeat.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A prompt whose answer must stay. Repeat.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="Edit requests, one JSON object a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to save to; with --requests numbered ones in it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Edit even where the model gives the target already.")] = False,
+    model: ModelName = ModelChoice.name,
+    method: Method = "ibke",
+    editor: EditorPath = None,
+    no_refine: NoRefine = False,
+    module: Modules = None,
+    device: Device = ModelChoice.device,
+    dtype: Dtype = ModelChoice.dtype,
+    as_json: JSON = False,
+) -> None:
+    """Make a model answer TARGET to PROMPT.
+
+    The model's files are never touched: the correction is a small folder that `ibke ask --edit` puts on the model.
+    With --requests every line becomes a correction of its own, each on the pristine model.
+
+    Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input.
+    """
+    single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
+    chosen = ModelChoice(model, device, dtype, tuple(module or ()))
+    if requests is None:
+        probes = tuple(Probe(text) for text in keep or ())
+        request = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), probes)
+        lm, editing = load_for_editing(chosen, method, editor, not no_refine)
+        code = _one(lm, editing, request, out, force, as_json)
+    elif single:
+        raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
+    elif out is None:
+        raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER.")
+    else:
+        count = sum(1 for _ in read_requests(requests))  # every line is checked before anything is computed
+        if not count:
+            raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
+        lm, editing = load_for_editing(chosen, method, editor, not no_refine)
+        code = _many(lm, editing, requests, count, out, force, as_json)
+    raise typer.Exit(code)
+
+
+def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | None, force: bool, as_json: bool) -> int:
+    console = screen(as_json)
+    with Bars() as tick:
+        tick("Editing", 0, None)
+        correction = correct(lm, editor, request, asked_by(request), force=force)
+    console.print(render(correction))
+    folder = _save(correction, out)
+    _advise(correction, folder, console)
+    if as_json:
+        print_json(_document(correction, folder, lm, editor))
+    return DONE if correction.achieved else NOT_ACHIEVED
+
+
+def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, force: bool, as_json: bool) -> int:
+    console, digits = screen(as_json), max(4, len(str(count)))
+    documents: list[dict[str, Any]] = []
+    with Bars() as tick:
+        for index, outcome in enumerate(_corrections(lm, editor, path, force), start=1):
+            name = f"{index:0{digits}d}"
+            if isinstance(outcome, RequestError):
+                tick.print(console, Text.assemble(f"{name} ", ("✗ ", "red"), (str(outcome), "red")))
+                documents.append({"error": str(outcome), "achieved": False})
+            else:
+                folder = _save(outcome, out / name)
+                tick.print(console, _line(name, outcome))
+                documents.append(_document(outcome, folder, lm, editor))
+            tick("Editing", index, count)
+    unusable = sum("error" in document for document in documents)
+    achieved = sum(document["achieved"] for document in documents)
+    tail = f", {unusable} could not be used" if unusable else ""
+    console.print(Text(f"{achieved} of {count} targets are generated{tail}; edits are in {out}.", style="bold"))
+    if as_json:
+        print_json({"n": count, "achieved": achieved, "unusable": unusable, "edits": documents})
+    if unusable:
+        return WRONG_INPUT
+    return DONE if achieved == count else NOT_ACHIEVED
+
+
+def _corrections(lm: LanguageModel, editor: Editor, path: Path, force: bool) -> Iterator[Correction | RequestError]:
+    """One outcome a request; one that does not fit the model does not keep the others from theirs."""
+    for request in read_requests(path):
+        try:
+            yield correct(lm, editor, request, asked_by(request), force=force)
+        except RequestError as error:
+            yield error
+
+
+def _save(correction: Correction, folder: Path | None) -> Path | None:
+    return correction.edit.save(folder) if correction.edit and folder else None
+
+
+def _document(correction: Correction, folder: Path | None, lm: LanguageModel, editor: Editor) -> dict[str, Any]:
+    place = {"folder": str(folder) if folder else None, "model": lm.name, "fingerprint": lm.fingerprint}
+    return {**correction.to_dict(), "method": editor.name, **place}
+
+
+def _advise(correction: Correction, folder: Path | None, console: Console) -> None:
+    if correction.edit is None:
+        console.print("Nothing was saved. Give --force to make the edit all the same.")
+        return
+    if not correction.achieved:
+        console.print(Text("The target is not generated.", style="bold red"))
+    if folder:
+        console.print(f"Saved to {folder}. Use it:  ibke ask --edit {folder} …", markup=False, soft_wrap=True)
+    else:
+        console.print("Not saved: give --out FOLDER to keep it.")
+
+
+def _line(name: str, correction: Correction) -> Text:
+    mark, style = ("✓", "green") if correction.achieved else ("✗", "red")
+    prompt, target = shorten(correction.request.prompt, 50), shorten(correction.request.target_new, 30)
+    return Text.assemble(f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction))

@@ -1,0 +1,133 @@
+"""``ibke eval``: how well a method edits, on a file of requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ibke.cli.console import (
+    Bars,
+    Device,
+    Dtype,
+    EditorPath,
+    Method,
+    ModelChoice,
+    ModelName,
+    Modules,
+    NoRefine,
+    load_for_editing,
+)
+from ibke.cli.output import check_writable, number, print_json, screen, write_json
+from ibke.errors import IBKEError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ibke.data.readers import Skipped
+    from ibke.request import EditRequest
+
+PROTOCOLS = ("single",)
+SHOWN = 3  # unusable records named on the screen
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="File of edit requests or of a benchmark.")],
+    format: Annotated[str, typer.Option(help="counterfact, zsre, knowedit or jsonl.")] = "jsonl",
+    protocol: Annotated[str, typer.Option(help="single: each edit alone on the pristine model.")] = "single",
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many edits.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
+    frames: Annotated[str, typer.Option(help="How prompts are asked, by commas: bare, question, chat.")] = "bare",
+    edit_frame: Annotated[str, typer.Option(help="How edits are worded for the editor: bare or question.")] = "bare",
+    model: ModelName = ModelChoice.name,
+    method: Method = "ibke",
+    editor: EditorPath = None,
+    no_refine: NoRefine = False,
+    module: Modules = None,
+    device: Device = ModelChoice.device,
+    dtype: Dtype = ModelChoice.dtype,
+    out: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the report; - prints it.")] = None,
+) -> None:
+    """Measure reliability, generality and locality of a method, beside those of the unedited model.
+
+    Answers are generated greedily; teacher-forced figures are shown for comparison with published ones.
+    """
+    to_stdout = out == "-"
+    console = screen(to_stdout)
+    if protocol not in PROTOCOLS:
+        raise IBKEError(f"unknown protocol {protocol!r}.", "eval", f"Known: {', '.join(PROTOCOLS)}.")
+    if out and not to_stdout:
+        check_writable(Path(out))
+    asked, skipped = _read(data, format)
+    _name_skipped(skipped, console)
+    choice = ModelChoice(model, device, dtype, tuple(module or ()))
+    lm, editing = load_for_editing(choice, method, editor, not no_refine)
+    from ibke.evaluation.protocols import EditFrame, evaluate_single, sample
+    from ibke.frames import Frame
+
+    wanted = tuple(cast(Frame, name.strip()) for name in frames.split(","))
+    config = {"data": str(data), "format": format, "limit": limit, "seed": seed, "refine": not no_refine}
+    config |= {"editor": editor, "skipped": len(skipped)}
+    with Bars() as tick:
+        report = evaluate_single(
+            lm,
+            editing,
+            sample(asked, limit, seed),
+            frames=wanted,
+            edit_frame=cast(EditFrame, edit_frame),
+            config=config,
+            progress=lambda what, done, total: tick(what.capitalize(), done, total),
+        )
+    _show(report, console)
+    if to_stdout:
+        print_json(report)
+    elif out:
+        write_json(report, Path(out))
+        console.print(f"Report: {out}", markup=False, soft_wrap=True)
+
+
+def _read(data: Path, format: str) -> tuple[list[EditRequest], list[Skipped]]:
+    from ibke.data.readers import read
+
+    skipped: list[Skipped] = []
+    requests = list(read(data, format, skipped))
+    if not requests:
+        raise RequestError("there is no request in it.", str(data), "Give a file that holds some.")
+    return requests, skipped
+
+
+def _name_skipped(skipped: list[Skipped], console: Console) -> None:
+    if skipped:
+        console.print(f"{len(skipped)} records cannot be used:", style="yellow")
+        for fault in skipped[:SHOWN]:
+            console.print(f"  {fault.where}: {fault.why}", style="yellow", markup=False)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    config = report["config"]
+    title = f"{config['method']} on {report['n']} edits of {Path(config['data']).name}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for block in ("generated", "teacher-forced"):
+        table.add_column(block, justify="right")
+        table.add_column("unedited", justify="right", style="dim")
+    for name in ("reliability", "generality", "locality"):
+        cells: list[str | Text] = []
+        for block in ("generation", "teacher_forced"):
+            cells += [_metric(report["metrics"][block][name]), number(report["base"][block][name]["mean"])]
+        table.add_row(name, *cells)
+    console.print(table)
+    rate = report["rate_nats"]
+    parts = [f"{report['seconds_per_edit']:.2f} s an edit", *([f"{rate:.0f} nats an edit"] if rate is not None else [])]
+    parts += [f"{number(report['steps']['mean'], 1)} refining steps", f"{report['peak_memory_mb']:.0f} MB at most"]
+    console.print(Text(" · ".join(parts), style="cyan"))
+
+
+def _metric(metric: dict[str, float | None]) -> Text:
+    text = Text(number(metric["mean"]), style="bold")
+    if metric["low"] is not None:
+        text.append(f" ({number(metric['low'])}–{number(metric['high'])})", style="not bold dim")
+    return text

@@ -1,0 +1,51 @@
+"""The ``ibke`` command, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import ibke
+from ibke.cli.ask import ask
+from ibke.cli.console import Commands
+from ibke.cli.data import app as data_app
+from ibke.cli.demo import demo
+from ibke.cli.edit import edit
+from ibke.cli.eval import evaluate
+from ibke.cli.ls import ls
+from ibke.cli.train import train
+
+app = typer.Typer(
+    name="ibke",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(edit)
+app.command()(ask)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(ls)
+app.add_typer(data_app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ibke {ibke.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Correct facts in a language model without retraining it, in seconds, and undo it to the last bit.
+
+    Exit codes: 0 done, 1 not achieved (the target is not generated), 2 wrong input.
+
+    Every command takes --json: one JSON document on standard output, everything for people on standard error
+    (`ibke eval --json` is followed by a file, or by - for standard output).
+    """

@@ -1,0 +1,124 @@
+"""``ibke train``: an editor for a model, from data."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from ibke.cli.console import JSON, Bars, Dtype, ModelChoice, ModelName
+from ibke.cli.data import data_folder
+from ibke.cli.output import print_json, screen
+from ibke.errors import IBKEError
+
+if TYPE_CHECKING:
+    from ibke.editors.ibke.config import IBKEConfig
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="A source, with its share if need be: facts, pararel, lre, entityquestions, csv:FILE, "
+            "counterfact:FILE, zsre:FILE, knowedit:FILE or jsonl:FILE, as in facts=2. Repeat."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, and the finished editor.")],
+    model: ModelName = ModelChoice.name,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the run in --out stopped.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Decides data, order, noise and initial weights.")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Training edits, all sources together.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Edits a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the cosine schedule.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = None,
+    dtype: Dtype = ModelChoice.dtype,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another setting, as in beta=0.01. Repeat."),
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Train an editor for a model.
+
+    The run can be killed at any time and goes on with --resume.
+    """
+    os.environ.setdefault("IBKE_DATA", str(data_folder()))
+    given: dict[str, Any] = {"seed": seed, "episodes": episodes, "steps": steps, "batch": batch, "threads": threads}
+    given |= {"learning_rate": learning_rate, "dtype": dtype}
+    options = {name: value for name, value in given.items() if value is not None}
+    with Bars() as tick:
+        tick("Loading", 0, None)
+        from ibke.training.settings import TrainSettings
+        from ibke.training.trainer import train as run
+
+        chosen, config = _overrides(settings or [])
+        wanted = TrainSettings(model, tuple(data), str(out), config=config, **{**options, **chosen})
+        last: dict[str, Any] = {}
+
+        def report(state: dict[str, Any]) -> None:
+            last.update(state)
+            if "done" in state:
+                tick(state["stage"].capitalize(), state["done"], state["total"], _figures(last))
+
+        folder = run(wanted, on_progress=report, resume=resume)
+    if not as_json:
+        screen().print(f"The editor is in {folder}. Use it:  ibke edit --editor {folder} …", soft_wrap=True)
+    else:
+        print_json({"editor": str(folder), "settings": wanted.to_dict(), "last": last})
+
+
+def _figures(state: dict[str, Any]) -> str:
+    """Rate, sufficiency and independence in nats, and the pace."""
+    names = {"rate_nats": "R", "sg_nats": "SG", "il_nats": "IL"}
+    parts = [f"{short} {state[name]:.2f}" for name, short in names.items() if name in state]
+    if parts:
+        parts.append(f"nats · {state['edits_per_second']:.0f} edits/s")
+    if "score" in state:
+        parts.append(f"· validation {state['score']:.3f}")
+    return " ".join(parts)
+
+
+def _overrides(settings: list[str]) -> tuple[dict[str, Any], IBKEConfig]:
+    """Settings given as NAME=VALUE: those of the run, and the editor's own.
+
+    Raises:
+        IBKEError: an unknown name, with the nearest one, or a value of the wrong kind.
+    """
+    from ibke.editors.ibke.config import IBKEConfig
+    from ibke.training.settings import TrainSettings
+
+    of_run = {item.name: item.default for item in fields(TrainSettings) if item.default is not MISSING}
+    of_editor = {item.name: item.default for item in fields(IBKEConfig)}
+    hints = {**get_type_hints(TrainSettings), **get_type_hints(IBKEConfig)}
+    run: dict[str, Any] = {}
+    editor: dict[str, Any] = {}
+    for text in settings:
+        name, _, value = text.partition("=")
+        if name not in {**of_run, **of_editor}:
+            near = difflib.get_close_matches(name, [*of_run, *of_editor], n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            known = ", ".join([*of_run, *of_editor])
+            raise IBKEError(f"there is no setting {name!r}.", "--set", f"{hint}Known: {known}.")
+        chosen, defaults = (run, of_run) if name in of_run else (editor, of_editor)
+        chosen[name] = _value(name, value, defaults[name], hints[name])
+    return run, IBKEConfig(**editor)
+
+
+def _value(name: str, text: str, default: Any, hint: Any) -> Any:
+    """A setting's value, of the kind its default is."""
+    if get_origin(hint) is Literal and text not in get_args(hint):
+        raise IBKEError(f"{text!r} is no value for {name!r}.", "--set", f"Known: {', '.join(get_args(hint))}.")
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, tuple):
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return tuple(int(part) if part.isdecimal() else part for part in parts)
+        return type(default)(text)
+    except (KeyError, ValueError):
+        raise IBKEError(f"{text!r} is no value for {name!r}.", "--set", f"It is {default!r} if left out.") from None

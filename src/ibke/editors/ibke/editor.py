@@ -1,0 +1,181 @@
+"""The Information Bottleneck Knowledge Editor (arXiv 2512.16227): request → capture → code → refine → Edit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ibke.batch import Pair, collate, written_positions
+from ibke.capture import capture
+from ibke.edit import Edit, EditInfo
+from ibke.editors.base import Editor, Progress
+from ibke.editors.ibke.bottleneck import Bottleneck, Code, select
+from ibke.editors.ibke.contrast import contrast_keys
+from ibke.editors.ibke.probes import ProbeBank
+from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
+from ibke.editors.ibke.shipped import load_editor, shipped_folder
+from ibke.errors import RequestError
+from ibke.frames import FRAMES, Frame, encode_pair
+from ibke.models import LanguageModel
+from ibke.modules import resolve
+from ibke.partial import PartialModel
+from ibke.request import EditRequest
+from ibke.rows import EDIT, RowGroup, build_groups
+
+GROUP = 16  # independent edits made in one pass
+
+
+class IBKEEditor(Editor):
+    """Corrects facts with a trained bottleneck.
+
+    Args:
+        lm: the model; its fingerprint has been checked against the network's.
+        network: the trained bottleneck.
+        refine: how the code is refined after the encoder's first guess; ``steps=0`` shows the bare network.
+        frame: how the request itself is worded to the model when it is captured.
+    """
+
+    name: ClassVar[str] = "ibke"
+
+    def __init__(
+        self, lm: LanguageModel, network: Bottleneck, refine: RefineSettings | None = None, frame: Frame = "bare"
+    ):
+        super().__init__(lm)
+        self.network, self.frame = network, frame
+        self.settings = refine or RefineSettings()
+        self.part = PartialModel(lm.model, lm.architecture.layers, network.config.layers[0])
+        self.modules = resolve(lm.model, network.names)
+        self.probes = ProbeBank(lm, self.part)
+
+    @classmethod
+    def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> IBKEEditor:
+        """The editor for a model.
+
+        Args:
+            lm: the model.
+            path: folder of a trained editor; None takes the one that ships for this model.
+            settings: ``refine=False`` for the bare network, ``frame``, or any field of :class:`RefineSettings`.
+
+        Raises:
+            FormatError: none ships for this model, or the folder holds none.
+            FingerprintMismatchError: it was trained for other weights.
+        """
+        folder = Path(path) if path else shipped_folder(lm)
+        network, manifest = load_editor(folder, lm)
+        frame = settings.pop("frame", "bare")
+        refine = RefineSettings(**manifest.get("refine", {}))
+        if not settings.pop("refine", True):
+            settings["steps"] = 0
+        return cls(lm, network, replace(refine, **settings), frame)
+
+    def edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One Edit that makes all requests true together, by one joint solve.
+
+        Raises:
+            RequestError: no request, one longer than the model's window, or the same prompt with two targets.
+            CaptureError: a gradient is not finite.
+        """
+        if not requests:
+            raise RequestError("there is no request.", "edit", "Pass at least one EditRequest.")
+        return self._make(requests, joint=len(requests) > 1)[0]
+
+    def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
+        """Independent Edits, one a request, made in batches; each as if made alone on the pristine model."""
+        edits: list[Edit] = []
+        for begin in range(0, len(requests), GROUP):
+            edits += self._make(requests[begin : begin + GROUP], joint=False)
+            if progress:
+                progress(len(edits), len(requests))
+        return edits
+
+    def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
+        """The codes of some requests and the targets' NLL on the base (nats)."""
+        pairs = [self._pair(request.prompt, request.target_new, self.frame) for request in requests]
+        device = self.lm.device
+        batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
+        taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
+        config = self.network.config
+        where = written_positions(pairs, last=config.write_last, answer=config.write_answer)
+        with torch.no_grad():
+            asked = [(request.prompt, request.subject) for request in requests]
+            contrast, mask = contrast_keys(self.part, self.modules, self.lm.tokenizer, asked)
+            position, role, real = (tensor.to(device) for tensor in where)
+            written = select(taken, self.network.names, (position, role, real), contrast.to(device), mask.to(device))
+            return self.network.encode(written), taken.nll_B
+
+    def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
+        began = time.perf_counter()
+        code, nll_B = self.encode(requests)
+        refined = self._refine(code, requests, joint)
+        with torch.no_grad():
+            factors = self.network.decode(refined.z_BTZ, code.written, joint=joint)
+            rate_B = self.network.rate(Code(refined.z_BTZ, code.log_variance, code.written))
+        # Each edit of a batch took its share of the time.
+        seconds = (time.perf_counter() - began) / (1 if joint else len(requests))
+        if joint:
+            return [self._wrap(requests, factors, 0, None, refined, rate_B, nll_B, seconds)]
+        masks = code.written.mask_BT
+        return [
+            self._wrap([request], factors, row, masks[row], refined, rate_B, nll_B, seconds)
+            for row, request in enumerate(requests)
+        ]
+
+    def _wrap(
+        self,
+        requests: Sequence[EditRequest],
+        factors: dict[str, tuple[Tensor, Tensor]],
+        row: int,
+        mask_T: Tensor | None,
+        refined: Refined,
+        rate_B: Tensor,
+        nll_B: Tensor,
+        seconds: float,
+    ) -> Edit:
+        mine = slice(None) if mask_T is None else slice(row, row + 1)
+        keep = slice(None) if mask_T is None else mask_T
+        info = EditInfo(
+            method=self.name,
+            fingerprint=self.lm.fingerprint,
+            model=self.lm.name,
+            refine_steps=int(refined.steps_B[mine].max()),
+            rate_nats=float(rate_B[mine].sum()),
+            achieved=bool(refined.achieved_B[mine].all()),
+            seconds=seconds,
+            nll_before=float(nll_B[mine].mean()),
+            nll_after=float(refined.nll_B[mine].mean()),
+            latent={"z": refined.z_BTZ if mask_T is None else refined.z_BTZ[row][mask_T]},
+        )
+        made = {name: (a[row][keep], b[row][keep].T.contiguous()) for name, (a, b) in factors.items()}
+        return Edit(made, tuple(requests), info)
+
+    def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined:
+        refiner = Refiner(self.network, self.part, self.modules, self.settings, joint)
+        return refiner.refine(code, self._targets(requests), lambda: self.probes.rows(requests, self.settings))
+
+    def _targets(self, requests: Sequence[EditRequest]) -> list[RowGroup]:
+        """The target in several frames of the request and in the wordings given with it."""
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            asked = [(request.prompt, frame) for frame in FRAMES]
+            asked += [(text, "bare") for text in request.rephrase_prompts]
+            pairs += [self._pair(text, request.target_new, frame) for text, frame in asked]
+            owners += [owner] * len(asked)
+        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
+
+    def _pair(self, prompt: str, target: str, frame: Frame) -> Pair:
+        pair = encode_pair(prompt, target, frame, self.lm.tokenizer)
+        window = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
+        if window and len(pair) > window:
+            raise RequestError(
+                f"prompt and target are {len(pair)} tokens, the model's window is {window}.",
+                f"prompt {prompt[:60]!r}…",
+                "Shorten the prompt.",
+            )
+        return pair

@@ -1,0 +1,162 @@
+"""Semi-amortised inference: where the first guess does not yet answer the target, move the code itself.
+
+The encoder's code is where Adam starts; decoder and aggregation stay fixed, so everything still flows through Z. The
+objective is the training one on the edit at hand: NLL of the target in several frames, KL(base‖edited) on
+probes, and the code's own rate.
+
+Shape suffixes: B edits, T tokens, Z code, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written
+from ibke.partial import PartialModel
+from ibke.rows import OUTSIDE, RowGroup, RowTerms, run_rows
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How far and how the code may move.
+
+    Args:
+        steps: most Adam steps (J); 0 shows the bare network.
+        learning_rate: of Adam, in code units (the code is whitened, so 1 is one standard deviation).
+        lambda_il: weight of KL(base‖edited) on the probes.
+        beta: weight of the code's rate.
+        probes: general prompts watched, drawn from the built-in set.
+        swaps: the request's own prompt about other subjects, watched too when the request names its subject.
+        extra: steps taken after the target is first generated, for margin.
+    """
+
+    steps: int = 16
+    learning_rate: float = 0.1
+    lambda_il: float = 1.0
+    beta: float = 1e-3
+    probes: int = 3
+    swaps: int = 2
+    extra: int = 0
+
+
+@dataclass
+class Refined:
+    """What refining led to, by edit (B).
+
+    ``z_BTZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
+    every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames).
+    """
+
+    z_BTZ: Tensor
+    steps_B: Tensor
+    achieved_B: Tensor
+    nll_B: Tensor
+
+
+class Refiner:
+    """Moves codes for one model.
+
+    Args:
+        network: the trained bottleneck.
+        part: the base, split at the first edited layer.
+        modules: the edited modules by name.
+        settings: how far and how.
+        joint: all edits are one update, solved together, instead of one each.
+    """
+
+    def __init__(
+        self,
+        network: Bottleneck,
+        part: PartialModel,
+        modules: Mapping[str, nn.Module],
+        settings: RefineSettings,
+        joint: bool = False,
+    ):
+        self.network, self.part, self.modules = network, part, modules
+        self.settings, self.joint = settings, joint
+
+    def refine(self, code: Code, targets: Sequence[RowGroup], watch: Callable[[], Sequence[RowGroup]]) -> Refined:
+        """Check every edit's target and move the codes of those that do not come.
+
+        Args:
+            code: the encoder's codes.
+            targets: rows in scope, owned by edit index.
+            watch: gives rows out of scope, owned by edit index; called only if a code has to move.
+        """
+        count = code.mean.shape[0]
+        with torch.no_grad():
+            nll_B, achieved_B = self._judge(self._run(code.mean, code.written, targets), count)
+        best = Refined(code.mean.detach().clone(), torch.zeros(count, dtype=torch.long), achieved_B, nll_B)
+        open_B = ~achieved_B
+        if not open_B.any() or self.settings.steps == 0:
+            return best
+        z, probes = code.mean.detach().clone().requires_grad_(), watch()
+        adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
+        spare_B = torch.full((count,), self.settings.extra)
+        for step in range(self.settings.steps):
+            loss, nll_B, achieved_B = self._objective(z, code, _owned(targets, open_B), _owned(probes, open_B), open_B)
+            self._accept(best, z, nll_B, achieved_B, open_B, step)
+            spare_B -= (best.achieved_B & open_B).long()
+            open_B = open_B & ~(best.achieved_B & (spare_B < 0))
+            if not open_B.any():
+                return best
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        with torch.no_grad():
+            nll_B, achieved_B = self._judge(self._run(z, code.written, _owned(targets, open_B)), count)
+        self._accept(best, z, nll_B, achieved_B, open_B, self.settings.steps)
+        return best
+
+    def _objective(
+        self, z: Tensor, code: Code, targets: Sequence[RowGroup], probes: Sequence[RowGroup], open_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = self._run(z, code.written, [*targets, *probes])
+        nll_B, achieved_B = self._judge(rows, len(open_B))
+        outside = (rows.kind_R == OUTSIDE) & (rows.owner_R >= 0)
+        kl_B = _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], len(open_B))
+        rate_B = self.network.rate(Code(z, code.log_variance, code.written))
+        total_B = nll_B + self.settings.lambda_il * kl_B + self.settings.beta * rate_B
+        return total_B[open_B].sum(), nll_B.detach(), achieved_B
+
+    def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
+        factors = self.network.decode(z, written, joint=self.joint)
+        if self.joint:  # one update in force on every row
+            factors = {name: (a.expand(len(z), -1, -1), b.expand(len(z), -1, -1)) for name, (a, b) in factors.items()}
+        return run_rows(self.part, self.modules, factors, groups)
+
+    def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
+        inside = rows.kind_R != OUTSIDE
+        nll_B = _mean_by_owner(rows.nll_R[inside], rows.owner_R[inside], count)
+        right_B = _mean_by_owner(rows.right_R[inside].float(), rows.owner_R[inside], count)
+        return nll_B, right_B == 1.0
+
+    def _accept(self, best: Refined, z: Tensor, nll_B: Tensor, achieved_B: Tensor, open_B: Tensor, step: int) -> None:
+        # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
+        better_B = open_B & (nll_B.detach() < best.nll_B)
+        best.z_BTZ[better_B] = z.detach()[better_B]
+        best.nll_B[better_B] = nll_B.detach()[better_B]
+        best.achieved_B[better_B] = achieved_B[better_B]
+        best.steps_B[open_B] = step
+
+
+def _mean_by_owner(values_R: Tensor, owner_R: Tensor, count: int) -> Tensor:
+    zeros = torch.zeros(count, dtype=values_R.dtype, device=values_R.device)
+    number = zeros.index_add(0, owner_R, torch.ones_like(values_R)).clamp_min(1.0)
+    return zeros.index_add(0, owner_R, values_R) / number
+
+
+def _owned(groups: Sequence[RowGroup], open_B: Tensor) -> list[RowGroup]:
+    """Only the rows of edits that are still open; finished edits cost nothing more."""
+    if bool(open_B.all()):
+        return list(groups)
+    kept = []
+    for group in groups:
+        rows_R = open_B[group.owner_R]
+        if rows_R.any():
+            kept.append(group.select(rows_R))
+    return kept

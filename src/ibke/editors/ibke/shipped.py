@@ -1,0 +1,95 @@
+"""A trained editor on disk: safetensors beside a JSON manifest; and which one ships for which model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise
+
+from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.errors import FormatError
+from ibke.fingerprint import check_fingerprint
+from ibke.models import LanguageModel
+
+MANIFEST, WEIGHTS = "editor.json", "editor.safetensors"
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dict[str, Any]) -> None:
+    """Write weights and linear maps in half precision, and a manifest; each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: _half(name, tensor) for name, tensor in network.state_dict().items()}
+    manifest = {
+        "format": "ibke-editor",
+        "version": 1,
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "modules": network.names,
+        "d_in": network.d_in,
+        "d_out": network.d_out,
+        "config": json.loads(network.config.to_json()),
+        **about,
+    }
+    for name, data in (
+        (WEIGHTS, serialise(tensors)),
+        (MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()),
+    ):
+        part = folder / f".{name}.part"
+        part.write_bytes(data)
+        part.replace(folder / name)
+
+
+def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    # Spectra span more orders of magnitude than half precision holds, and are small; matrices are what takes the space.
+    return tensor.half().contiguous() if tensor.dim() >= 2 else tensor.float().contiguous()
+
+
+def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, Any]]:
+    """Read an editor for a model.
+
+    Raises:
+        FormatError: no editor there, or a damaged one.
+        FingerprintMismatchError: it was trained for other weights.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        raw = (folder / WEIGHTS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"there is no editor here ({error}).", str(folder), "Train one with `ibke train`, or check the path."
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "ibke-editor" or manifest.get("version") != 1:
+        raise FormatError("this is not an editor of this version.", str(folder / MANIFEST), "Train it again.")
+    check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")
+    config = IBKEConfig.from_dict(manifest["config"])
+    network = Bottleneck(config, manifest["modules"], manifest["d_in"], manifest["d_out"])
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise FormatError(
+            f"the weights are damaged ({error}).", str(folder / WEIGHTS), "Fetch or train the editor again."
+        ) from None
+    return network.requires_grad_(False).eval().to(lm.device), manifest
+
+
+def shipped_folder(lm: LanguageModel) -> Path:
+    """Where the editor that ships for a model is.
+
+    Raises:
+        FormatError: none ships for these weights.
+    """
+    for path in sorted(SHIPPED.glob(f"*/{MANIFEST}")):
+        if json.loads(path.read_bytes())["fingerprint"] == lm.fingerprint:
+            return path.parent
+    names = ", ".join(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST}")) or "none"
+    raise FormatError(
+        f"no trained editor ships for this model (fingerprint {lm.fingerprint}).",
+        lm.name,
+        f"Train one with `ibke train --model {lm.name}` and pass its folder. Shipped: {names}.",
+    )

@@ -1,0 +1,202 @@
+"""Prompts with known answers, run through the editable part of a model under edits of their own.
+
+A row is in scope (its answer is the edit's target) or out of scope (its answer is what the base itself says there,
+and must go on saying). Rows of similar length are computed together, so that little is spent on padding.
+
+Shape suffixes: R rows, T tokens, N answer positions, D hidden, V vocabulary, P leading tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibke.batch import Batch, Pair, collate
+from ibke.partial import PartialModel, row_updates
+
+EDIT, INSIDE, OUTSIDE = 0, 1, 2
+GROUP_TOKENS = 1024  # padded tokens computed at once: small enough for a processor's cache
+LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
+CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class RowGroup:
+    """Rows of similar length, padded together.
+
+    Args:
+        hidden_RTD: states entering the first edited layer.
+        batch: tokens and answers.
+        kind_R: ``EDIT``, ``INSIDE`` or ``OUTSIDE``.
+        owner_R: the edit in force on each row, counted within the batch of edits.
+        base_tokens_NP, base_log_probs_NP: the base's leading tokens at the answer positions of rows out of scope.
+    """
+
+    hidden_RTD: Tensor
+    batch: Batch
+    kind_R: Tensor
+    owner_R: Tensor
+    base_tokens_NP: Tensor
+    base_log_probs_NP: Tensor
+
+    def select(self, rows_R: Tensor) -> RowGroup:
+        """The chosen rows only (a boolean mask)."""
+        kept_N = rows_R[self.batch.row_N]
+        outside_N = kept_N[(self.kind_R == OUTSIDE)[self.batch.row_N]]
+        renumbered_R = rows_R.long().cumsum(0) - 1
+        length = int(self.batch.attention_RT[rows_R].sum(1).max())
+        batch = Batch(
+            self.batch.ids_RT[rows_R, :length],
+            self.batch.attention_RT[rows_R, :length],
+            self.batch.predicts_RT[rows_R, :length],
+            self.batch.labels_N[kept_N],
+            renumbered_R[self.batch.row_N[kept_N]],
+        )
+        return RowGroup(
+            self.hidden_RTD[rows_R, :length],
+            batch,
+            self.kind_R[rows_R],
+            self.owner_R[rows_R],
+            self.base_tokens_NP[outside_N],
+            self.base_log_probs_NP[outside_N],
+        )
+
+
+@dataclass
+class RowTerms:
+    """What came out, by row: NLL of the answer in scope, both divergences out of scope (nats), and exactness.
+
+    Greedy decoding reproduces a given answer if and only if every token of it is the most likely one after those before
+    it, so one pass over an answer decides what generation would do.
+    """
+
+    nll_R: Tensor
+    forward_R: Tensor
+    backward_R: Tensor
+    right_R: Tensor
+    kind_R: Tensor
+    owner_R: Tensor
+
+
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices grouped by similar length, each group at most ``GROUP_TOKENS`` padded tokens."""
+    groups: list[list[int]] = [[]]
+    for index in sorted(range(len(lengths)), key=lambda item: lengths[item]):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[index] > GROUP_TOKENS:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def edited_logits(part: PartialModel, modules: Mapping[str, nn.Module], factors: Factors, group: RowGroup) -> Tensor:
+    """Logits at every answer position, each row under its own edit (N × V)."""
+    rows = {name: (a[group.owner_R], b[group.owner_R]) for name, (a, b) in factors.items()}
+    with row_updates(modules, rows):
+        return part.suffix(group.hidden_RTD, group.batch)
+
+
+def run_rows(
+    part: PartialModel, modules: Mapping[str, nn.Module], factors: Factors, groups: Sequence[RowGroup]
+) -> RowTerms:
+    """Run every row under its edit's factors (A: B × K × I, B: B × K × O by module name)."""
+    parts = [_terms(edited_logits(part, modules, factors, group), group) for group in groups]
+    nll, forward, backward, right = (torch.cat(values) for values in zip(*parts, strict=True))
+    kind, owner = torch.cat([group.kind_R for group in groups]), torch.cat([group.owner_R for group in groups])
+    return RowTerms(nll, forward, backward, right, kind, owner)
+
+
+def _terms(logits_NV: Tensor, group: RowGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, outside_N = group.batch, group.kind_R[group.batch.row_N] == OUTSIDE
+    inside_N = ~outside_N
+    values_N = F.cross_entropy(logits_NV[inside_N], batch.labels_N[inside_N], reduction="none")
+    nll_R = _per_row(values_N, batch.row_N[inside_N], batch.rows)
+    forward_N, backward_N = binned_kl(logits_NV[outside_N], group.base_tokens_NP, group.base_log_probs_NP)
+    row_N = batch.row_N[outside_N]
+    wrong_N = (logits_NV.detach().argmax(-1) != batch.labels_N).float()
+    return (
+        nll_R,
+        _per_row(forward_N, row_N, batch.rows),
+        _per_row(backward_N, row_N, batch.rows),
+        _per_row(wrong_N, batch.row_N, batch.rows) == 0,
+    )
+
+
+def _per_row(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=values_N.dtype, device=values_N.device).index_add(0, row_N, values_N)
+
+
+def leading_tokens(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """The base's most likely tokens at each position and their log-probabilities (N × P)."""
+    log_probs, tokens = logits_NV.log_softmax(-1).topk(min(LEADING, logits_NV.shape[-1]))
+    return tokens, log_probs
+
+
+def binned_kl(logits_NV: Tensor, tokens_NP: Tensor, base_log_probs_NP: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(base‖edited) and KL(edited‖base) over the base's leading tokens and one bin for all others (N, nats).
+
+    Merging outcomes can only lower a divergence, so both are lower bounds, tight where the base is confident.
+    """
+    edited_NP = logits_NV.gather(1, tokens_NP) - logits_NV.logsumexp(-1, keepdim=True)
+    base, edited = _with_rest(base_log_probs_NP), _with_rest(edited_NP)
+    return (base.exp() * (base - edited)).sum(-1), (edited.exp() * (edited - base)).sum(-1)
+
+
+def _with_rest(log_probs_NP: Tensor) -> Tensor:
+    mass = log_probs_NP.exp().sum(-1, keepdim=True)
+    return torch.cat([log_probs_NP, (1.0 - mass).clamp_min(1e-5).log()], dim=-1)
+
+
+@torch.no_grad()
+def build_groups(
+    part: PartialModel, pairs: Sequence[Pair], kinds: Sequence[int], owners: Sequence[int], pad_id: int
+) -> list[RowGroup]:
+    """Rows from tokenised pairs: one pass of the frozen first layers, and of the rest for rows out of scope."""
+    device = next(part.model.parameters()).device
+    groups = []
+    for chosen in by_length([len(pair) for pair in pairs]):
+        batch = collate([pairs[row] for row in chosen], pad_id, device)
+        hidden = part.prefix(batch)
+        outside = [slot for slot, row in enumerate(chosen) if kinds[row] == OUTSIDE]
+        tokens, log_probs = torch.zeros(0, LEADING, dtype=torch.long), torch.zeros(0, LEADING)
+        if outside:
+            some = collate([pairs[chosen[slot]] for slot in outside], pad_id, device)
+            tokens, log_probs = leading_tokens(part.suffix(hidden[outside][:, : some.ids_RT.shape[1]], some))
+        kind = torch.tensor([kinds[row] for row in chosen], device=device)
+        owner = torch.tensor([owners[row] for row in chosen], device=device)
+        groups.append(RowGroup(hidden, batch, kind, owner, tokens.to(device), log_probs.to(device)))
+    return groups
+
+
+@torch.no_grad()
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The base's own greedy answers (up to ``CONTINUATION`` tokens), which edits must leave alone."""
+    device = next(model.parameters()).device
+    out: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for begin in range(0, len(order), 96):
+        rows = order[begin : begin + 96]
+        longest = max(len(prompts[row]) for row in rows)
+        ids = torch.full((len(rows), longest), tokenizer.pad_token_id, device=device)
+        attention = torch.zeros_like(ids)
+        for slot, row in enumerate(rows):
+            ids[slot, longest - len(prompts[row]) :] = torch.tensor(prompts[row], device=device)
+            attention[slot, longest - len(prompts[row]) :] = 1
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=CONTINUATION,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, longest:]
+        for slot, row in enumerate(rows):
+            tokens = made[slot].tolist()
+            ends = [index for index, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+            out[row] = tokens[: ends[0] + 1] if ends else tokens
+    return out

@@ -1,0 +1,191 @@
+"""Training data from several sources, mixed by share, with a hard split by relation.
+
+A source is written ``name``, ``name:PATH`` and optionally ``=SHARE``: ``facts``, ``pararel``, ``lre``,
+``entityquestions`` (tables turned into requests by our wordings), ``csv:PATH`` (anybody's own table), or a file of
+requests ``counterfact:PATH``, ``zsre:PATH``, ``knowedit:PATH``, ``jsonl:PATH``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ibke.data.facts import generate
+from ibke.data.readers import READERS, Skipped, read
+from ibke.data.relations import load_wordings
+from ibke.data.triples import Skips, Triple, read_csv, read_entityquestions, read_facts, read_lre, read_pararel
+from ibke.errors import TrainingError
+from ibke.request import EditRequest
+from ibke.training.episodes import Episode, EpisodeMaker
+
+TABLES = ("facts", "pararel", "lre", "entityquestions", "csv")
+
+SPLIT_SALT = 2002  # chosen once so that about a fifth of ParaRel's and of LRE's relations fall out; never changes
+
+# Relations of other tables that ask the same thing as a Wikidata property; they are held out together.
+SAME_AS = {
+    "facts:country_capital": "P36",
+    "facts:country_borders": "P47",
+    "facts:country_continent": "P30",
+    "facts:country_currency": "lre:country currency",
+    "facts:country_language": "P37",
+    "facts:city_country": "P17",
+    "facts:airport_country": "P17",
+    "facts:subdivision_country": "P17",
+    "facts:province_country": "P17",
+    "facts:us_city_state": "P131",
+    "lre:city in country": "P17",
+    "lre:company hq": "P159",
+    "lre:country capital city": "P36",
+    "lre:country language": "P37",
+    "lre:landmark in country": "P17",
+    "lre:landmark on continent": "P30",
+    "lre:object superclass": "P279",
+    "lre:person native language": "P103",
+    "lre:person occupation": "P106",
+    "lre:person plays instrument": "P1303",
+    "lre:person sport position": "P413",
+    "lre:person university": "P69",
+    "lre:product by company": "P176",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the mixture: its name, an optional path, and its share of the episodes."""
+
+    name: str
+    path: str
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Read ``name[:path][=share]``.
+
+        Raises:
+            TrainingError: unknown source or a share that is not a positive number.
+        """
+        match = re.fullmatch(r"([a-z]+)(?::(.+?))?(?:=([0-9.]+))?", text)
+        if not match or match[1] not in (*TABLES, *READERS):
+            known = ", ".join((*TABLES, *READERS))
+            raise TrainingError(f"unknown data source {text!r}.", "training data", f"Known: {known}.")
+        share = float(match[3] or 1)
+        if share <= 0:
+            raise TrainingError(f"the share of {text!r} is not positive.", "training data", "Leave it out instead.")
+        return cls(match[1], match[2] or "", share)
+
+
+def held_out(relation: str, share: float) -> bool:
+    """Whether a relation is kept out of training; depends on its name and the share alone, never on a seed."""
+    digest = hashlib.sha256(f"{SPLIT_SALT}:{SAME_AS.get(relation, relation)}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < share
+
+
+def data_folder() -> Path:
+    """Where the public tables are: ``IBKE_DATA``.
+
+    Raises:
+        TrainingError: it is not set.
+    """
+    folder = os.environ.get("IBKE_DATA")
+    if not folder:
+        raise TrainingError("IBKE_DATA is not set.", "training data", "Point it at the folder of data sets.")
+    return Path(folder)
+
+
+def triples(source: Source, share_held_out: float, *, want_held_out: bool = False) -> Iterator[Triple]:
+    """Facts of a table, from relations in training or from those held out."""
+    skips = Skips()
+    readers = {
+        "facts": lambda: read_facts(data_folder(), skips),
+        "pararel": lambda: read_pararel(data_folder(), skips),
+        "lre": lambda: read_lre(data_folder(), skips),
+        "entityquestions": lambda: read_entityquestions(data_folder(), source.path or "train", skips),
+        "csv": lambda: read_csv(source.path, skips),
+    }
+    for triple in readers[source.name]():
+        if source.name == "csv" or held_out(triple.relation, share_held_out) == want_held_out:
+            yield triple
+
+
+def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tuple[EditRequest, dict[str, str]]]:
+    """Requests of one source with the kind of each wording where the source knows it."""
+    rng = random.Random(f"{seed}:{source.name}")
+    if source.name in TABLES:
+        pool = [item for item in triples(source, split.relations) if not split.excludes(item.subject)]
+        # Locality is drawn from the table handed over; a bounded one keeps memory and time bounded too.
+        rng.shuffle(pool)
+        wordings = load_wordings(templates_from=None if source.name == "csv" else data_folder())
+        made = generate(pool[: max(20 * count, 20_000)], wordings, seed=seed, limit=count, skips=Skips())
+        for item in made:
+            yield item.request, dict(item.kinds)
+        return
+    skipped: list[Skipped] = []
+    everything = list(read(Path(source.path), source.name, skipped))
+    rng.shuffle(everything)
+    usable = (request for request in everything if split.allows(request))
+    for request in islice(usable, count):
+        yield request, {}
+
+
+class Split:
+    """What training must not see: subjects and prompts of other files, and a share of the relations.
+
+    Args:
+        relations: share of relations held out (ratio 0–1).
+        excluded: request files whose subjects and prompts are kept out, as ``format:path``.
+    """
+
+    def __init__(self, relations: float, excluded: Iterable[str] = ()):
+        self.relations = relations
+        self.words: set[str] = set()
+        for text in excluded:
+            source = Source.parse(text)
+            skipped: list[Skipped] = []
+            for request in read(Path(source.path), source.name, skipped):
+                self.words.add(request.prompt.lower())
+                self.words.add((request.subject or request.prompt).lower())
+        self._known: dict[tuple[str, str], set[str]] | None = None
+
+    def excludes(self, text: str) -> bool:
+        """Whether a subject or prompt belongs to an excluded file."""
+        return text.lower() in self.words
+
+    def allows(self, request: EditRequest) -> bool:
+        """Whether a request of a benchmark file may be trained on.
+
+        Such files name no relation; it is looked up by subject and true answer among the facts they were made from,
+        and a request of unknown relation is left out, so that no held-out relation slips in.
+        """
+        if self.excludes(request.prompt) or self.excludes(request.subject or request.prompt):
+            return False
+        if not self.relations or request.target_true is None:
+            return True
+        if self._known is None:
+            self._known = {}
+            for item in read_pararel(data_folder(), Skips()):
+                self._known.setdefault((item.subject.lower(), item.obj.lower()), set()).add(item.relation)
+        found = self._known.get(((request.subject or "").lower(), request.target_true.lower()), set())
+        return bool(found) and not any(held_out(relation, self.relations) for relation in found)
+
+
+def mixture(sources: Iterable[Source], seed: int, count: int, split: Split) -> list[Episode]:
+    """Episodes of all sources by share, in random order."""
+    sources = list(sources)
+    whole = sum(source.share for source in sources)
+    drawn = [(source, list(requests(source, seed, round(count * source.share / whole), split))) for source in sources]
+    pool = [probe.prompt for _, items in drawn for request, _ in items for probe in request.locality[-1:]]
+    pool = [text for text in pool if not split.excludes(text)]
+    episodes: list[Episode] = []
+    for source, items in drawn:
+        for index, (request, kinds) in enumerate(items):
+            maker = EpisodeMaker(seed, pool=pool, kinds=kinds)
+            episodes.append(maker.make(request, source.name, index))
+    random.Random(seed).shuffle(episodes)
+    return episodes

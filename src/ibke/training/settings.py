@@ -1,0 +1,71 @@
+"""Everything `ibke train` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one training run.
+
+    Args:
+        model: bundled name, folder, .gguf file or hub id.
+        data: sources with their shares, e.g. ``facts=2``, ``counterfact:train.json``; see ``training.mixture``.
+        out: folder of the run; checkpoints, log and the finished editor are written there.
+        seed: decides data, order, noise and initial weights.
+        episodes: training edits, all sources together.
+        validation: edits held out of training, all sources together.
+        steps: optimiser steps.
+        batch: independent edits per step.
+        learning_rate: peak of the cosine schedule.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW.
+        clip: largest gradient norm.
+        ema: decay of the averaged weights that are validated and shipped.
+        validate_every: steps between validations and checkpoints.
+        patience: validations without a better score before training stops early.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        dtype: of the frozen base; ``auto`` takes bfloat16 where the hardware has it.
+        hold_out_relations: share of relations kept out of training altogether (the hard split).
+        exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
+        cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
+        config: the editor's own settings.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    out: str
+    seed: int = 0
+    episodes: int = 5000
+    validation: int = 256
+    steps: int = 2500
+    batch: int = 16
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.995
+    validate_every: int = 250
+    patience: int = 6
+    threads: int = 0
+    dtype: str = "auto"
+    hold_out_relations: float = 0.2
+    exclude: tuple[str, ...] = ()
+    cache: str = ""
+    config: IBKEConfig = field(default_factory=IBKEConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "steps", "batch", "validate_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"`{name}` must be at least 1.", "training settings", "Give a larger number.")
+        if not self.data:
+            raise TrainingError("no data named.", "training settings", "Name at least one source, e.g. --data facts.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return asdict(self)

@@ -1,0 +1,262 @@
+"""The training loop: cached episodes in, an editor's folder out; killed at any moment, it can go on exactly."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.objective import BetaSchedule
+from ibke.editors.ibke.shipped import save_editor
+from ibke.errors import TrainingError
+from ibke.models import LanguageModel, load_model
+from ibke.modules import in_out, resolve, target_modules
+from ibke.partial import PartialModel
+from ibke.training.cache import Builder, EpisodeCache, build
+from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
+from ibke.training.mixture import Source, Split, data_folder, mixture
+from ibke.training.settings import TrainSettings
+from ibke.training.statistics import KeyMoments, gather_text
+from ibke.training.step import terms
+from ibke.training.validation import validate
+
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Ground:
+    """The frozen base of a run and how it is cut."""
+
+    lm: LanguageModel
+    part: PartialModel
+    modules: dict[str, nn.Module]
+
+
+def prepare_ground(settings: TrainSettings) -> Ground:
+    """Load the base and cut it at the first edited layer."""
+    lm = load_model(settings.model, dtype=settings.dtype)
+    # Eager attention: on a CPU the fused kernel's backward pass is several times slower on short rows.
+    lm.model.set_attn_implementation("eager")
+    names = target_modules(lm, lm.architecture, settings.config.layers)
+    return Ground(
+        lm, PartialModel(lm.model, lm.architecture.layers, settings.config.layers[0]), resolve(lm.model, names)
+    )
+
+
+def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress) -> tuple[EpisodeCache, EpisodeCache]:
+    """Training and validation episodes with everything cached that never changes."""
+    sources = [Source.parse(text) for text in settings.data]
+    split = Split(settings.hold_out_relations, settings.exclude)
+    everything = mixture(sources, settings.seed, settings.episodes + settings.validation, split)
+    config = settings.config
+    builder = Builder(
+        ground.lm.model, ground.lm.tokenizer, ground.part, ground.modules, config.write_last, config.write_answer
+    )
+    caches = []
+    for name, episodes in (
+        ("validation", everything[: settings.validation]),
+        ("episodes", everything[settings.validation :]),
+    ):
+        # The folder's name tells what is in it, so another seed, model or set of layers never reads stale shards.
+        identity = (ground.lm.fingerprint, config.layers, config.write_last, config.write_answer, episodes)
+        digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        folder = Path(settings.cache or settings.out) / f"{name}-{digest}"
+        started = time.monotonic()
+
+        def tell(done: int, total: int, name: str = name, started: float = started) -> None:
+            spent = time.monotonic() - started
+            left = spent / done * (total - done)
+            report({"stage": f"caching {name}", "done": done, "total": total, "seconds_left": left})
+
+        build(builder, episodes, folder, tell)
+        caches.append(EpisodeCache(folder))
+    return caches[1], caches[0]
+
+
+def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCache) -> Bottleneck:
+    """A network whose linear maps come from spectra of text, prompts and training edits."""
+    config = settings.config
+    shapes = {in_out(module) for module in ground.modules.values()}
+    if len(shapes) != 1:
+        raise TrainingError("the edited modules differ in size.", "layers", "Choose layers of one shape.")
+    moments = KeyMoments(ground.modules)
+    text = data_folder() / "text" / "wikitext2_valid.txt"
+    if text.exists():
+        gather_text(moments, ground.lm.model, ground.lm.tokenizer, text.open(encoding="utf-8"), 20_000)
+    with torch.no_grad():
+        for begin in range(0, min(320, len(episodes)), 32):
+            for group in episodes.batch(range(begin, min(begin + 32, len(episodes)))).groups:
+                with moments.gathering(group.batch.attention_RT):
+                    ground.part.suffix(group.hidden_RTD, group.batch)
+    torch.manual_seed(settings.seed)
+    network = Bottleneck(config, list(ground.modules), *shapes.pop())
+    keys_LTI, grads_LTO = episodes.tokens(12_000)
+    network.initialise(list(keys_LTI), grads_LTO, moments.spectra(config.key_rank), moments.output_scale())
+    return network
+
+
+class Trainer:
+    """One run: optimiser, averaged weights, schedule, validation, checkpoints.
+
+    Args:
+        settings: what to do.
+        ground: the frozen base.
+        network: the network to train.
+        report: called with progress.
+    """
+
+    def __init__(self, settings: TrainSettings, ground: Ground, network: Bottleneck, report: OnProgress):
+        self.settings, self.ground, self.network, self.report = settings, ground, network, report
+        self.averaged = copy.deepcopy(network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        )
+        config = settings.config
+        self.beta = BetaSchedule(config.beta_schedule, config.beta, settings.steps // 10, config.target_rate)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.step, self.best, self.bad, self.seconds, self.rate = 0, -1.0, 0, 0.0, config.target_rate
+        self.out = Path(settings.out)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run goes on from."""
+        return self.out / "checkpoint.safetensors"
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint; from there on every number is the one an unbroken run would have had."""
+        state = load_checkpoint(self.checkpoint, self.network, self.averaged, self.optimizer)
+        self.generator.set_state(state.pop("generator"))
+        self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
+        self.seconds, self.rate, self.beta.beta = state["seconds"], state["rate"], state["beta"]
+        lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        (self.out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state: dict[str, Any] = {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds}
+        state |= {"rate": self.rate, "beta": self.beta.beta, "generator": self.generator.get_state()}
+        save_checkpoint(self.checkpoint, self.network, self.averaged, self.optimizer, state)
+
+    def run(self, episodes: EpisodeCache, validation: EpisodeCache) -> None:
+        """Train to the last step, or until validation stops improving."""
+        settings, began = self.settings, time.monotonic() - self.seconds
+        while self.step < settings.steps and self.bad < settings.patience:
+            record = self._step(episodes)
+            self.step += 1
+            self.seconds = time.monotonic() - began
+            if self.step % 10 == 0:
+                self._tell(record)
+            if self.step % settings.validate_every == 0 or self.step == settings.steps:
+                self._validate(validation)
+                self.save()
+
+    def _step(self, episodes: EpisodeCache) -> dict[str, float]:
+        settings, config = self.settings, self.settings.config
+        chosen = batch_of(self.step, settings.batch, len(episodes), settings.seed)
+        generator = self.generator if config.noise else None
+        found = terms(self.network, self.ground.part, self.ground.modules, episodes.batch(chosen), generator)
+        beta = self.beta.at(self.step, self.rate)
+        loss = found.loss(config.lambda_il, beta)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule(self.step, settings.warmup, settings.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
+        if not torch.isfinite(norm):
+            raise TrainingError("the gradient is not finite.", f"step {self.step}", "Lower the learning rate.")
+        self.optimizer.step()
+        decay = min(settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for kept, new in zip(self.averaged.parameters(), self.network.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+        self.rate = 0.9 * self.rate + 0.1 * found.rate.item()
+        return {
+            "sg_nats": found.generality.item(),
+            "reliability_nats": found.reliability.item(),
+            "il_nats": found.independence.item(),
+            "il_reverse_nats": found.independence_reverse.item(),
+            "rate_nats": found.rate.item(),
+            "beta": beta,
+            "gradient_norm": norm.item(),
+        }
+
+    def _tell(self, record: dict[str, float]) -> None:
+        settings = self.settings
+        pace = self.seconds / self.step
+        entry: dict[str, Any] = {"stage": "training", "step": self.step, "done": self.step, "total": settings.steps}
+        entry |= record | {"edits_per_second": settings.batch / pace, "seconds": self.seconds}
+        self._log(entry)
+        self.report(entry | {"seconds_left": pace * (settings.steps - self.step)})
+
+    def _validate(self, validation: EpisodeCache) -> None:
+        scores = validate(self.averaged, self.ground.part, self.ground.modules, validation)
+        score = (scores["reliability"] + scores["generality"] + scores["locality"]) / 3
+        entry = {"stage": "validation", "step": self.step, "score": score, **scores}
+        self._log(entry)
+        self.report(entry)
+        self.bad = 0 if score > self.best else self.bad + 1
+        if score > self.best:
+            self.best = score
+            about = {"settings": self.settings.to_dict(), "step": self.step, "validation": scores}
+            save_editor(self.out / "editor", self.averaged, self.ground.lm, about)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then cosine down to 2 % of the peak (ratio 0–1)."""
+    ramp = min(1.0, (step + 1) / max(1, warmup))
+    return ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
+    """The episodes of one step: consecutive slices of a fresh shuffle each epoch, computed from the step alone."""
+    chosen: list[int] = []
+    position = step * size
+    while len(chosen) < size:
+        epoch, offset = divmod(position + len(chosen), count)
+        order = list(range(count))
+        random.Random(f"{seed}:{epoch}").shuffle(order)
+        chosen += order[offset : offset + size - len(chosen)]
+    return chosen
+
+
+def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume: bool = False) -> Path:
+    """Train an editor; returns the folder of the best one.
+
+    Raises:
+        TrainingError: nothing to resume, or settings that do not fit the run found there.
+    """
+    report = on_progress or (lambda _: None)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    known = out / "settings.json"
+    if resume and not known.exists():
+        raise TrainingError("there is no run to resume.", str(out), "Leave out --resume to start one.")
+    if not resume and (out / "checkpoint.safetensors").exists():
+        raise TrainingError("a run is here already.", str(out), "Add --resume to go on, or choose another folder.")
+    write_json(known, settings.to_dict())
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    ground = prepare_ground(settings)
+    episodes, validation = prepare_episodes(settings, ground, report)
+    network = start_network(settings, ground, episodes)
+    trainer = Trainer(settings, ground, network, report)
+    if resume and trainer.checkpoint.exists():
+        trainer.resume()
+    trainer.run(episodes, validation)
+    return out / "editor"
