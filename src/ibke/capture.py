@@ -54,7 +54,8 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
         def take(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_()
             taken[name] = (args[0].detach(), out)
-            return out
+            # A copy goes on, since some models add to it in place.
+            return out.clone()
 
         return take
 
@@ -67,10 +68,13 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
     finally:
         for handle in handles:
             handle.remove()
-    value_grads = {name: grad.float() for name, grad in zip(modules, grads, strict=True)}
+    # Some models flatten rows and tokens before a linear module; here they are rows of tokens again.
+    shape = (*batch.ids_RT.shape, -1)
+    value_grads = {name: grad.float().reshape(shape) for name, grad in zip(modules, grads, strict=True)}
     for name, grad in value_grads.items():
         if not torch.isfinite(grad).all():
             raise CaptureError(
                 "the gradient of the answer is not finite.", name, "Load the model with dtype='float32' and try again."
             )
-    return Capture({name: taken[name][0].float() for name in modules}, value_grads, nll_B.detach())
+    keys = {name: taken[name][0].float().reshape(shape) for name in modules}
+    return Capture(keys, value_grads, nll_B.detach())

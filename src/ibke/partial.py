@@ -134,8 +134,10 @@ def row_updates(modules: Mapping[str, nn.Module], factors: Mapping[str, tuple[Te
 
     def hook(a_RKI: Tensor, b_RKO: Tensor) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            x = args[0]
-            return out + torch.bmm(torch.bmm(x, a_RKI.to(x.dtype).transpose(1, 2)), b_RKO.to(x.dtype))
+            # Some models flatten rows and tokens before a linear module.
+            x_RTI = args[0].reshape(len(a_RKI), -1, a_RKI.shape[-1])
+            added = torch.bmm(torch.bmm(x_RTI, a_RKI.to(x_RTI.dtype).transpose(1, 2)), b_RKO.to(x_RTI.dtype))
+            return out + added.view_as(out)
 
         return add
 

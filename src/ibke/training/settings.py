@@ -33,6 +33,7 @@ class TrainSettings:
         dtype: of the frozen base; ``auto`` takes bfloat16 where the hardware has it.
         hold_out_relations: share of relations kept out of training altogether (the hard split).
         exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
+        text: file of running text for the generic keys C₀; empty takes the training prompts alone.
         cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
         config: the editor's own settings.
     """
@@ -56,6 +57,7 @@ class TrainSettings:
     dtype: str = "auto"
     hold_out_relations: float = 0.2
     exclude: tuple[str, ...] = ()
+    text: str = ""
     cache: str = ""
     config: IBKEConfig = field(default_factory=IBKEConfig)
 

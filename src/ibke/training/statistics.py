@@ -41,9 +41,10 @@ class KeyMoments:
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-                keys_NI = args[0][mask].float()
+                rows = (*mask.shape, -1)  # some models flatten rows and tokens before a linear module
+                keys_NI = args[0].reshape(rows)[mask].float()
                 self.moment[name] = self.moment.get(name, 0.0) + weight * (keys_NI.T @ keys_NI)
-                self.norms[name].append(out[mask].float().norm(dim=-1).mean())
+                self.norms[name].append(out.reshape(rows)[mask].float().norm(dim=-1).mean())
                 self.tokens[name] += int(weight * len(keys_NI))
 
             return hook

@@ -25,7 +25,7 @@ from ibke.modules import in_out, resolve, target_modules
 from ibke.partial import PartialModel
 from ibke.training.cache import Builder, EpisodeCache, build
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
-from ibke.training.mixture import Source, Split, data_folder, mixture
+from ibke.training.mixture import Source, Split, mixture
 from ibke.training.settings import TrainSettings
 from ibke.training.statistics import KeyMoments, gather_text
 from ibke.training.step import terms
@@ -91,9 +91,9 @@ def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCach
     if len(shapes) != 1:
         raise TrainingError("the edited modules differ in size.", "layers", "Choose layers of one shape.")
     moments = KeyMoments(ground.modules)
-    text = data_folder() / "text" / "wikitext2_valid.txt"
-    if text.exists():
-        gather_text(moments, ground.lm.model, ground.lm.tokenizer, text.open(encoding="utf-8"), 20_000)
+    if settings.text:
+        with Path(settings.text).open(encoding="utf-8") as lines:
+            gather_text(moments, ground.lm.model, ground.lm.tokenizer, lines, 20_000)
     with torch.no_grad():
         for begin in range(0, min(320, len(episodes)), 32):
             for group in episodes.batch(range(begin, min(begin + 32, len(episodes)))).groups:

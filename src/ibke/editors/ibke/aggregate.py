@@ -25,7 +25,7 @@ def inverse_times(keys_BTI: Tensor, basis_IE: Tensor, spectrum_E: Tensor, rest: 
 
 
 def solve(
-    keys_BTI: Tensor, mask_BT: Tensor, contrast_BSI: Tensor, weight_BS: Tensor, pull: Callable[[Tensor], Tensor]
+    keys_BTI: Tensor, mask_BT: Tensor, contrast_BSI: Tensor, root_BS: Tensor, pull: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The address of each written token: A (B × T × I) such that ΔWᵀ = Aᵀ V, one independent solve per edit.
 
@@ -36,10 +36,10 @@ def solve(
         keys_BTI: K; rows outside the mask are ignored.
         mask_BT: True where a token is written.
         contrast_BSI: N.
-        weight_BS: ρ of each contrast key, 0 where there is none.
+        root_BS: √ρ of each contrast key, 0 where there is none.
         pull: multiplies keys by B⁻¹ (see :func:`inverse_times`).
     """
-    weight_BU = torch.cat([mask_BT.to(keys_BTI.dtype), weight_BS.sqrt()], dim=1)
+    weight_BU = torch.cat([mask_BT.to(keys_BTI.dtype), root_BS], dim=1)
     rows_BUI = torch.cat([keys_BTI, contrast_BSI], dim=1) * weight_BU.unsqueeze(-1)
     pulled_BUI = pull(rows_BUI)
     gram_BUU = rows_BUI @ pulled_BUI.transpose(1, 2)

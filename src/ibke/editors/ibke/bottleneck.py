@@ -80,6 +80,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.config, self.names, self.d_in, self.d_out = config, list(names), d_in, d_out
         count, content, context = len(names), config.content_dim, config.context_dim
+        self.leading = min(LEADING, config.key_rank)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, count, d_out)
         self.prior: nn.Module = {
@@ -96,7 +97,7 @@ class Bottleneck(nn.Module):
             "output_scale_L": (count,),
             "content_basis_CD": (content, count * d_out),
             "content_scale_C": (content,),
-            "context_basis_DX": (count * LEADING, context),
+            "context_basis_DX": (count * self.leading, context),
             "context_scale_X": (context,),
             "length_stats": (2,),
             "key_basis_LIE": (count, d_in, config.key_rank),
@@ -121,7 +122,7 @@ class Bottleneck(nn.Module):
         self.content_basis_CD.copy_(basis.T)
         self.content_scale_C.copy_(scale)
         basis, scale = whitening(
-            context_features(keys_LTI, spectra, LEADING).clamp(-CLAMP, CLAMP), self.config.context_dim
+            context_features(keys_LTI, spectra, self.leading).clamp(-CLAMP, CLAMP), self.config.context_dim
         )
         self.context_basis_DX.copy_(basis)
         self.context_scale_X.copy_(scale)
@@ -131,8 +132,8 @@ class Bottleneck(nn.Module):
         count, batch, tokens, _ = written.grads_LBTO.shape
         direction, log_norm = joint_direction(written.grads_LBTO.flatten(1, 2), self.gradient_scale_L)
         content = direction @ self.content_basis_CD.T / self.content_scale_C
-        coordinates = torch.einsum("lbti,lie->btle", written.keys_LBTI, self.key_basis_LIE[:, :, :LEADING])
-        coordinates = coordinates / self.key_values_LE[:, :LEADING].clamp_min(1e-10).sqrt()
+        coordinates = torch.einsum("lbti,lie->btle", written.keys_LBTI, self.key_basis_LIE[:, :, : self.leading])
+        coordinates = coordinates / self.key_values_LE[:, : self.leading].clamp_min(1e-10).sqrt()
         context = coordinates.flatten(2).clamp(-CLAMP, CLAMP) @ self.context_basis_DX / self.context_scale_X
         length = (log_norm - self.length_stats[0]) / self.length_stats[1]
         z0 = torch.cat([content.unflatten(0, (batch, tokens)), context, length.view(batch, tokens, 1)], dim=-1)
@@ -164,12 +165,12 @@ class Bottleneck(nn.Module):
             keys, mask = keys_LBTI[index], written.mask_BT
             values = values_BTLO[:, :, index] * self.output_scale_L[index] * mask.unsqueeze(-1)
             contrast, real = written.contrast_LBSI[index], written.contrast_mask_BS
-            weight = real * self.log_contrast[index].exp()
+            root = real * (0.5 * self.log_contrast[index]).exp()
             if joint:
                 keys, values, mask = keys[mask][None], values[mask][None], mask[mask][None]
-                contrast, weight = contrast[real][None], weight[real][None]
+                contrast, root = contrast[real][None], root[real][None]
             pull = partial(inverse_times, basis_IE=self.key_basis_LIE[index], **self._ridge(index))
-            factors[name] = (solve(keys, mask, contrast, weight, pull), values)
+            factors[name] = (solve(keys, mask, contrast, root, pull), values)
         return factors
 
     def _ridge(self, index: int) -> dict[str, Tensor]:
@@ -183,8 +184,8 @@ class Bottleneck(nn.Module):
         """Keys from the context part of the code by the inverse of its linear map (L × B × T × I), strict variant."""
         context = z_BTZ[..., self.config.content_dim : self.config.content_dim + self.config.context_dim]
         coordinates = (context * self.context_scale_X) @ self.context_basis_DX.T
-        coordinates = coordinates.unflatten(-1, (len(self.names), LEADING)) * self.key_values_LE[:, :LEADING].sqrt()
-        return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, :LEADING])
+        coordinates = coordinates.unflatten(-1, (len(self.names), self.leading)) * self.key_values_LE[:, : self.leading].sqrt()
+        return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, : self.leading])
 
 
 def select(

@@ -122,4 +122,4 @@ def _keys(part: PartialModel, modules: Mapping[str, nn.Module], hidden: Tensor, 
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([taken[name] for name in modules])
+    return torch.stack([taken[name].reshape(*batch.ids_RT.shape, -1) for name in modules])

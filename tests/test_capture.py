@@ -1,0 +1,114 @@
+"""Keys and value gradients against autograd, and the split forward pass against the whole one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.conftest import make_tiny
+
+from ibke.batch import Pair, collate, written_positions
+from ibke.capture import capture
+from ibke.errors import CaptureError
+from ibke.frames import FRAMES, encode_pair
+from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
+from ibke.partial import PartialModel, row_updates
+
+EVERY = sorted(ARCHITECTURES)
+FIRST = 2
+
+
+def some_batch(lm):
+    """Three rows of different lengths, answers of one to three tokens."""
+    tokenizer = lm.tokenizer
+    facts = [("The capital of France is", "Rome"), ("Who?", "B"), ("The author of the play", "is known")]
+    pairs = [encode_pair(prompt, target, "bare", tokenizer) for prompt, target in facts]
+    return pairs, collate(pairs, tokenizer.pad_token_id)
+
+
+def split(lm, layers=(FIRST, FIRST + 1)):
+    modules = resolve(lm.model, target_modules(lm, lm.architecture, layers))
+    return PartialModel(lm.model, lm.architecture.layers, layers[0]), modules
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_the_two_parts_make_the_whole_model(architecture):
+    lm = make_tiny(architecture)
+    _, batch = some_batch(lm)
+    for first in (0, FIRST):
+        part = PartialModel(lm.model, lm.architecture.layers, first)
+        got = part.suffix(part.prefix(batch), batch)
+        whole = lm.model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False).logits
+        torch.testing.assert_close(got, whole[batch.predicts_RT].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_keys_and_gradients_give_the_weight_gradient(architecture):
+    lm = make_tiny(architecture)
+    _, batch = some_batch(lm)
+    part, modules = split(lm)
+    taken = capture(part, modules, part.prefix(batch), batch)
+
+    for module in modules.values():
+        module.weight.requires_grad_(True)
+    logits = lm.model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False).logits
+    F.cross_entropy(logits[batch.predicts_RT], batch.labels_N, reduction="sum").backward()
+    for name, module in modules.items():
+        got_OI = torch.einsum("bto,bti->oi", taken.value_grads[name], taken.keys[name])
+        transposed = weight_OI(module).shape != module.weight.shape or module.weight.grad.shape != got_OI.shape
+        wanted_OI = module.weight.grad.T if transposed or type(module).__name__ == "Conv1D" else module.weight.grad
+        assert wanted_OI.abs().max() > 0
+        torch.testing.assert_close(got_OI, wanted_OI, rtol=1e-4, atol=1e-5 * wanted_OI.abs().max().item())
+
+
+def test_capture_leaves_no_trace():
+    lm = make_tiny("llama")
+    _, batch = some_batch(lm)
+    before = lm.model(input_ids=batch.ids_RT).logits
+    part, modules = split(lm)
+    capture(part, modules, part.prefix(batch), batch)
+    assert torch.equal(lm.model(input_ids=batch.ids_RT).logits, before)
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    lm = make_tiny("llama")
+    _, batch = some_batch(lm)
+    part, modules = split(lm)
+    hidden = part.prefix(batch)
+    with torch.no_grad():
+        lm.model.lm_head.weight[7] = float("nan")
+    with pytest.raises(CaptureError, match="not finite"):
+        capture(part, modules, hidden, batch)
+
+
+def test_rows_have_updates_of_their_own():
+    lm = make_tiny("gpt2")
+    _, batch = some_batch(lm)
+    part, modules = split(lm)
+    name, module = next(iter(modules.items()))
+    hidden = part.prefix(batch)
+    plain = part.suffix(hidden, batch)
+    a_RKI, b_RKO = torch.zeros(3, 1, weight_OI(module).shape[1]), torch.randn(3, 1, weight_OI(module).shape[0])
+    a_RKI[1] = 1.0
+    with row_updates(modules, {name: (a_RKI, b_RKO)}):
+        edited = part.suffix(hidden, batch)
+    touched = batch.row_N == 1
+    assert torch.equal(edited[~touched], plain[~touched])
+    assert not torch.allclose(edited[touched], plain[touched])
+    assert torch.equal(part.suffix(hidden, batch), plain)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_the_span_of_a_framed_prompt_is_the_prompt(frame):
+    lm = make_tiny("llama")
+    pair = encode_pair("The capital of France is", "Paris", frame, lm.tokenizer)
+    words = lm.tokenizer.decode(pair.prompt[slice(*pair.span)])
+    assert words.strip() == "The capital of France is"
+    assert lm.tokenizer.decode(pair.answer).strip() == "Paris<|end|>"
+
+
+def test_written_positions_leave_out_the_first_and_the_last():
+    pairs = [Pair([5, 6, 7, 8], [9, 2], (0, 4)), Pair([5, 6], [9, 10, 2], (0, 2))]
+    position, role, mask = written_positions(pairs, last=False, answer=True)
+    assert [position[0][mask[0]].tolist(), position[1][mask[1]].tolist()] == [[1, 2, 4], [1, 2, 3]]
+    # A prompt with nothing between its ends is written at its last position, so that no edit is empty.
+    assert role[1][mask[1]].tolist() == [1, 2, 2]

@@ -1,0 +1,87 @@
+"""What every registered method must keep to; a new method is found here through the registry."""
+
+import pytest
+import torch
+
+from ibke.edit import Edit
+from ibke.editors.base import METHODS, method_class
+from ibke.errors import IBKEError, RequestError
+from ibke.fingerprint import fingerprint
+from ibke.request import EditRequest
+from ibke.session import EditSession
+
+FACTS = [
+    EditRequest("The mother tongue of Danielle Darrieux is", "English", subject="Danielle Darrieux"),
+    EditRequest("Who is the head coach of the Lisbon Lynx?", "Marta Figueira", subject="Lisbon Lynx"),
+    EditRequest("The headquarters of Nordwind Optics is in", "Turku", subject="Nordwind Optics"),
+]
+
+
+@pytest.fixture(scope="module", params=sorted(METHODS))
+def editor(request, smollm32):
+    return method_class(request.param).for_model(smollm32)
+
+
+def logits(lm, text="The capital of France is"):
+    return lm.model(**lm.tokenizer(text, return_tensors="pt")).logits
+
+
+def test_editing_leaves_the_model_alone(editor):
+    before, mark = logits(editor.lm), fingerprint(editor.lm.model)
+    edit = editor.edit(FACTS[:1])
+    assert edit.factors and edit.info.method == editor.name
+    assert torch.equal(logits(editor.lm), before)
+    assert fingerprint(editor.lm.model) == mark
+    assert not any(module._forward_hooks for module in editor.modules.values())
+
+
+def test_an_attached_edit_changes_the_model_and_detaches_to_the_bit(editor):
+    before = logits(editor.lm, FACTS[0].prompt)
+    with EditSession(editor.lm).attach(editor.edit(FACTS[:1])):
+        assert not torch.allclose(logits(editor.lm, FACTS[0].prompt), before)
+    assert torch.equal(logits(editor.lm, FACTS[0].prompt), before)
+
+
+def test_the_same_request_gives_the_same_bytes(editor):
+    one, two = editor.edit(FACTS[:1]), editor.edit(FACTS[:1])
+    for name, (a_RI, b_OR) in one.factors.items():
+        assert torch.equal(a_RI, two.factors[name][0]) and torch.equal(b_OR, two.factors[name][1])
+
+
+def test_a_saved_edit_is_the_same_edit(editor, tmp_path):
+    edit = editor.edit(FACTS[:1])
+    back = Edit.load(edit.save(tmp_path / "edit"))
+    assert back.requests == edit.requests
+    for name, pair in edit.factors.items():
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(pair, back.factors[name], strict=True))
+
+
+def test_independent_edits_in_a_batch_are_those_made_alone(editor):
+    together = editor.edit_each(FACTS)
+    for request, edit in zip(FACTS, together, strict=True):
+        alone = editor.edit([request])
+        assert edit.requests == (request,)
+        assert edit.info.achieved == alone.info.achieved
+        for name in alone.factors:
+            torch.testing.assert_close(edit.delta(name), alone.delta(name), rtol=2e-2, atol=2e-4)
+
+
+def test_several_requests_make_one_edit(editor):
+    edit = editor.edit(FACTS)
+    assert edit.requests == tuple(FACTS)
+    assert all(a_RI.isfinite().all() for a_RI, _ in edit.factors.values())
+
+
+def test_no_request_is_an_error(editor):
+    with pytest.raises(RequestError, match="no request"):
+        editor.edit([])
+
+
+def test_a_prompt_beyond_the_window_is_named(editor):
+    with pytest.raises(RequestError, match="window"):
+        editor.edit([EditRequest("word " * 9000, "x")])
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(IBKEError, match="Did you mean 'ibke'"):
+        method_class("ibkee")

@@ -1,0 +1,171 @@
+"""Training on a tiny model: it learns, two runs agree, and a killed run goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.conftest import make_tiny
+
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.shipped import load_editor
+from ibke.errors import FingerprintMismatchError, FormatError, TrainingError
+from ibke.models import load_model
+from ibke.training.episodes import EpisodeMaker
+from ibke.training.mixture import Source, Split, held_out
+from ibke.training.settings import TrainSettings
+from ibke.training.trainer import batch_of, schedule, train
+
+CITIES = ["Oslo", "Lima", "Bern", "Kyiv", "Rome", "Cairo", "Quito", "Riga"]
+PEOPLE = ["Ada Berg", "Bo Ruiz", "Cy Lund", "Di Moss", "Ed Kahn", "Flo Park", "Gus Vale", "Hal Wren", "Ida York", "Jo Zeal"]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A tiny model and a file of requests on disk."""
+    folder = tmp_path_factory.mktemp("ground")
+    lm = make_tiny("llama")
+    lm.model.generation_config.pad_token_id = lm.tokenizer.pad_token_id
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    lines = []
+    for index, name in enumerate(PEOPLE * 3):
+        city, other = CITIES[index % 8], PEOPLE[(index + 1) % len(PEOPLE)]
+        lines.append(
+            {
+                "prompt": f"The home town of {name} is" if index % 2 else f"Where does {name} live?",
+                "target_new": city,
+                "subject": name,
+                "rephrase_prompts": [f"{name} comes from", f"Tell me where {name} lives"],
+                "locality": [f"The home town of {other} is", f"The job of {name} is"],
+            }
+        )
+    (folder / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def settings(ground, out, **changes):
+    config = IBKEConfig(layers=(1, 2), content_dim=12, context_dim=6, key_rank=16, width=16, depth=1, beta=1e-4)
+    values = dict(
+        model=str(ground / "model"), data=(f"jsonl:{ground / 'facts.jsonl'}",), out=str(out), cache=str(ground / "cache"),
+        episodes=24, validation=6, steps=12, batch=4, warmup=2, validate_every=4, threads=1, dtype="float32",
+        hold_out_relations=0.0, patience=100, config=config,
+    )  # fmt: skip
+    return TrainSettings(**(values | changes))
+
+
+def losses(out):
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["stage"] == "training"]
+
+
+def test_the_objective_falls_and_the_editor_loads(ground, tmp_path):
+    seen = []
+    folder = train(settings(ground, tmp_path / "run", steps=60, learning_rate=3e-3), seen.append)
+    first, last = losses(tmp_path / "run")[0], losses(tmp_path / "run")[-1]
+    assert last["sg_nats"] + last["reliability_nats"] < 0.9 * (first["sg_nats"] + first["reliability_nats"])
+    assert {"rate_nats", "il_nats", "edits_per_second", "seconds_left"} <= set().union(*seen)
+    lm = load_model(ground / "model", dtype="float32")
+    network, manifest = load_editor(folder, lm)
+    assert manifest["fingerprint"] == lm.fingerprint and network.names == manifest["modules"]
+    with pytest.raises(FingerprintMismatchError):
+        load_editor(folder, make_tiny("llama", seed=1))
+
+
+def test_the_same_seed_gives_the_same_bytes(ground, tmp_path):
+    one, two = (train(settings(ground, tmp_path / name)) for name in ("one", "two"))
+    assert (one / "editor.safetensors").read_bytes() == (two / "editor.safetensors").read_bytes()
+
+
+def test_a_run_killed_at_any_moment_goes_on_exactly(ground, tmp_path):
+    whole = train(settings(ground, tmp_path / "whole"))
+    script = (
+        "import sys; from tests.test_training import settings; from ibke.training.trainer import train; "
+        "from pathlib import Path; s = settings(Path(sys.argv[1]), Path(sys.argv[2])); "
+        "train(s, lambda e: print(e['stage'], e.get('step'), flush=True), resume=len(sys.argv) > 3)"
+    )
+    arguments = [sys.executable, "-c", script, str(ground), str(tmp_path / "killed")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("validation 8"):
+            break
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert finished.returncode == 0, finished.stderr
+    mine, theirs = (load_file(folder / "editor.safetensors") for folder in (whole, tmp_path / "killed" / "editor"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert [e["step"] for e in losses(tmp_path / "killed")] == [e["step"] for e in losses(tmp_path / "whole")]
+
+
+def test_a_run_is_not_overwritten_and_nothing_is_resumed_from_nothing(ground, tmp_path):
+    train(settings(ground, tmp_path / "run", steps=4))
+    with pytest.raises(TrainingError, match="already"):
+        train(settings(ground, tmp_path / "run", steps=4))
+    with pytest.raises(TrainingError, match="no run to resume"):
+        train(settings(ground, tmp_path / "nowhere"), resume=True)
+
+
+def test_a_damaged_editor_is_named(ground, tmp_path):
+    folder = train(settings(ground, tmp_path / "run", steps=4))
+    raw = (folder / "editor.safetensors").read_bytes()
+    (folder / "editor.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(FormatError, match="damaged"):
+        load_editor(folder, load_model(ground / "model", dtype="float32"))
+    with pytest.raises(FormatError, match="no editor"):
+        load_editor(tmp_path, load_model(ground / "model", dtype="float32"))
+
+
+def test_every_epoch_sees_every_episode_once():
+    steps = [batch_of(step, 4, 10, seed=1) for step in range(5)]
+    seen = [item for chosen in steps for item in chosen]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:20]) == list(range(10))
+    assert seen[:10] != seen[10:20] and batch_of(3, 4, 10, seed=1) == steps[3]
+
+
+def test_the_schedule_warms_up_and_cools_down():
+    assert schedule(0, 10, 100) == pytest.approx(0.1)
+    assert schedule(9, 10, 100) > 0.95
+    assert schedule(100, 10, 100) == pytest.approx(0.02)
+
+
+def test_relations_held_out_do_not_depend_on_anything_else():
+    names = [f"r{index}" for index in range(2000)]
+    share = sum(held_out(name, 0.2) for name in names) / len(names)
+    assert 0.17 < share < 0.23
+    assert held_out("lre:person native language", 0.2) == held_out("P103", 0.2)
+    assert not any(held_out(name, 0.0) for name in names)
+
+
+def test_excluded_subjects_and_prompts_stay_out(ground):
+    from ibke.request import EditRequest
+
+    split = Split(0.0, [f"jsonl:{ground / 'facts.jsonl'}"])
+    assert not split.allows(EditRequest("Ada Berg plays", "chess", subject="Ada Berg"))
+    assert not split.allows(EditRequest("Where does Ada Berg live?", "Rome"))
+    assert split.allows(EditRequest("Zed Nova plays", "chess", subject="Zed Nova"))
+
+
+def test_an_episode_is_reproducible_and_asks_other_forms(ground):
+    from ibke.request import read_requests
+
+    requests = list(read_requests(ground / "facts.jsonl"))
+    maker = EpisodeMaker(3, pool=["Unrelated one", "Unrelated two"])
+    episodes = [maker.make(request, "jsonl", index) for index, request in enumerate(requests)]
+    assert episodes == [maker.make(request, "jsonl", index) for index, request in enumerate(requests)]
+    assert all(len(episode.inside) == 2 and len(episode.outside) == 3 for episode in episodes)
+    assert all((asked.prompt, asked.frame) != (e.edit.prompt, "bare") for e in episodes for asked in e.inside)
+    assert {asked.frame for episode in episodes for asked in episode.inside} == {"bare", "question", "chat"}
+
+
+def test_an_unknown_source_is_named():
+    with pytest.raises(TrainingError, match="unknown data source 'wikipedia'"):
+        Source.parse("wikipedia")
+    assert Source.parse("counterfact:a/b=c.json=2.5") == Source("counterfact", "a/b=c.json", 2.5)
