@@ -10,6 +10,7 @@ import inspect
 import logging
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +20,13 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 DONE, NOT_ACHIEVED, WRONG_INPUT = 0, 1, 2
 # Seconds before the first line of progress, and between lines, where there is no terminal to draw a bar on.
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
+WIDTH = 110  # widest bar, in columns
 
 
 class Commands(TyperGroup):
@@ -133,6 +137,17 @@ def load_for_editing(choice: ModelChoice, method: str, path: str | None, refine:
         return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}))
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """The time left as the work itself tells it, or else as the bar's pace does."""
+
+    def render(self, task: Task) -> Text:
+        """The column's text."""
+        told = task.fields.get("seconds_left")
+        if told is None:
+            return super().render(task)
+        return Text(str(timedelta(seconds=int(told))), style="progress.remaining")
+
+
 class Bars:
     """Bars on standard error with the time left, gone when done; now and then a line where there is no terminal.
 
@@ -142,18 +157,20 @@ class Bars:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self.console.width = min(self.console.width, WIDTH)
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None),  # takes what the others leave
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+            _TimeLeft(table_column=Column(no_wrap=True, min_width=7)),
             TextColumn("{task.fields[figures]}", markup=False, style="cyan"),
         )
         self.bars = Progress(
             *columns,
             console=self.console,
             transient=True,
+            expand=True,
             redirect_stdout=False,
             disable=not self.console.is_terminal,
         )
@@ -167,12 +184,14 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def __call__(self, what: str, done: int, total: int | None, figures: str = "") -> None:
+    def __call__(
+        self, what: str, done: int, total: int | None, figures: str = "", seconds_left: float | None = None
+    ) -> None:
         """Move a bar, or start it."""
         if what not in self.tasks:
             self.tasks[what] = self.bars.add_task(what, total=total, figures=figures)
             self.due[what] = time.monotonic() + FIRST_LINE
-        self.bars.update(self.tasks[what], completed=done, total=total, figures=figures)
+        self.bars.update(self.tasks[what], completed=done, total=total, figures=figures, seconds_left=seconds_left)
         if not self.console.is_terminal and time.monotonic() >= self.due[what]:
             self.due[what] = time.monotonic() + LINE_EVERY
             share = f" {done / total:.0%}" if done and total else ""

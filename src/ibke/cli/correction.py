@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Role = Literal["prompt", "wording", "chat", "keep"]
 
-LONGEST = 60  # characters of an answer that are shown
+BEFORE, AFTER = 38, 48  # characters of an answer that are shown
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,18 @@ def _judge(asked: Asked, before: str, after: str, request: EditRequest) -> Asked
     return replace(asked, before=before, after=after, ok=ok)
 
 
-def render(correction: Correction, title: str = "") -> Group:
+def render(correction: Correction, note: str = "") -> Group:
     """A correction as a table with a line of figures below."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("", style="dim", no_wrap=True)
-    table.add_column("asked", ratio=4)
-    table.add_column("before", ratio=4)
-    table.add_column("after", ratio=3)
+    table.add_column("asked")
+    table.add_column("before", style="dim")
+    table.add_column("after", min_width=20)
     for a in correction.asked:
-        table.add_row(a.role, Text(a.prompt), Text(shorten(a.before, LONGEST), style="dim"), _after(a))
-    head = Text.assemble((f"{title}  " if title else ""), (correction.request.prompt, "bold"), " → ")
+        table.add_row(a.role, Text(a.prompt), Text(shorten(a.before, BEFORE)), _after(a))
+    head = Text.assemble((correction.request.prompt, "bold"), " → ")
     head.append(correction.request.target_new, style="bold green" if correction.achieved else "bold red")
+    head.append(f"  {note}" if note else "", style="dim")
     return Group(head, table, figures(correction))
 
 
@@ -179,4 +180,4 @@ def _after(asked: Asked) -> Text:
     mark, style = ("✓", "green") if asked.ok else ("✗", "red")
     if asked.role == "keep":
         mark, style = ("=", "green") if asked.ok else ("≠", "yellow")
-    return Text.assemble((f"{mark} ", style), shorten(asked.after, LONGEST))
+    return Text.assemble((f"{mark} ", style), shorten(asked.after, AFTER))

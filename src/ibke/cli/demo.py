@@ -8,7 +8,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.rule import Rule
 from rich.text import Text
 
 from ibke.cli.console import DONE, JSON, NOT_ACHIEVED, EditorPath, ModelChoice, NoRefine, load_for_editing
@@ -56,12 +55,10 @@ def demo(no_refine: NoRefine = False, editor: EditorPath = None, as_json: JSON =
     console = screen(as_json)
     lm, method = load_for_editing(ModelChoice(MODEL), "ibke", editor, not no_refine)
     corrections = []
-    for index, fact in enumerate(load_facts(), start=1):
+    for fact in load_facts():
         correction = correct(lm, method, fact.request, fact.asked, force=True)
         corrections.append(correction)
-        console.print(Rule(f"{index}. {fact.since}", align="left", style="dim"))
-        console.print(render(correction))
-    console.print(Rule(style="dim"))
+        console.print(render(correction, fact.since), Text())
     _sum_up(corrections, console)
     if as_json:
         print_json({"model": lm.name, "method": method.name, "edits": [c.to_dict() for c in corrections]})

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ibke.errors import IBKEError
 
-WIDTH = 100  # columns where there is no terminal
+WIDTH = 110  # columns where there is no terminal
 
 
 def screen(as_json: bool = False) -> Console:

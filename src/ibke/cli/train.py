@@ -63,7 +63,13 @@ def train(
         def report(state: dict[str, Any]) -> None:
             last.update(state)
             if "done" in state:
-                tick(state["stage"].capitalize(), state["done"], state["total"], _figures(last))
+                tick(
+                    state["stage"].capitalize(),
+                    state["done"],
+                    state["total"],
+                    _figures(last),
+                    state.get("seconds_left"),
+                )
 
         folder = run(wanted, on_progress=report, resume=resume)
     if not as_json:
@@ -74,13 +80,13 @@ def train(
 
 def _figures(state: dict[str, Any]) -> str:
     """Rate, sufficiency and independence in nats, and the pace."""
-    names = {"rate_nats": "R", "sg_nats": "SG", "il_nats": "IL"}
-    parts = [f"{short} {state[name]:.2f}" for name, short in names.items() if name in state]
-    if parts:
-        parts.append(f"nats · {state['edits_per_second']:.0f} edits/s")
+    parts = []
+    if "rate_nats" in state:
+        parts.append(f"R {state['rate_nats']:.0f} SG {state['sg_nats']:.2f} IL {state['il_nats']:.2f} nats")
+        parts.append(f"{state['edits_per_second']:.0f} edits/s")
     if "score" in state:
-        parts.append(f"· validation {state['score']:.3f}")
-    return " ".join(parts)
+        parts.append(f"score {state['score']:.3f}")
+    return " · ".join(parts)
 
 
 def _overrides(settings: list[str]) -> tuple[dict[str, Any], IBKEConfig]:

@@ -1,0 +1,387 @@
+"""The command line: exit codes, one message for each wrong input, and the commands on the real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradient_editor import GradientEditor
+from typer.testing import CliRunner, Result
+
+from ibke.cli.correction import says
+from ibke.cli.main import app
+from ibke.cli.output import shorten
+from ibke.edit import INDEX, Edit
+from ibke.editors import base
+from ibke.editors.ibke.shipped import MANIFEST, SHIPPED
+
+PROMPT, OLD, NEW = "The capital of Turkey is", "Istanbul", "Ankara"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a command line; the methods ``gradient`` (which works) and ``idle`` (which does nothing) are registered."""
+    monkeypatch.setenv("IBKE_DATA", str(tmp_path_factory.mktemp("data")))
+    monkeypatch.setitem(base.METHODS, "gradient", "gradient_editor:GradientEditor")
+    monkeypatch.setitem(base.METHODS, "idle", "gradient_editor:IdleEditor")
+    runner = CliRunner()
+
+    def invoke(*arguments: Any) -> Result:
+        result = runner.invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def shipped() -> None:
+    """Skips as long as no trained editor ships with the package."""
+    if not list(SHIPPED.glob(f"*/{MANIFEST}")):
+        pytest.skip(f"no trained editor ships yet (none in {SHIPPED})")
+
+
+@pytest.fixture(scope="module")
+def saved_edit(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An edit of the real model, on disk."""
+    from ibke.request import EditRequest
+
+    edit = GradientEditor(smollm).edit([EditRequest(PROMPT, NEW)])
+    return edit.save(tmp_path_factory.mktemp("edits") / "ankara")
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Exit code 2, nothing on standard output, and one message that holds these words."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("Error: ") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+# --- help and listings
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "ibke", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0  # on an idle machine a third of a second
+    code = "import ibke.cli.main, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert done.returncode == 0
+    for command in ("demo", "edit", "ask", "train", "eval", "ls", "data"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", [["demo"], ["edit"], ["ask"], ["train"], ["eval"], ["ls"], ["data", "fetch"]])
+def test_every_command_explains_itself_and_takes_json(run: Run, command: list[str]):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+
+
+def test_version_and_bare_command(run: Run):
+    import ibke
+
+    assert run("--version").stdout.strip() == f"ibke {ibke.__version__}"
+    assert "Usage" in run().output
+
+
+def test_ls_models(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("IBKE_CACHE", str(tmp_path))
+    (row,) = json.loads(run("ls", "models", "--json").stdout)
+    assert row["name"] == "smollm2-135m"
+    assert row["here"] is False
+    assert row["folder"] == str(tmp_path / "smollm2-135m")
+    assert "smollm2-135m" in run("ls", "models").stdout
+
+
+def test_ls_methods(run: Run):
+    rows = {row["name"]: row["what"] for row in json.loads(run("ls", "methods", "--json").stdout)}
+    assert rows["gradient"] == "Moves low-rank factors down the target's gradient."
+    assert set(rows) == set(base.METHODS)
+    assert all(rows.values())
+
+
+def test_ls_refuses_an_unknown_kind(run: Run):
+    result = run("ls", "metods")
+    assert result.exit_code == 2
+    assert "methods" in result.stderr
+
+
+# --- what cannot be used, without a model
+
+
+def test_empty_prompt_and_target(run: Run):
+    refused(run("edit", " ", NEW), "`prompt` is empty")
+    refused(run("edit", PROMPT, ""), "`target_new` is empty")
+    refused(run("edit"), "`prompt` is empty")
+    refused(run("ask", "  "), "the prompt is empty")
+    refused(run("edit", PROMPT, NEW, "--keep", " "), "a probe has an empty prompt")
+
+
+def test_subject_that_is_not_in_the_prompt(run: Run):
+    refused(run("edit", PROMPT, NEW, "--subject", "France"), "'France'", PROMPT)
+
+
+def test_invalid_line_of_a_request_file(run: Run, tmp_path: Path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPT, "target_new": NEW}) + '\n{"prompt": \n')
+    refused(run("edit", "--requests", file, "--out", tmp_path / "out"), str(file), "line 2", "not valid JSON")
+    refused(run("eval", "--data", file), str(file), "line 2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_requests_and_a_request_at_once_or_nowhere_to_save(run: Run, tmp_path: Path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n")
+    refused(run("edit", PROMPT, NEW, "--requests", file, "--out", tmp_path), "were given")
+    refused(run("edit", "--requests", file), "--out FOLDER")
+    refused(run("edit", "--requests", file, "--out", tmp_path), "there is no request")
+    refused(run("eval", "--data", file), "there is no request")
+
+
+def test_eval_refuses_what_it_does_not_know(run: Run, tmp_path: Path):
+    file = tmp_path / "data.json"
+    file.write_text("[1]")
+    refused(run("eval", "--data", file, "--format", "zsr"), "Did you mean 'zsre'?")
+    refused(run("eval", "--data", file, "--protocol", "batch"), "'batch'", "single")
+    refused(run("eval", "--data", file, "--format", "zsre"), "no record has the shape")
+    refused(run("eval", "--data", file, "--json", tmp_path / "none" / "out.json"), "cannot be written")
+    refused(run("eval", "--data", tmp_path / "none.json", "--format", "zsre"), "cannot be read")
+
+
+def test_unknown_method_and_model_name_the_nearest(run: Run):
+    refused(run("edit", PROMPT, NEW, "--method", "ibek"), "'ibek'", "Did you mean 'ibke'?")
+    refused(run("edit", PROMPT, NEW, "--method", "gradient", "--no-refine"), "nothing to refine")
+    refused(run("ask", PROMPT, "--model", "smolm2-135m"), "'smolm2-135m'", "Did you mean 'smollm2-135m'?")
+
+
+def test_model_files_that_cannot_be_read(run: Run, tmp_path: Path):
+    broken = tmp_path / "model.gguf"
+    broken.write_bytes(b"GGUF but not really")
+    refused(run("ask", PROMPT, "--model", broken), str(broken))
+    refused(run("ask", PROMPT, "--model", tmp_path), "config.json")
+    refused(run("ask", PROMPT, "--model", tmp_path / "none"), "no such file")
+
+
+def test_folder_without_an_edit(run: Run, tmp_path: Path):
+    refused(run("ask", PROMPT, "--edit", tmp_path), str(tmp_path), "no edit here")
+
+
+def test_train_settings(run: Run, tmp_path: Path):
+    command = ("train", "--data", "facts", "--out", tmp_path / "run")
+    refused(run(*command, "--set", "lambda=1"), "'lambda'", "Did you mean 'lambda_il'?")
+    refused(run(*command, "--set", "warmup=soon"), "'soon'", "'warmup'", "100")
+    refused(run(*command, "--set", "prior=normal"), "'normal'", "diagonal")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_overrides_reach_the_settings():
+    from ibke.cli.train import _overrides
+
+    run_settings, config = _overrides(["layers=4,6", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"])
+    assert run_settings == {"warmup": 7}
+    assert (config.layers, config.noise, config.prior, config.beta) == ((4, 6), False, "ceb", 0.5)
+
+
+# --- on the real model
+
+
+def test_module_that_does_not_exist(run: Run):
+    result = run("ask", PROMPT, "--module", "model.layers.3.mlp.down_prj")
+    refused(result, "down_prj", "Did you mean 'model.layers.3.mlp.down_proj'?")
+
+
+def test_ask_with_an_edit_and_without(run: Run, saved_edit: Path):
+    assert run("ask", PROMPT).stdout == f"{OLD}.\n"
+    assert run("ask", PROMPT, "--edit", saved_edit).stdout == f"{NEW}\n"
+    document = json.loads(run("ask", "What is the capital of Turkey?", "--chat", "--max-tokens", 3, "--json").stdout)
+    assert document["frame"] == "chat"
+    assert document["tokens"] <= 3
+    assert document["answer"] and document["edits"] == []
+
+
+def test_ask_refuses_an_edit_of_another_model(run: Run, saved_edit: Path, tmp_path: Path):
+    edit = Edit.load(saved_edit)
+    own = edit.info.fingerprint
+    edit.info.fingerprint = "0" * 32
+    refused(run("ask", PROMPT, "--edit", edit.save(tmp_path / "foreign")), "0" * 32, own)
+
+
+def test_prompt_longer_than_the_window(run: Run):
+    refused(run("ask", "word " * 9000), "window")
+
+
+def test_edit_that_takes(run: Run, tmp_path: Path):
+    result = run("edit", PROMPT, NEW, "--method", "gradient", "--out", tmp_path / "ankara", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["achieved"] is True and document["already"] is False
+    assert [a["role"] for a in document["answers"]] == ["prompt"]
+    assert document["answers"][0]["before"].startswith(OLD)
+    assert document["answers"][0]["after"] == NEW
+    assert document["seconds"] > 0
+    assert Edit.load(document["folder"]).requests[0].target_new == NEW
+    assert NEW in result.stderr  # the table for people
+
+
+def test_edit_that_does_not_take(run: Run, tmp_path: Path):
+    result = run("edit", PROMPT, NEW, "--rephrase", "Turkey's capital is", "--method", "idle", "--out", tmp_path / "x")
+    assert result.exit_code == 1
+    assert "The target is not generated." in result.stdout
+    assert (tmp_path / "x" / INDEX).exists()
+
+
+def test_target_that_the_model_answers_already(run: Run, tmp_path: Path):
+    result = run("edit", PROMPT, OLD, "--method", "idle", "--out", tmp_path / "x")
+    assert result.exit_code == 0
+    assert "answers this already" in result.stdout
+    assert not (tmp_path / "x").exists()
+    forced = run("edit", PROMPT, OLD, "--method", "gradient", "--out", tmp_path / "x", "--force", "--json")
+    assert json.loads(forced.stdout)["already"] is False
+    assert (tmp_path / "x" / INDEX).exists()
+
+
+def test_edits_of_a_file(run: Run, tmp_path: Path):
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    requests = [
+        {"prompt": PROMPT, "target_new": NEW, "locality": ["The capital of Japan is"]},
+        {"prompt": PROMPT, "target_new": OLD},
+        {"prompt": "word " * 9000, "target_new": NEW},
+    ]
+    file.write_text("\n".join(map(json.dumps, requests)))
+    result = run("edit", "--requests", file, "--out", out, "--method", "gradient", "--json")
+    assert result.exit_code == 2  # one of them cannot be used; the others are made all the same
+    document = json.loads(result.stdout)
+    assert (document["n"], document["achieved"], document["unusable"]) == (3, 2, 1)
+    first, second, third = document["edits"]
+    assert first["folder"] == str(out / "0001")
+    assert [a["role"] for a in first["answers"]] == ["prompt", "keep"]
+    assert second["already"] is True
+    assert "window" in third["error"]
+    assert sorted(path.name for path in out.iterdir()) == ["0001"]
+
+
+def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
+    file, report = tmp_path / "requests.jsonl", tmp_path / "report.json"
+    record = {
+        "prompt": PROMPT,
+        "target_new": NEW,
+        "rephrase_prompts": ["Turkey's capital is"],
+        "locality": ["The capital of Japan is"],
+    }
+    file.write_text("\n".join(json.dumps({**record, "target_new": name}) for name in (NEW, "Izmir", "Bursa")))
+    command = ("eval", "--data", file, "--method", "gradient", "--limit", 1, "--seed", 1, "--frames", "bare, chat")
+    result = run(*command, "--json", report)
+    assert result.exit_code == 0
+    assert "reliability" in result.stdout and str(report) in result.stdout.replace("\n", "")
+    written = json.loads(report.read_text())
+    assert (written["n"], written["protocol"]) == (1, "single")
+    assert written["by_frame"]["bare"]["metrics"]["generation"]["reliability"]["mean"] == 1.0
+    assert written["by_frame"]["bare"]["base"]["generation"]["reliability"]["mean"] == 0.0
+    assert written["config"]["seed"] == 1 and written["config"]["method"] == "gradient"
+    printed = json.loads(run("eval", "--data", file, "--method", "idle", "--limit", 1, "--json", "-").stdout)
+    assert (printed["n"], printed["metrics"]["generation"]["locality"]["mean"]) == (1, 1.0)
+    refused(run(*command[:-1], "chats"), "'chats'")
+
+
+# --- with an editor trained here
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model on disk, with requests to train on beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lm = tiny_model("llama")
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    requests = [
+        {
+            "prompt": f"The capital of land {i} is",
+            "target_new": f"city {i}",
+            "rephrase_prompts": [f"Land {i} is ruled from"],
+            "locality": [f"The king of land {i} is", f"The capital of isle {i} is"],
+        }
+        for i in range(16)
+    ]
+    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    return folder
+
+
+def test_train_then_edit(run: Run, tiny_folder: Path, tmp_path: Path):
+    sizes = ("layers=1,2", "key_rank=64", "content_dim=8", "context_dim=4", "width=16")
+    rest = ("validation=4", "validate_every=2", "hold_out_relations=0", *sizes)
+    command = ["train", "--model", tiny_folder, "--data", f"jsonl:{tiny_folder / 'requests.jsonl'}"]
+    command += ["--out", tmp_path / "run", "--episodes", 12, "--batch", 2, "--dtype", "float32"]
+    command += [part for setting in rest for part in ("--set", setting)]
+    document = json.loads(run(*command, "--steps", 2, "--json").stdout)
+    editor = Path(document["editor"])
+    assert (editor / MANIFEST).exists() and document["last"]["step"] == 2
+    refused(run(*command, "--steps", 4), "a run is here already", "--resume")
+    resumed = run(*command, "--steps", 4, "--resume")
+    assert resumed.exit_code == 0 and str(editor) in resumed.stdout
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+
+    done = run("edit", "The capital of land 3 is", "city 5", "--model", tiny_folder, "--editor", editor, "--json")
+    answer = json.loads(done.stdout)
+    assert done.exit_code == (0 if answer["achieved"] else 1)
+    assert answer["rate_nats"] > 0 and answer["refine_steps"] > 0
+    refused(run("edit", PROMPT, NEW, "--editor", editor), "made for", "fingerprint")
+
+
+# --- with the editor that ships
+
+
+def test_demo(run: Run, shipped: None):
+    result = run("demo", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert len(document["edits"]) == 3
+    for edit in document["edits"]:
+        roles = [answer["role"] for answer in edit["answers"]]
+        assert roles == ["prompt", "wording", "wording", "chat", "keep", "keep"]
+        assert edit["achieved"] and edit["answers"][0]["before"] != edit["answers"][0]["after"]
+        assert edit["rate_nats"] > 0 and edit["seconds"] > 0
+    assert "3 of 3 facts corrected" in result.stderr
+
+
+def test_edit_with_the_shipped_editor(run: Run, shipped: None, tmp_path: Path):
+    result = run("edit", PROMPT, NEW, "--subject", "Turkey", "--out", tmp_path / "ankara")
+    assert result.exit_code == 0
+    assert "nats" in result.stdout
+    assert run("ask", PROMPT, "--edit", tmp_path / "ankara").stdout == f"{NEW}\n"
+    bare = run("edit", PROMPT, NEW, "--no-refine", "--json")
+    assert json.loads(bare.stdout)["refine_steps"] == 0
+
+
+# --- small things
+
+
+def test_says():
+    assert says("Paris.", "Paris")
+    assert says(" “Paris”, the capital", "Paris") is False  # the closing quote belongs to the answer
+    assert says("paris, the capital", "Paris")
+    assert not says("Paris Hilton", "Paris")
+    assert not says("Parisian", "Paris")
+
+
+def test_shorten():
+    assert shorten("short", 10) == "short"
+    cut = shorten("the capital of the country of Myanmar", 20)
+    assert cut == "the capital of the…"
+    assert len(shorten("x" * 50, 20)) == 20
