@@ -36,9 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/heldout-relations.jsonl"))
     args = parser.parse_args()
     facts = [
-        triple
-        for name in ("pararel", "lre")
-        for triple in triples(Source.parse(name), args.share, want_held_out=True)
+        triple for name in ("pararel", "lre") for triple in triples(Source.parse(name), args.share, want_held_out=True)
     ]
     random.Random(args.seed).shuffle(facts)
     made = generate(facts, load_wordings(), seed=args.seed, limit=4 * args.limit, skips=Skips())

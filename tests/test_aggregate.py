@@ -18,7 +18,15 @@ def ground():
     spectrum, rest = draw(RANK).abs() + 0.5, torch.tensor(0.3, dtype=torch.float64)
     mask = torch.ones(EDITS, TOKENS, dtype=torch.bool)
     mask[1, 3:] = False
-    return draw(EDITS, TOKENS, D_IN), draw(EDITS, TOKENS, D_OUT), mask, draw(EDITS, CONTRAST, D_IN), basis, spectrum, rest
+    return (
+        draw(EDITS, TOKENS, D_IN),
+        draw(EDITS, TOKENS, D_OUT),
+        mask,
+        draw(EDITS, CONTRAST, D_IN),
+        basis,
+        spectrum,
+        rest,
+    )
 
 
 def dense_B(basis, spectrum, rest):
@@ -41,7 +49,9 @@ def test_the_closed_form_is_the_dense_solve():
 
 def test_contrast_keys_are_silenced():
     keys, _, mask, _, basis, spectrum, rest = ground()
-    other = keys[:, :2] + 0.1 * torch.randn(EDITS, 2, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    other = keys[:, :2] + 0.1 * torch.randn(
+        EDITS, 2, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
     def response(rho):
         weight = torch.full((EDITS, 2), rho, dtype=torch.float64)

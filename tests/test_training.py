@@ -22,7 +22,18 @@ from ibke.training.settings import TrainSettings
 from ibke.training.trainer import batch_of, schedule, train
 
 CITIES = ["Oslo", "Lima", "Bern", "Kyiv", "Rome", "Cairo", "Quito", "Riga"]
-PEOPLE = ["Ada Berg", "Bo Ruiz", "Cy Lund", "Di Moss", "Ed Kahn", "Flo Park", "Gus Vale", "Hal Wren", "Ida York", "Jo Zeal"]
+PEOPLE = [
+    "Ada Berg",
+    "Bo Ruiz",
+    "Cy Lund",
+    "Di Moss",
+    "Ed Kahn",
+    "Flo Park",
+    "Gus Vale",
+    "Hal Wren",
+    "Ida York",
+    "Jo Zeal",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +62,23 @@ def ground(tmp_path_factory):
 
 def settings(ground, out, **changes):
     config = IBKEConfig(layers=(1, 2), content_dim=12, context_dim=6, key_rank=16, width=16, depth=1, beta=1e-4)
-    values = dict(
-        model=str(ground / "model"), data=(f"jsonl:{ground / 'facts.jsonl'}",), out=str(out), cache=str(ground / "cache"),
-        episodes=24, validation=6, steps=12, batch=4, warmup=2, validate_every=4, threads=1, dtype="float32",
-        hold_out_relations=0.0, patience=100, config=config,
-    )  # fmt: skip
+    values = {
+        "model": str(ground / "model"),
+        "data": (f"jsonl:{ground / 'facts.jsonl'}",),
+        "out": str(out),
+        "cache": str(ground / "cache"),
+        "episodes": 24,
+        "validation": 6,
+        "steps": 12,
+        "batch": 4,
+        "warmup": 2,
+        "validate_every": 4,
+        "threads": 1,
+        "dtype": "float32",
+        "hold_out_relations": 0.0,
+        "patience": 100,
+        "config": config,
+    }
     return TrainSettings(**(values | changes))
 
 
@@ -98,7 +121,9 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(ground, tmp_path):
     time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    finished = subprocess.run(
+        [*arguments, "resume"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
+    )
     assert finished.returncode == 0, finished.stderr
     mine, theirs = (load_file(folder / "editor.safetensors") for folder in (whole, tmp_path / "killed" / "editor"))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -109,6 +134,8 @@ def test_a_run_is_not_overwritten_and_nothing_is_resumed_from_nothing(ground, tm
     train(settings(ground, tmp_path / "run", steps=4))
     with pytest.raises(TrainingError, match="already"):
         train(settings(ground, tmp_path / "run", steps=4))
+    with pytest.raises(TrainingError, match="`batch` was 4"):
+        train(settings(ground, tmp_path / "run", steps=4, batch=5), resume=True)
     with pytest.raises(TrainingError, match="no run to resume"):
         train(settings(ground, tmp_path / "nowhere"), resume=True)
 

@@ -48,7 +48,7 @@ def evaluate(
     no_refine: NoRefine = False,
     module: Modules = None,
     device: Device = ModelChoice.device,
-    dtype: Dtype = ModelChoice.dtype,
+    dtype: Dtype = "float32",  # in bfloat16 rounding alone changes long answers, and locality would measure that
     out: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the report; - prints it.")] = None,
 ) -> None:
     """Measure reliability, generality and locality of a method, beside those of the unedited model.

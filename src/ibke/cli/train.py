@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 
 from ibke.cli.console import JSON, Bars, Dtype, ModelChoice, ModelName
-from ibke.cli.data import data_folder
 from ibke.cli.output import print_json, screen
 from ibke.errors import IBKEError
 
@@ -47,7 +45,6 @@ def train(
 
     The run can be killed at any time and goes on with --resume.
     """
-    os.environ.setdefault("IBKE_DATA", str(data_folder()))
     given: dict[str, Any] = {"seed": seed, "episodes": episodes, "steps": steps, "batch": batch, "threads": threads}
     given |= {"learning_rate": learning_rate, "dtype": dtype}
     options = {name: value for name, value in given.items() if value is not None}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from ibke.bundled import cache_folder
 from ibke.data.facts import generate
 from ibke.data.readers import READERS, Skipped, read
 from ibke.data.relations import load_wordings
@@ -88,15 +89,13 @@ def held_out(relation: str, share: float) -> bool:
 
 
 def data_folder() -> Path:
-    """Where the public tables are: ``IBKE_DATA``.
+    """Where the public tables are: ``IBKE_DATA``, or else where ``ibke data fetch`` puts them."""
+    return Path(os.environ.get("IBKE_DATA") or cache_folder() / "data")
 
-    Raises:
-        TrainingError: it is not set.
-    """
-    folder = os.environ.get("IBKE_DATA")
-    if not folder:
-        raise TrainingError("IBKE_DATA is not set.", "training data", "Point it at the folder of data sets.")
-    return Path(folder)
+
+def resolve_path(path: str) -> Path:
+    """A file named as it is, or relative to :func:`data_folder`."""
+    return Path(path) if Path(path).exists() else data_folder() / path
 
 
 def triples(source: Source, share_held_out: float, *, want_held_out: bool = False) -> Iterator[Triple]:
@@ -127,7 +126,7 @@ def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tu
             yield item.request, dict(item.kinds)
         return
     skipped: list[Skipped] = []
-    everything = list(read(Path(source.path), source.name, skipped))
+    everything = list(read(resolve_path(source.path), source.name, skipped))
     rng.shuffle(everything)
     usable = (request for request in everything if split.allows(request))
     for request in islice(usable, count):
@@ -148,7 +147,7 @@ class Split:
         for text in excluded:
             source = Source.parse(text)
             skipped: list[Skipped] = []
-            for request in read(Path(source.path), source.name, skipped):
+            for request in read(resolve_path(source.path), source.name, skipped):
                 self.words.add(request.prompt.lower())
                 self.words.add((request.subject or request.prompt).lower())
         self._known: dict[tuple[str, str], set[str]] | None = None

@@ -25,7 +25,7 @@ from ibke.modules import in_out, resolve, target_modules
 from ibke.partial import PartialModel
 from ibke.training.cache import Builder, EpisodeCache, build
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
-from ibke.training.mixture import Source, Split, mixture
+from ibke.training.mixture import Source, Split, mixture, resolve_path
 from ibke.training.settings import TrainSettings
 from ibke.training.statistics import KeyMoments, gather_text
 from ibke.training.step import terms
@@ -92,7 +92,7 @@ def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCach
         raise TrainingError("the edited modules differ in size.", "layers", "Choose layers of one shape.")
     moments = KeyMoments(ground.modules)
     if settings.text:
-        with Path(settings.text).open(encoding="utf-8") as lines:
+        with resolve_path(settings.text).open(encoding="utf-8") as lines:
             gather_text(moments, ground.lm.model, ground.lm.tokenizer, lines, 20_000)
     with torch.no_grad():
         for begin in range(0, min(320, len(episodes)), 32):
@@ -209,7 +209,9 @@ class Trainer:
         self.bad = 0 if score > self.best else self.bad + 1
         if score > self.best:
             self.best = score
-            about = {"settings": self.settings.to_dict(), "step": self.step, "validation": scores}
+            # Where the run happened to lie is nobody's business but its own.
+            kept = {name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache")}
+            about = {"training": kept, "step": self.step, "validation": scores}
             save_editor(self.out / "editor", self.averaged, self.ground.lm, about)
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -235,6 +237,22 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
     return chosen
 
 
+def check_same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """A run goes on under the settings it began with; only its threads may differ.
+
+    Raises:
+        TrainingError: another setting differs; names it.
+    """
+    plain = json.loads(json.dumps(now))
+    for name in sorted(set(before) | set(plain)):
+        if name != "threads" and before.get(name) != plain.get(name):
+            raise TrainingError(
+                f"`{name}` was {before.get(name)!r} when this run began and is {plain.get(name)!r} now.",
+                str(where),
+                "Resume with the old setting, or train into another folder.",
+            )
+
+
 def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume: bool = False) -> Path:
     """Train an editor; returns the folder of the best one.
 
@@ -249,6 +267,8 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
         raise TrainingError("there is no run to resume.", str(out), "Leave out --resume to start one.")
     if not resume and (out / "checkpoint.safetensors").exists():
         raise TrainingError("a run is here already.", str(out), "Add --resume to go on, or choose another folder.")
+    if resume:
+        check_same(json.loads(known.read_text(encoding="utf-8")), settings.to_dict(), known)
     write_json(known, settings.to_dict())
     if settings.threads:
         torch.set_num_threads(settings.threads)

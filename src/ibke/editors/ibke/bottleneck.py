@@ -183,8 +183,9 @@ class Bottleneck(nn.Module):
     def decode_keys(self, z_BTZ: Tensor) -> Tensor:
         """Keys from the context part of the code by the inverse of its linear map (L × B × T × I), strict variant."""
         context = z_BTZ[..., self.config.content_dim : self.config.content_dim + self.config.context_dim]
-        coordinates = (context * self.context_scale_X) @ self.context_basis_DX.T
-        coordinates = coordinates.unflatten(-1, (len(self.names), self.leading)) * self.key_values_LE[:, : self.leading].sqrt()
+        flat = (context * self.context_scale_X) @ self.context_basis_DX.T
+        spread_LE = self.key_values_LE[:, : self.leading].sqrt()
+        coordinates = flat.unflatten(-1, (len(self.names), self.leading)) * spread_LE
         return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, : self.leading])
 
 

@@ -32,7 +32,7 @@ class IBKEConfig:
         noise: sample z in training; off only for ablations.
     """
 
-    layers: tuple[int, ...] = (16, 18, 20, 22, 24)
+    layers: tuple[int, ...] = (20, 21, 22, 23, 24)
     content_dim: int = 192
     context_dim: int = 64
     key_rank: int = 256
@@ -42,10 +42,10 @@ class IBKEConfig:
     write_answer: bool = True
     keys: Literal["address", "code"] = "address"
     prior: Literal["standard", "diagonal", "ceb"] = "standard"
-    beta: float = 1e-3
+    beta: float = 2e-4
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"
     target_rate: float = 200.0
-    lambda_il: float = 1.0
+    lambda_il: float = 2.0
     noise: bool = True
 
     @property

@@ -72,7 +72,10 @@ class IBKEEditor(Editor):
         refine = RefineSettings(**manifest.get("refine", {}))
         if not settings.pop("refine", True):
             settings["steps"] = 0
-        return cls(lm, network, replace(refine, **settings), frame)
+        editor = cls(lm, network, replace(refine, **settings), frame)
+        if editor.settings.steps:
+            editor.probes.prepare()
+        return editor
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together, by one joint solve.

@@ -85,7 +85,8 @@ class Decoder(nn.Module):
         self.code = _zero(nn.Linear(width, config.content_dim))
         self.value = _zero(nn.Linear(width, modules * d_out))
         self.gate = _zero(nn.Linear(width, modules))
-        self.log_step = nn.Parameter(torch.zeros(modules))
+        # Half a typical output: enough to steer by, little enough that the first steps do not wreck everything else.
+        self.log_step = nn.Parameter(torch.full((modules,), math.log(0.5)))
 
     def forward(self, z_BTZ: Tensor, role_BT: Tensor, mask_BT: Tensor, basis_CD: Tensor) -> Tensor:
         """Values (B × T × L × O); ``basis_CD`` maps content codes back to joint gradient directions."""

@@ -35,26 +35,34 @@ class ProbeBank:
         ]
         self._general: list[Pair] = []
 
-    def rows(self, requests: Sequence[EditRequest], settings: RefineSettings) -> list[RowGroup]:
-        """Rows out of scope for every request, drawn by its own text so that the same edit comes out again."""
+    def prepare(self) -> None:
+        """Generate the base's answers to the general prompts, once."""
         if not self._general:
             self._general = self._answered(self.prompts)
+
+    def rows(self, requests: Sequence[EditRequest], settings: RefineSettings) -> list[RowGroup]:
+        """Rows out of scope for every request, drawn by its own text so that the same edit comes out again."""
+        self.prepare()
         pairs: list[Pair] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             rng = random.Random(request.prompt)
             chosen = rng.sample(self._general, min(settings.probes, len(self._general)))
-            chosen += self._answered(self._own(request, settings))
+            chosen += self._answered([(probe.prompt, "bare") for probe in request.locality])
+            chosen += [self._first(text) for text in swapped(request.prompt, request.subject, settings.swaps)]
             pairs += chosen
             owners += [owner] * len(chosen)
         return build_groups(self.part, pairs, [OUTSIDE] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
 
-    def _own(self, request: EditRequest, settings: RefineSettings) -> list[tuple[str, Frame]]:
-        asked: list[tuple[str, Frame]] = [(probe.prompt, "bare") for probe in request.locality]
-        return asked + [(text, "bare") for text in swapped(request.prompt, request.subject, settings.swaps)]
+    def _first(self, prompt: str) -> Pair:
+        """A prompt watched at its first answer token only, which needs no generation."""
+        pair = encode_pair(prompt, "-", "bare", self.lm.tokenizer)
+        return Pair(pair.prompt, pair.answer[:1], pair.span)
 
     def _answered(self, asked: Sequence[tuple[str, Frame]]) -> list[Pair]:
         """Prompts with the base's own greedy answer to each."""
+        if not asked:
+            return []
         pairs = [encode_pair(text, "-", frame, self.lm.tokenizer) for text, frame in asked]
         answers = continuations(self.lm.model, self.lm.tokenizer, [pair.prompt for pair in pairs])
         return [Pair(pair.prompt, answer, pair.span) for pair, answer in zip(pairs, answers, strict=True)]
