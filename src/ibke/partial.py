@@ -50,7 +50,7 @@ class PartialModel:
         self.parent: Any = model.get_submodule(layers.rpartition(".")[0])
         self.attribute = layers.rpartition(".")[2]
         self.layers: nn.ModuleList = getattr(self.parent, self.attribute)
-        self.decoder: nn.Module = model.base_model
+        self.decoder: Any = model.base_model
         self.head: nn.Module = model.get_output_embeddings()
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         wraps = self._wraps_output()
@@ -109,9 +109,23 @@ class PartialModel:
 
     def states(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
         """Final hidden states (R × T × D) from those entering layer ``first``."""
-        with self._skipping(hidden_RTD):
+        with self._skipping(hidden_RTD), self._plain_attention():
             out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
         return out.last_hidden_state
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        # On a CPU the fused attention's backward pass is several times slower than plain products on short rows.
+        config = self.decoder.config
+        kept = config._attn_implementation
+        if kept != "sdpa" or not torch.is_grad_enabled() or self.model.device.type != "cpu":
+            yield
+            return
+        config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = kept
 
     def suffix(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
         """Logits at the answer positions (N × V, float32) from hidden states entering layer ``first``."""

@@ -69,6 +69,34 @@ class RowGroup:
         )
 
 
+def merge(groups: Sequence[RowGroup]) -> RowGroup:
+    """Several groups as one, so that the weights are read once for all of them."""
+    length = max(group.hidden_RTD.shape[1] for group in groups)
+
+    def padded(values: Sequence[Tensor]) -> Tensor:
+        flat = [F.pad(value, (0, 0) * (value.dim() - 2) + (0, length - value.shape[1])) for value in values]
+        return torch.cat(flat)
+
+    starts = [0]
+    for group in groups:
+        starts.append(starts[-1] + group.batch.rows)
+    batch = Batch(
+        padded([group.batch.ids_RT for group in groups]),
+        padded([group.batch.attention_RT for group in groups]),
+        padded([group.batch.predicts_RT for group in groups]),
+        torch.cat([group.batch.labels_N for group in groups]),
+        torch.cat([group.batch.row_N + start for group, start in zip(groups, starts, strict=False)]),
+    )
+    return RowGroup(
+        padded([group.hidden_RTD for group in groups]),
+        batch,
+        torch.cat([group.kind_R for group in groups]),
+        torch.cat([group.owner_R for group in groups]),
+        torch.cat([group.base_tokens_NP for group in groups]),
+        torch.cat([group.base_log_probs_NP for group in groups]),
+    )
+
+
 @dataclass
 class RowTerms:
     """What came out, by row: NLL of the answer in scope, both divergences out of scope (nats), and exactness.

@@ -46,8 +46,6 @@ class Ground:
 def prepare_ground(settings: TrainSettings) -> Ground:
     """Load the base and cut it at the first edited layer."""
     lm = load_model(settings.model, dtype=settings.dtype)
-    # Eager attention: on a CPU the fused kernel's backward pass is several times slower on short rows.
-    lm.model.set_attn_implementation("eager")
     names = target_modules(lm, lm.architecture, settings.config.layers)
     return Ground(
         lm, PartialModel(lm.model, lm.architecture.layers, settings.config.layers[0]), resolve(lm.model, names)

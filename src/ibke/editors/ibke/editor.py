@@ -116,48 +116,50 @@ class IBKEEditor(Editor):
         began = time.perf_counter()
         code, nll_B = self.encode(requests)
         refined = self._refine(code, requests, joint)
+        z_BTZ = refined.z_BTZ if refined else code.mean
         with torch.no_grad():
-            factors = self.network.decode(refined.z_BTZ, code.written, joint=joint)
-            rate_B = self.network.rate(Code(refined.z_BTZ, code.log_variance, code.written))
-        # Each edit of a batch took its share of the time.
-        seconds = (time.perf_counter() - began) / (1 if joint else len(requests))
+            factors = self.network.decode(z_BTZ, code.written, joint=joint)
+            rate_B = self.network.rate(Code(z_BTZ, code.log_variance, code.written))
+        seconds = time.perf_counter() - began
         if joint:
-            return [self._wrap(requests, factors, 0, None, refined, rate_B, nll_B, seconds)]
-        masks = code.written.mask_BT
-        return [
-            self._wrap([request], factors, row, masks[row], refined, rate_B, nll_B, seconds)
-            for row, request in enumerate(requests)
-        ]
+            everything = slice(None)
+            latent = {"z": z_BTZ, "mask": code.written.mask_BT}
+            info = self._info(everything, refined, rate_B, nll_B, seconds, latent)
+            return [Edit({name: (a[0], b[0].T) for name, (a, b) in factors.items()}, tuple(requests), info)]
+        edits = []
+        for row, (request, mask_T) in enumerate(zip(requests, code.written.mask_BT, strict=True)):
+            # Each edit of a batch took its share of the time.
+            latent = {"z": z_BTZ[row][mask_T]}
+            info = self._info(slice(row, row + 1), refined, rate_B, nll_B, seconds / len(requests), latent)
+            mine = {name: (a[row][mask_T], b[row][mask_T].T) for name, (a, b) in factors.items()}
+            edits.append(Edit(mine, (request,), info))
+        return edits
 
-    def _wrap(
+    def _info(
         self,
-        requests: Sequence[EditRequest],
-        factors: dict[str, tuple[Tensor, Tensor]],
-        row: int,
-        mask_T: Tensor | None,
-        refined: Refined,
+        rows: slice,
+        refined: Refined | None,
         rate_B: Tensor,
         nll_B: Tensor,
         seconds: float,
-    ) -> Edit:
-        mine = slice(None) if mask_T is None else slice(row, row + 1)
-        keep = slice(None) if mask_T is None else mask_T
-        info = EditInfo(
+        latent: dict[str, Tensor],
+    ) -> EditInfo:
+        return EditInfo(
             method=self.name,
             fingerprint=self.lm.fingerprint,
             model=self.lm.name,
-            refine_steps=int(refined.steps_B[mine].max()),
-            rate_nats=float(rate_B[mine].sum()),
-            achieved=bool(refined.achieved_B[mine].all()),
+            refine_steps=int(refined.steps_B[rows].max()) if refined else 0,
+            rate_nats=float(rate_B[rows].sum()),
+            achieved=bool(refined.achieved_B[rows].all()) if refined else None,
             seconds=seconds,
-            nll_before=float(nll_B[mine].mean()),
-            nll_after=float(refined.nll_B[mine].mean()),
-            latent={"z": refined.z_BTZ if mask_T is None else refined.z_BTZ[row][mask_T]},
+            nll_before=float(nll_B[rows].mean()),
+            nll_after=float(refined.nll_B[rows].mean()) if refined else None,
+            latent=latent,
         )
-        made = {name: (a[row][keep], b[row][keep].T.contiguous()) for name, (a, b) in factors.items()}
-        return Edit(made, tuple(requests), info)
 
-    def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined:
+    def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
+        if not self.settings.steps:  # the bare network: nobody asks whether the target comes
+            return None
         refiner = Refiner(self.network, self.part, self.modules, self.settings, joint)
         return refiner.refine(code, self._targets(requests), lambda: self.probes.rows(requests, self.settings))
 

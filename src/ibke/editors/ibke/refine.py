@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written
 from ibke.partial import PartialModel
-from ibke.rows import OUTSIDE, RowGroup, RowTerms, run_rows
+from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RefineSettings:
         extra: steps taken after the target is first generated, for margin.
     """
 
-    steps: int = 16
-    learning_rate: float = 0.1
+    steps: int = 10
+    learning_rate: float = 0.15
     lambda_il: float = 1.0
     beta: float = 1e-3
     probes: int = 3
@@ -95,10 +95,11 @@ class Refiner:
         if not open_B.any() or self.settings.steps == 0:
             return best
         z, probes = code.mean.detach().clone().requires_grad_(), watch()
+        everything = [merge([*targets, *probes])] if count == 1 else [*targets, *probes]
         adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
         spare_B = torch.full((count,), self.settings.extra)
         for step in range(self.settings.steps):
-            loss, nll_B, achieved_B = self._objective(z, code, _owned(targets, open_B), _owned(probes, open_B), open_B)
+            loss, nll_B, achieved_B = self._objective(z, code, _owned(everything, open_B), open_B)
             self._accept(best, z, nll_B, achieved_B, open_B, step)
             spare_B -= (best.achieved_B & open_B).long()
             open_B = open_B & ~(best.achieved_B & (spare_B < 0))
@@ -113,11 +114,11 @@ class Refiner:
         return best
 
     def _objective(
-        self, z: Tensor, code: Code, targets: Sequence[RowGroup], probes: Sequence[RowGroup], open_B: Tensor
+        self, z: Tensor, code: Code, groups: Sequence[RowGroup], open_B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = self._run(z, code.written, [*targets, *probes])
+        rows = self._run(z, code.written, groups)
         nll_B, achieved_B = self._judge(rows, len(open_B))
-        outside = (rows.kind_R == OUTSIDE) & (rows.owner_R >= 0)
+        outside = rows.kind_R == OUTSIDE
         kl_B = _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], len(open_B))
         rate_B = self.network.rate(Code(z, code.log_variance, code.written))
         total_B = nll_B + self.settings.lambda_il * kl_B + self.settings.beta * rate_B
