@@ -34,6 +34,7 @@ class TrainSettings:
         hold_out_relations: share of relations kept out of training altogether (the hard split).
         exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
         text: file of running text for the generic keys C₀; empty takes the training prompts alone.
+        start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.
         cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
         config: the editor's own settings.
     """
@@ -58,6 +59,7 @@ class TrainSettings:
     hold_out_relations: float = 0.2
     exclude: tuple[str, ...] = ()
     text: str = ""
+    start: str = ""
     cache: str = ""
     config: IBKEConfig = field(default_factory=IBKEConfig)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
-from ibke.editors.ibke.shipped import save_editor
+from ibke.editors.ibke.shipped import load_editor, save_editor
 from ibke.errors import TrainingError
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, resolve, target_modules
@@ -85,6 +85,8 @@ def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress
 def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCache) -> Bottleneck:
     """A network whose linear maps come from spectra of text, prompts and training edits."""
     config = settings.config
+    if settings.start:
+        return started_from(Path(settings.start), settings, ground)
     shapes = {in_out(module) for module in ground.modules.values()}
     if len(shapes) != 1:
         raise TrainingError("the edited modules differ in size.", "layers", "Choose layers of one shape.")
@@ -101,6 +103,25 @@ def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCach
     network = Bottleneck(config, list(ground.modules), *shapes.pop())
     keys_LTI, grads_LTO = episodes.tokens(12_000)
     network.initialise(list(keys_LTI), grads_LTO, moments.spectra(config.key_rank), moments.output_scale())
+    return network
+
+
+def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottleneck:
+    """The weights of a trained editor under this run's settings.
+
+    Raises:
+        TrainingError: the editor has other layers or sizes.
+    """
+    trained, _ = load_editor(folder, ground.lm)
+    network = Bottleneck(settings.config, list(ground.modules), trained.d_in, trained.d_out)
+    try:
+        network.load_state_dict(trained.state_dict())
+    except RuntimeError:
+        raise TrainingError(
+            "the editor's layers, sizes or prior are not those of this run.",
+            str(folder),
+            f"Use its settings: {trained.config.to_json()}",
+        ) from None
     return network
 
 

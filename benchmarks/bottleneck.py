@@ -1,0 +1,86 @@
+"""Is the bottleneck real? Swapped codes, and the rate against generality and locality over β.
+
+    IBKE_DATA=... python benchmarks/bottleneck.py [--steps 200]
+
+Every point goes on from the shipped editor for the same number of steps under another β, on the same episodes, and is
+scored as the bare network (no refining) on the same held-out episodes. Controls: β = 0 without noise (no bottleneck at
+all) and β = 0 with noise (noise without KL). Points that are there are not run again; a killed point is resumed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.shipped import load_editor, shipped_folder
+from ibke.models import load_model
+from ibke.training.settings import TrainSettings
+from ibke.training.trainer import Trainer, prepare_episodes, prepare_ground, started_from
+from ibke.training.validation import validate
+
+BETAS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+def points() -> dict[str, dict]:
+    """Name of each point and the settings that differ."""
+    sweep = {f"beta-{beta:g}": {"beta": beta, "beta_schedule": "fixed"} for beta in BETAS}
+    return {"no-noise-no-kl": {"beta": 0.0, "beta_schedule": "fixed", "noise": False}} | sweep
+
+
+def settings_for(change: dict, shipped: dict, args: argparse.Namespace, start: Path, out: Path) -> TrainSettings:
+    """The shipped editor's own training settings with another β."""
+    kept = dict(shipped["training"])
+    config = IBKEConfig.from_dict({**kept.pop("config"), **change})
+    kept |= {"steps": args.steps, "learning_rate": 3e-4, "warmup": 20, "patience": 1000, "validate_every": args.steps}
+    kept |= {"data": tuple(kept["data"]), "exclude": tuple(kept["exclude"])}
+    kept |= {"start": str(start), "out": str(out), "cache": args.cache, "threads": args.threads}
+    return TrainSettings(config=config, **kept)
+
+
+def main() -> None:
+    """Run what is missing and write benchmarks/results/bottleneck.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bottleneck"))
+    parser.add_argument("--only-swap", action="store_true", help="the swapped-code control alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bottleneck.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lm = load_model("smollm2-135m")
+    folder = shipped_folder(lm)
+    network, manifest = load_editor(folder, lm)
+    base = settings_for({}, manifest, args, folder, args.runs / "base")
+    ground = prepare_ground(base)
+    episodes, validation = prepare_episodes(base, ground, lambda _: None)
+    report = json.loads(args.out.read_text()) if args.out.exists() else {"points": {}}
+    report["command"] = f"python benchmarks/bottleneck.py --steps {args.steps}"
+    report["shipped"] = validate(network, ground.part, ground.modules, validation)
+    report["swapped"] = validate(network, ground.part, ground.modules, validation, swap=True)
+    for name, change in ({} if args.only_swap else points()).items():
+        if name in report["points"]:
+            continue
+        settings = settings_for(change, manifest, args, folder, args.runs / name)
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(settings, ground, started_from(folder, settings, ground), lambda _: None)
+        if trainer.checkpoint.exists():
+            trainer.resume()
+        trainer.run(episodes, validation)
+        report["points"][name] = validate(trainer.averaged, ground.part, ground.modules, validation)
+        print(name, report["points"][name], flush=True)
+        write(args.out, report)
+    write(args.out, report)
+    print(json.dumps(report, indent=2))
+
+
+def write(path: Path, report: dict) -> None:
+    """Write the report after every point, so that nothing is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

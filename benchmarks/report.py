@@ -1,0 +1,96 @@
+"""Write the tables of docs/results.md from the JSON files under benchmarks/results.
+
+    python benchmarks/report.py
+
+Everything between a pair of markers is replaced; the words around them are ours and stay.
+"""
+
+import json
+from pathlib import Path
+
+RESULTS, PAGE = Path("benchmarks/results"), Path("docs/results.md")
+FRAMES = {"bare": "bare", "question": "question", "chat": "chat"}
+
+
+def cell(metric: dict) -> str:
+    """A mean with its 95 % interval."""
+    if metric["mean"] is None:
+        return "–"
+    return f"{metric['mean']:.3f} ({metric['low']:.2f}–{metric['high']:.2f})"
+
+
+def single() -> str:
+    """Single edits: one row a cell and frame."""
+    lines = [
+        "| cell | asked | editor | n | generated: reliability | generality | locality "
+        "| teacher-forced: rel. | gen. | loc. | nats/edit | s/edit | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = ("reliability", "generality", "locality")
+    for path in sorted((RESULTS / "single").glob("*.json")):
+        report = json.loads(path.read_text())
+        name, _, variant = path.stem.rpartition("-")
+        for frame, blocks in report["by_frame"].items():
+            blocks = blocks.get("metrics", blocks)
+            row = [name, frame, variant, str(report["n"])]
+            row += [cell(blocks["generation"][key]) for key in names]
+            row += [f"{blocks['teacher_forced'][key]['mean']:.3f}" for key in names]
+            row += [f"{report['rate_nats']:.0f}", f"{report['seconds_per_edit']:.2f}", f"{report['steps']['mean']:.1f}"]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Seconds and ratios to one forward and backward pass."""
+    path = RESULTS / "speed.json"
+    if not path.exists():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    lines = [
+        f"n = {report['n']}, one pass {report['unit_seconds'] * 1000:.0f} ms, {report['machine']['cpu']}, "
+        f"{report['machine']['threads']} thread(s). Command: `{report['command']}`.",
+        "",
+        "| what | seconds (median) | ratio (median) | ratio (95th percentile) |",
+        "|---|---|---|---|",
+    ]
+    for key, title in (
+        ("capture_to_edit", "capture to factors"),
+        ("bare", "`edit` without refining"),
+        ("refined", "`edit` with refining"),
+    ):
+        found = report[key]
+        lines.append(
+            f"| {title} | {found['seconds_median']:.2f} | {found['ratio_median']:.2f} | {found['ratio_p95']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def bottleneck() -> str:
+    """Rate against quality over β, with the controls."""
+    path = RESULTS / "bottleneck.json"
+    if not path.exists():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    lines = [
+        "| point | rate (nats/edit) | reliability | generality | locality |",
+        "|---|---|---|---|---|",
+    ]
+    rows = {"shipped": report["shipped"], "shipped, codes swapped between edits": report["swapped"], **report["points"]}
+    for name, found in rows.items():
+        scores = " | ".join(f"{found[key]:.3f}" for key in ("reliability", "generality", "locality"))
+        lines.append(f"| {name} | {found['rate_nats']:.0f} | {scores} |")
+    return "\n".join([*lines, "", f"Command: `{report['command']}`."])
+
+
+def main() -> None:
+    """Fill the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in {"single": single(), "speed": speed(), "bottleneck": bottleneck()}.items():
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        _, _, after = rest.partition(f"\n<!-- /{name} -->")
+        page = f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
