@@ -23,7 +23,8 @@ from ibke.errors import TrainingError
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, resolve, target_modules
 from ibke.partial import PartialModel
-from ibke.training.cache import Builder, EpisodeCache, build
+from ibke.training.building import Builder, build
+from ibke.training.cache import EpisodeCache
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from ibke.training.mixture import Source, Split, mixture, resolve_path
 from ibke.training.settings import TrainSettings

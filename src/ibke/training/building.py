@@ -1,0 +1,140 @@
+"""Everything of an episode that never changes while the editor learns, computed once.
+
+Keys, gradients, the hidden states entering the first edited layer and the base's own answers out of scope are functions
+of the frozen model. They are written in shards, each complete or absent, so building can stop and go on.
+
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, L modules, I d_in, O d_out, D hidden, P leading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ibke.batch import Pair, collate, written_positions
+from ibke.capture import capture
+from ibke.editors.ibke.contrast import contrast_keys
+from ibke.frames import encode_pair
+from ibke.partial import PartialModel
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
+from ibke.training.episodes import Episode
+
+SHARD = 128  # episodes
+
+
+@dataclass
+class Builder:
+    """Computes shards for one frozen model.
+
+    Args:
+        model, tokenizer: the base.
+        part: the base split at the first edited layer.
+        modules: edited modules by name.
+        write_last, write_answer: which positions may be written (see :class:`IBKEConfig`).
+    """
+
+    model: Any
+    tokenizer: Any
+    part: PartialModel
+    modules: dict[str, nn.Module]
+    write_last: bool
+    write_answer: bool
+
+    def shard(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        """Everything about some episodes as flat tensors."""
+        outside = [asked for episode in episodes for asked in episode.outside]
+        prompts = [encode_pair(asked.prompt, "-", asked.frame, self.tokenizer).prompt for asked in outside]
+        answers = continuations(self.model, self.tokenizer, prompts)
+        pairs: list[Pair] = []
+        kinds: list[int] = []
+        owner: list[int] = []
+        position = 0
+        for index, episode in enumerate(episodes):
+            for kind, group in ((EDIT, (episode.edit,)), (INSIDE, episode.inside)):
+                for asked in group:
+                    pairs.append(encode_pair(asked.prompt, asked.target or "", asked.frame, self.tokenizer))
+                    kinds.append(kind)
+                    owner.append(index)
+            for asked in episode.outside:
+                pair = encode_pair(asked.prompt, "-", asked.frame, self.tokenizer)
+                pairs.append(Pair(pair.prompt, answers[position], pair.span))
+                position += 1
+                kinds.append(OUTSIDE)
+                owner.append(index)
+        out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
+        out |= self._contrast(episodes)
+        out |= self._rows(pairs, kinds)
+        return out | {"row_kind": torch.tensor(kinds), "row_owner": torch.tensor(owner)}
+
+    def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        keys: list[Tensor] = []
+        grads: list[Tensor] = []
+        roles: list[Tensor] = []
+        counts: list[Tensor] = []
+        for begin in range(0, len(pairs), 64):
+            part = pairs[begin : begin + 64]
+            batch = collate(part, self.tokenizer.pad_token_id)
+            taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
+            position, role, mask = written_positions(part, last=self.write_last, answer=self.write_answer)
+            row = torch.arange(len(part))[:, None].expand_as(position)[mask]
+            keys.append(torch.stack([k[row, position[mask]] for k in taken.keys.values()], 1).bfloat16())
+            grads.append(torch.stack([g[row, position[mask]] for g in taken.value_grads.values()], 1).bfloat16())
+            roles.append(role[mask])
+            counts.append(mask.sum(1))
+        return {
+            "keys_TLI": torch.cat(keys),
+            "grads_TLO": torch.cat(grads),
+            "role": torch.cat(roles),
+            "written": torch.cat(counts),
+        }
+
+    def _contrast(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
+        keys, count = [], []
+        for begin in range(0, len(episodes), 64):
+            requests = [(item.edit.prompt, item.subject) for item in episodes[begin : begin + 64]]
+            found, mask = contrast_keys(self.part, self.modules, self.tokenizer, requests)
+            keys.append(found.transpose(0, 1).transpose(1, 2)[mask].bfloat16())
+            count.append(mask.sum(1))
+        return {"contrast_SLI": torch.cat(keys), "contrast": torch.cat(count)}
+
+    def _rows(self, pairs: list[Pair], kinds: list[int]) -> dict[str, Tensor]:
+        hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
+        leading: dict[int, tuple[Tensor, Tensor]] = {}
+        # The owner of a row is irrelevant here, so it carries the row's own number through the grouping.
+        for group in build_groups(self.part, pairs, kinds, list(range(len(pairs))), self.tokenizer.pad_token_id):
+            begin = 0
+            for slot, row in enumerate(group.owner_R.tolist()):
+                hidden[row] = group.hidden_RTD[slot, : len(pairs[row])].cpu()
+                if kinds[row] == OUTSIDE:
+                    end = begin + len(pairs[row].answer)
+                    leading[row] = (group.base_tokens_NP[begin:end].int(), group.base_log_probs_NP[begin:end])
+                    begin = end
+        outside = [row for row in range(len(pairs)) if row in leading]
+        flat_ids = [token for pair in pairs for token in (pair.prompt + pair.answer)[: len(pair)]]
+        return {
+            "hidden_TD": torch.cat(hidden),
+            "ids": torch.tensor(flat_ids, dtype=torch.int32),
+            "length": torch.tensor([len(pair) for pair in pairs]),
+            "answer": torch.tensor([token for pair in pairs for token in pair.answer], dtype=torch.int32),
+            "answer_length": torch.tensor([len(pair.answer) for pair in pairs]),
+            "base_tokens_NP": torch.cat([leading[row][0] for row in outside]),
+            "base_log_probs_NP": torch.cat([leading[row][1] for row in outside]),
+        }
+
+
+def build(builder: Builder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None]) -> None:
+    """Write all shards that are not there yet; safe to interrupt at any moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for begin in range(0, len(episodes), SHARD):
+        path = folder / f"{begin // SHARD:05d}.safetensors"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            save_file(builder.shard(episodes[begin : begin + SHARD]), part)
+            part.replace(path)
+        progress(min(begin + SHARD, len(episodes)), len(episodes))
