@@ -21,11 +21,13 @@ class Pair:
         answer: token ids to be predicted, end token included.
         span: first and last-plus-one index of the prompt's own words inside ``prompt`` (a chat
             template or question form around them does not count).
+        subject: the same for the tokens of the edit's subject, where it is known.
     """
 
     prompt: list[int]
     answer: list[int]
     span: tuple[int, int]
+    subject: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         # The last answer token is predicted but never fed.
@@ -76,6 +78,10 @@ def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device | str = "cp
     return Batch(ids.to(device), attention.to(device), predicts.to(device), labels.to(device), rows.to(device))
 
 
+PROMPT, LAST, ANSWER, SUBJECT = 0, 1, 2, 3
+ROLES = 4
+
+
 def written_positions(pairs: Sequence[Pair], *, last: bool, answer: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Where an edit may write: the prompt's own words, and optionally the last prompt position and the answer.
 
@@ -87,14 +93,17 @@ def written_positions(pairs: Sequence[Pair], *, last: bool, answer: bool) -> tup
         answer: include the positions of the answer's own tokens.
 
     Returns:
-        positions, roles (0 prompt, 1 last prompt position, 2 answer) and mask, each B × T.
+        positions, roles (``PROMPT``, ``LAST`` prompt position, ``ANSWER``, ``SUBJECT``) and mask, each B × T. Where no
+        subject is known every word of the prompt counts as subject.
     """
     rows: list[list[tuple[int, int]]] = []
     for pair in pairs:
         end = len(pair.prompt) - 1
-        row = [(position, 0) for position in range(max(1, pair.span[0]), min(pair.span[1], end))]
-        row += [(end, 1)] if last or not row else []
-        row += [(position, 2) for position in range(end + 1, len(pair))] if answer else []
+        begin, stop = pair.subject or pair.span
+        words = range(max(1, pair.span[0]), min(pair.span[1], end))
+        row = [(position, SUBJECT if begin <= position < stop else PROMPT) for position in words]
+        row += [(end, LAST)] if last or not row else []
+        row += [(position, ANSWER) for position in range(end + 1, len(pair))] if answer else []
         rows.append(row)
     longest = max(len(row) for row in rows)
     padded = torch.tensor([row + [(0, 0)] * (longest - len(row)) for row in rows])

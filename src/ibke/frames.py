@@ -28,18 +28,31 @@ def render(prompt: str, frame: Frame, tokenizer: Any) -> tuple[str, str]:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), ""
 
 
-def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any) -> Pair:
-    """Tokenise a framed prompt and its answer, closed by the end-of-turn token so that free generation stops there."""
+def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any, subject: str | None = None) -> Pair:
+    """Tokenise a framed prompt and its answer, closed by the end-of-turn token so that free generation stops there.
+
+    Args:
+        prompt: the prompt.
+        target: its answer.
+        frame: how the prompt is put to the model.
+        tokenizer: a fast tokenizer (it must tell where each token stands in the text).
+        subject: what the fact is about, to be marked among the tokens; ignored where it does not occur.
+    """
     text, joiner = render(prompt, frame, tokenizer)
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
     begin = text.rfind(prompt.strip())
-    inside = [
-        i
-        for i, (a, b) in enumerate(encoding["offset_mapping"])
-        if b > a and b > begin and a < begin + len(prompt.strip())
-    ]
+    span = _covering(offsets, begin, begin + len(prompt.strip()))
+    place = text.lower().find(subject.lower(), begin) if subject else -1
+    about = _covering(offsets, place, place + len(subject or "")) if place >= 0 else None
     answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
-    return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], (inside[0], inside[-1] + 1))
+    return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], span, about)
+
+
+def _covering(offsets: list[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
+    """First and last-plus-one index of the tokens that stand between two characters."""
+    inside = [index for index, (start, stop) in enumerate(offsets) if stop > max(start, begin) and start < end]
+    return inside[0], inside[-1] + 1
 
 
 def _is_template(frame: Frame, tokenizer: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ibke.batch import Pair, collate, written_positions
 from ibke.capture import capture
-from ibke.editors.ibke.contrast import contrast_keys
+from ibke.editors.ibke.contrast import contrast_keys, guess_subject
 from ibke.frames import encode_pair
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
@@ -58,7 +58,8 @@ class Builder:
         for index, episode in enumerate(episodes):
             for kind, group in ((EDIT, (episode.edit,)), (INSIDE, episode.inside)):
                 for asked in group:
-                    pairs.append(encode_pair(asked.prompt, asked.target or "", asked.frame, self.tokenizer))
+                    about = (episode.subject or guess_subject(asked.prompt)) if kind == EDIT else None
+                    pairs.append(encode_pair(asked.prompt, asked.target or "", asked.frame, self.tokenizer, about))
                     kinds.append(kind)
                     owner.append(index)
             for asked in episode.outside:

@@ -33,6 +33,7 @@ from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
+SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
 @dataclass
@@ -139,9 +140,13 @@ class Trainer:
     def __init__(self, settings: TrainSettings, ground: Ground, network: Bottleneck, report: OnProgress):
         self.settings, self.ground, self.network, self.report = settings, ground, network, report
         self.averaged = copy.deepcopy(network).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-        )
+        scalars = network.scalars()
+        weights = [item for item in network.parameters() if not any(item is scalar for scalar in scalars)]
+        groups = [
+            {"params": weights, "weight_decay": settings.weight_decay, "scale": 1.0},
+            {"params": scalars, "weight_decay": 0.0, "scale": SCALAR_STEP},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         config = settings.config
         self.beta = BetaSchedule(config.beta_schedule, config.beta, settings.steps // 10, config.target_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -190,7 +195,7 @@ class Trainer:
         beta = self.beta.at(self.step, self.rate)
         loss = found.loss(config.lambda_il, beta)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(self.step, settings.warmup, settings.steps)
+            group["lr"] = group["scale"] * settings.learning_rate * schedule(self.step, settings.warmup, settings.steps)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
@@ -258,16 +263,16 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """A run goes on under the settings it began with; only its threads may differ.
+    """A run goes on under the settings it began with; only its threads and its length may differ.
 
     Raises:
         TrainingError: another setting differs; names it.
     """
     plain = json.loads(json.dumps(now))
-    for name in sorted(set(before) | set(plain)):
-        if name != "threads" and before.get(name) != plain.get(name):
+    for name in sorted(set(before) & set(plain)):
+        if name not in ("threads", "steps") and before[name] != plain[name]:
             raise TrainingError(
-                f"`{name}` was {before.get(name)!r} when this run began and is {plain.get(name)!r} now.",
+                f"`{name}` was {before[name]!r} when this run began and is {plain[name]!r} now.",
                 str(where),
                 "Resume with the old setting, or train into another folder.",
             )

@@ -28,7 +28,7 @@ class Written:
     Args:
         keys_LBTI: keys of the written tokens.
         grads_LBTO: value gradients of the same tokens.
-        role_BT: 0 prompt token, 1 last prompt token, 2 answer token.
+        role_BT: what each token is (``ibke.batch``: ``PROMPT``, ``LAST``, ``ANSWER``, ``SUBJECT``).
         mask_BT: True where a token is real.
         contrast_LBSI: keys of the same prompt about other subjects, where nothing may answer.
         contrast_mask_BS: True where such a key is real.
@@ -89,7 +89,7 @@ class Bottleneck(nn.Module):
             "ceb": lambda: AnswerPrior(config, d_out),
         }[config.prior]()
         # γ sets how much an edit must stand out from generic keys, λ how far C₀ is trusted; both learned per module.
-        self.log_gamma = nn.Parameter(torch.full((count,), 4.0))
+        self.log_gamma = nn.Parameter(torch.full((count,), 5.5))
         self.log_ridge = nn.Parameter(torch.full((count,), -2.0))
         self.log_contrast = nn.Parameter(torch.full((count,), 1.0))
         for name, shape in {
@@ -126,6 +126,10 @@ class Bottleneck(nn.Module):
         )
         self.context_basis_DX.copy_(basis)
         self.context_scale_X.copy_(scale)
+
+    def scalars(self) -> list[nn.Parameter]:
+        """The few parameters that set sizes (logarithms and gate biases); they want larger steps than weights do."""
+        return [self.log_gamma, self.log_ridge, self.log_contrast, self.decoder.log_step, self.decoder.role_gate]
 
     def start(self, written: Written) -> Tensor:
         """The whitened features z₀ that the code's mean begins as (B × T × Z)."""

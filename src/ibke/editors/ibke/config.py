@@ -45,7 +45,7 @@ class IBKEConfig:
     beta: float = 2e-4
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"
     target_rate: float = 200.0
-    lambda_il: float = 2.0
+    lambda_il: float = 3.0
     noise: bool = True
 
     @property

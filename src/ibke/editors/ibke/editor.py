@@ -16,7 +16,7 @@ from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, select
-from ibke.editors.ibke.contrast import contrast_keys
+from ibke.editors.ibke.contrast import contrast_keys, guess_subject
 from ibke.editors.ibke.probes import ProbeBank
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
@@ -99,7 +99,10 @@ class IBKEEditor(Editor):
 
     def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
         """The codes of some requests and the targets' NLL on the base (nats)."""
-        pairs = [self._pair(request.prompt, request.target_new, self.frame) for request in requests]
+        pairs = [
+            self._pair(request.prompt, request.target_new, self.frame, request.subject or guess_subject(request.prompt))
+            for request in requests
+        ]
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
         taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
@@ -174,8 +177,8 @@ class IBKEEditor(Editor):
             owners += [owner] * len(asked)
         return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
 
-    def _pair(self, prompt: str, target: str, frame: Frame) -> Pair:
-        pair = encode_pair(prompt, target, frame, self.lm.tokenizer)
+    def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:
+        pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject)
         window = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
         if window and len(pair) > window:
             raise RequestError(

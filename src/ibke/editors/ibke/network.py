@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibke.batch import ANSWER, ROLES, SUBJECT
 from ibke.editors.ibke.config import IBKEConfig
 
-ROLES = 3  # prompt token, last prompt token, answer token
 CLAMP = 6.0
 
 
@@ -85,6 +85,10 @@ class Decoder(nn.Module):
         self.code = _zero(nn.Linear(width, config.content_dim))
         self.value = _zero(nn.Linear(width, modules * d_out))
         self.gate = _zero(nn.Linear(width, modules))
+        # An edit starts out written at its subject and its answer: the other words of a prompt belong to everybody.
+        self.role_gate = nn.Parameter(torch.full((ROLES, modules), -3.0))
+        with torch.no_grad():
+            self.role_gate[[SUBJECT, ANSWER]] = 0.0
         # Half a typical output: enough to steer by, little enough that the first steps do not wreck everything else.
         self.log_step = nn.Parameter(torch.full((modules,), math.log(0.5)))
 
@@ -94,7 +98,7 @@ class Decoder(nn.Module):
         content_BTC = z_BTZ[..., : self.content] + self.code(h)
         flat = content_BTC @ basis_CD + self.value(h) / math.sqrt(self.d_out)
         values = flat.unflatten(-1, (self.modules_, self.d_out))
-        step = 2.0 * torch.sigmoid(self.gate(h)) * self.log_step.exp()
+        step = 2.0 * torch.sigmoid(self.gate(h) + self.role_gate[role_BT]) * self.log_step.exp()
         return -step.unsqueeze(-1) * values
 
 
