@@ -52,6 +52,11 @@ class Batch:
     labels_N: Tensor
     row_N: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        tensors = (self.ids_RT, self.attention_RT, self.predicts_RT, self.labels_N, self.row_N)
+        return Batch(*(tensor.to(device) for tensor in tensors))
+
     @property
     def rows(self) -> int:
         """Number of sequences."""

@@ -41,8 +41,8 @@ class EditInfo:
         rate_nats: nats the code carries, summed over the requests; None where the method has no code.
         achieved: whether the edited model generates every target; None where nobody asked.
         seconds: wall-clock time it took.
-        nll_before: NLL of the targets on the base, in nats, mean over the requests.
-        nll_after: the same with the edit.
+        nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
+        nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
         latent: tensors of the code, e.g. ``{"z": …}``.
     """
 

@@ -7,6 +7,7 @@ orientation. Shape suffixes: O d_out, I d_in.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,7 +89,9 @@ def architecture_of(model: nn.Module, modules: Iterable[str] | None = None) -> A
         return known
     names = tuple(modules)
     resolve(model, names)
-    return Architecture(known.name, known.layers, final_norm=known.final_norm, modules=names)
+    # The list of layers is whatever stands before the first number in a module's name.
+    layers = known.layers or re.split(r"\.\d+\.", names[0])[0]
+    return Architecture(known.name, layers, final_norm=known.final_norm, modules=names)
 
 
 def target_modules(

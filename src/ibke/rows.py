@@ -46,6 +46,11 @@ class RowGroup:
     base_tokens_NP: Tensor
     base_log_probs_NP: Tensor
 
+    def to(self, device: torch.device) -> RowGroup:
+        """The same rows on another device."""
+        rest = (self.kind_R, self.owner_R, self.base_tokens_NP, self.base_log_probs_NP)
+        return RowGroup(self.hidden_RTD.to(device), self.batch.to(device), *(tensor.to(device) for tensor in rest))
+
     def select(self, rows_R: Tensor) -> RowGroup:
         """The chosen rows only (a boolean mask)."""
         kept_N = rows_R[self.batch.row_N]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ibke.batch import Pair, collate, written_positions
 from ibke.capture import capture
 from ibke.editors.ibke.contrast import contrast_keys, guess_subject
+from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
@@ -80,12 +81,13 @@ class Builder:
         counts: list[Tensor] = []
         for begin in range(0, len(pairs), 64):
             part = pairs[begin : begin + 64]
-            batch = collate(part, self.tokenizer.pad_token_id)
+            device = next(self.model.parameters()).device
+            batch = collate(part, self.tokenizer.pad_token_id, device)
             taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
             position, role, mask = written_positions(part, last=self.write_last, answer=self.write_answer)
-            row = torch.arange(len(part))[:, None].expand_as(position)[mask]
-            keys.append(torch.stack([k[row, position[mask]] for k in taken.keys.values()], 1).bfloat16())
-            grads.append(torch.stack([g[row, position[mask]] for g in taken.value_grads.values()], 1).bfloat16())
+            row, place = torch.arange(len(part))[:, None].expand_as(position)[mask], position[mask]
+            keys.append(torch.stack([k[row, place] for k in taken.keys.values()], 1).bfloat16().cpu())
+            grads.append(torch.stack([g[row, place] for g in taken.value_grads.values()], 1).bfloat16().cpu())
             roles.append(role[mask])
             counts.append(mask.sum(1))
         return {
@@ -114,9 +116,14 @@ class Builder:
                 hidden[row] = group.hidden_RTD[slot, : len(pairs[row])].cpu()
                 if kinds[row] == OUTSIDE:
                     end = begin + len(pairs[row].answer)
-                    leading[row] = (group.base_tokens_NP[begin:end].int(), group.base_log_probs_NP[begin:end])
+                    tokens, log_probs = group.base_tokens_NP[begin:end], group.base_log_probs_NP[begin:end]
+                    leading[row] = (tokens.int().cpu(), log_probs.cpu())
                     begin = end
         outside = [row for row in range(len(pairs)) if row in leading]
+        if not outside:
+            raise TrainingError(
+                "no request names a prompt whose answer must stay.", "training data", "Give some `locality` prompts."
+            )
         flat_ids = [token for pair in pairs for token in (pair.prompt + pair.answer)[: len(pair)]]
         return {
             "hidden_TD": torch.cat(hidden),

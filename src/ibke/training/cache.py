@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -72,6 +72,13 @@ class EpisodeBatch:
     contrast_LBSI: Tensor
     contrast_mask_BS: Tensor
     groups: list[RowGroup]
+
+    def to(self, device: torch.device) -> EpisodeBatch:
+        """The same episodes on another device."""
+        if device.type == "cpu":
+            return self
+        moved = {item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "groups"}
+        return EpisodeBatch(**moved, groups=[group.to(device) for group in self.groups])
 
 
 class EpisodeCache:

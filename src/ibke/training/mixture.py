@@ -1,8 +1,9 @@
 """Training data from several sources, mixed by share, with a hard split by relation.
 
 A source is written ``name``, ``name:PATH`` and optionally ``=SHARE``: ``facts``, ``pararel``, ``lre``,
-``entityquestions`` (tables turned into requests by our wordings), ``csv:PATH`` (anybody's own table), or a file of
-requests ``counterfact:PATH``, ``zsre:PATH``, ``knowedit:PATH``, ``jsonl:PATH``.
+``entityquestions`` (tables turned into requests by our wordings), ``csv:PATH`` or ``csv:PATH+WORDINGS`` (anybody's own
+table, with wordings of its relations as JSON), or a file of requests ``counterfact:PATH``, ``zsre:PATH``,
+``knowedit:PATH``, ``jsonl:PATH``. Paths are looked for as they are, then under the folder of data sets.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def triples(source: Source, share_held_out: float, *, want_held_out: bool = Fals
         "pararel": lambda: read_pararel(data_folder(), skips),
         "lre": lambda: read_lre(data_folder(), skips),
         "entityquestions": lambda: read_entityquestions(data_folder(), source.path or "train", skips),
-        "csv": lambda: read_csv(source.path, skips),
+        "csv": lambda: read_csv(resolve_path(source.path.split("+")[0]), skips),
     }
     for triple in readers[source.name]():
         if source.name == "csv" or held_out(triple.relation, share_held_out) == want_held_out:
@@ -120,7 +121,8 @@ def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tu
         pool = [item for item in triples(source, split.relations) if not split.excludes(item.subject)]
         # Locality is drawn from the table handed over; a bounded one keeps memory and time bounded too.
         rng.shuffle(pool)
-        wordings = load_wordings(templates_from=None if source.name == "csv" else data_folder())
+        own = [resolve_path(path) for path in source.path.split("+")[1:]] if source.name == "csv" else []
+        wordings = load_wordings(*own, templates_from=None if source.name == "csv" else data_folder())
         made = generate(pool[: max(20 * count, 20_000)], wordings, seed=seed, limit=count, skips=Skips())
         for item in made:
             yield item.request, dict(item.kinds)
@@ -128,7 +130,9 @@ def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tu
     skipped: list[Skipped] = []
     everything = list(read(resolve_path(source.path), source.name, skipped))
     rng.shuffle(everything)
-    usable = (request for request in everything if split.allows(request))
+    # Other files are people's own, of no known relation.
+    nameless = source.name == "counterfact"
+    usable = (request for request in everything if split.allows(request, look_up=nameless))
     for request in islice(usable, count):
         yield request, {}
 
@@ -156,15 +160,15 @@ class Split:
         """Whether a subject or prompt belongs to an excluded file."""
         return text.lower() in self.words
 
-    def allows(self, request: EditRequest) -> bool:
-        """Whether a request of a benchmark file may be trained on.
+    def allows(self, request: EditRequest, look_up: bool = False) -> bool:
+        """Whether a request of a file may be trained on.
 
-        Such files name no relation; it is looked up by subject and true answer among the facts they were made from,
-        and a request of unknown relation is left out, so that no held-out relation slips in.
+        CounterFact names no relation; with ``look_up`` it is found by subject and true answer among the facts those
+        requests were made from, and a request of unknown relation is left out, so that no held-out one slips in.
         """
         if self.excludes(request.prompt) or self.excludes(request.subject or request.prompt):
             return False
-        if not self.relations or request.target_true is None:
+        if not look_up or not self.relations or request.target_true is None:
             return True
         if self._known is None:
             self._known = {}

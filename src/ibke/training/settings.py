@@ -33,6 +33,8 @@ class TrainSettings:
         dtype: of the frozen base; ``auto`` takes bfloat16 where the hardware has it.
         hold_out_relations: share of relations kept out of training altogether (the hard split).
         exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
+        modules: full dotted names of the modules to edit, for an architecture that is not in the table; ``layers``
+            of the configuration then chooses among them.
         text: file of running text for the generic keys C₀; empty takes the training prompts alone.
         start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.
         cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
@@ -58,6 +60,7 @@ class TrainSettings:
     dtype: str = "auto"
     hold_out_relations: float = 0.2
     exclude: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     text: str = ""
     start: str = ""
     cache: str = ""

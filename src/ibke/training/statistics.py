@@ -58,11 +58,11 @@ class KeyMoments:
 
     def spectra(self, rank: int) -> list[KeySpectrum]:
         """The leading directions of C₀ for every module."""
-        return [key_spectrum(self.moment[name] / self.tokens[name], rank) for name in self.modules]
+        return [key_spectrum(self.moment[name].cpu() / self.tokens[name], rank) for name in self.modules]
 
     def output_scale(self) -> Tensor:
         """Typical norm of each module's output (L)."""
-        return torch.stack([torch.stack(values).mean() for values in self.norms.values()])
+        return torch.stack([torch.stack(values).mean() for values in self.norms.values()]).cpu()
 
 
 @torch.no_grad()

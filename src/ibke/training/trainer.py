@@ -47,7 +47,7 @@ class Ground:
 
 def prepare_ground(settings: TrainSettings) -> Ground:
     """Load the base and cut it at the first edited layer."""
-    lm = load_model(settings.model, dtype=settings.dtype)
+    lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
     names = target_modules(lm, lm.architecture, settings.config.layers)
     return Ground(
         lm, PartialModel(lm.model, lm.architecture.layers, settings.config.layers[0]), resolve(lm.model, names)
@@ -59,6 +59,12 @@ def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress
     sources = [Source.parse(text) for text in settings.data]
     split = Split(settings.hold_out_relations, settings.exclude)
     everything = mixture(sources, settings.seed, settings.episodes + settings.validation, split)
+    if len(everything) <= settings.validation:
+        raise TrainingError(
+            f"{len(everything)} usable requests are not more than the {settings.validation} kept for validation.",
+            ", ".join(settings.data),
+            "Add data (facts of relations without wordings do not count), or lower `validation`.",
+        )
     config = settings.config
     builder = Builder(
         ground.lm.model, ground.lm.tokenizer, ground.part, ground.modules, config.write_last, config.write_answer
@@ -98,14 +104,15 @@ def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCach
             gather_text(moments, ground.lm.model, ground.lm.tokenizer, lines, 20_000)
     with torch.no_grad():
         for begin in range(0, min(320, len(episodes)), 32):
-            for group in episodes.batch(range(begin, min(begin + 32, len(episodes)))).groups:
+            some = episodes.batch(range(begin, min(begin + 32, len(episodes)))).to(ground.lm.device)
+            for group in some.groups:
                 with moments.gathering(group.batch.attention_RT):
                     ground.part.suffix(group.hidden_RTD, group.batch)
     torch.manual_seed(settings.seed)
     network = Bottleneck(config, list(ground.modules), *shapes.pop())
     keys_LTI, grads_LTO = episodes.tokens(12_000)
     network.initialise(list(keys_LTI), grads_LTO, moments.spectra(config.key_rank), moments.output_scale())
-    return network
+    return network.to(ground.lm.device)
 
 
 def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottleneck:
@@ -124,7 +131,7 @@ def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottl
             str(folder),
             f"Use its settings: {trained.config.to_json()}",
         ) from None
-    return network
+    return network.to(ground.lm.device)
 
 
 class Trainer:
@@ -149,7 +156,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         config = settings.config
         self.beta = BetaSchedule(config.beta_schedule, config.beta, settings.steps // 10, config.target_rate)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator(device=ground.lm.device).manual_seed(settings.seed)
         self.step, self.best, self.bad, self.seconds, self.rate = 0, -1.0, 0, 0.0, config.target_rate
         self.out = Path(settings.out)
 
@@ -191,7 +198,8 @@ class Trainer:
         settings, config = self.settings, self.settings.config
         chosen = batch_of(self.step, settings.batch, len(episodes), settings.seed)
         generator = self.generator if config.noise else None
-        found = terms(self.network, self.ground.part, self.ground.modules, episodes.batch(chosen), generator)
+        batch = episodes.batch(chosen).to(self.ground.lm.device)
+        found = terms(self.network, self.ground.part, self.ground.modules, batch, generator)
         beta = self.beta.at(self.step, self.rate)
         loss = found.loss(config.lambda_il, beta)
         for group in self.optimizer.param_groups:
@@ -303,5 +311,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     trainer = Trainer(settings, ground, network, report)
     if resume and trainer.checkpoint.exists():
         trainer.resume()
+    else:  # killed before its first checkpoint, a run starts over, and so does its log
+        (out / "log.jsonl").unlink(missing_ok=True)
     trainer.run(episodes, validation)
     return out / "editor"

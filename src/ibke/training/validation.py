@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, run_rows
 from ibke.training.cache import EpisodeCache
@@ -37,9 +37,11 @@ def validate(
     right: dict[int, list[float]] = {EDIT: [], INSIDE: [], OUTSIDE: []}
     rates = []
     for begin in range(0, len(episodes), batch):
-        some = episodes.batch(range(begin, min(begin + batch, len(episodes))))
-        code = network.encode(written(some))
-        z = code.mean.roll(1, dims=0) if swap else code.mean
+        some = episodes.batch(range(begin, min(begin + batch, len(episodes)))).to(part.model.device)
+        code = network.encode(written(some, part))
+        if swap and len(code.mean) == 1:
+            continue
+        z = swapped_codes(code) if swap else code.mean
         rows = run_rows(part, modules, network.decode(z, code.written), some.groups)
         rates += network.rate(code).tolist()
         for kind, found in right.items():
@@ -48,3 +50,10 @@ def validate(
     return {name: sum(right[kind]) / max(1, len(right[kind])) for kind, name in names.items()} | {
         "rate_nats": sum(rates) / max(1, len(rates))
     }
+
+
+def swapped_codes(code: Code) -> torch.Tensor:
+    """Every edit's tokens with the codes of the edit before it, real ones only (a shorter edit's are repeated)."""
+    lengths_B = code.written.mask_BT.sum(1).roll(1, dims=0)
+    index_BT = torch.arange(code.mean.shape[1], device=code.mean.device) % lengths_B[:, None]
+    return code.mean.roll(1, dims=0).gather(1, index_BT.unsqueeze(-1).expand_as(code.mean))

@@ -17,6 +17,7 @@ from ibke.editors.ibke.aggregate import inverse_times, solve
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
 from ibke.editors.ibke.statistics import KeySpectrum, context_features, joint_direction, whitening
+from ibke.errors import FormatError
 
 LEADING = 64  # key coordinates per module that context features are made from
 
@@ -32,6 +33,7 @@ class Written:
         mask_BT: True where a token is real.
         contrast_LBSI: keys of the same prompt about other subjects, where nothing may answer.
         contrast_mask_BS: True where such a key is real.
+        answer_BD: mean input embedding of each edit's answer, which a CEB prior is conditioned on.
     """
 
     keys_LBTI: Tensor
@@ -40,6 +42,7 @@ class Written:
     mask_BT: Tensor
     contrast_LBSI: Tensor
     contrast_mask_BS: Tensor
+    answer_BD: Tensor
 
 
 @dataclass
@@ -79,6 +82,10 @@ class Bottleneck(nn.Module):
     def __init__(self, config: IBKEConfig, names: Sequence[str], d_in: int, d_out: int):
         super().__init__()
         self.config, self.names, self.d_in, self.d_out = config, list(names), d_in, d_out
+        if config.key_rank > d_in:
+            raise FormatError(
+                f"key_rank {config.key_rank} exceeds the modules' input size {d_in}.", "IBKE config", "Lower key_rank."
+            )
         count, content, context = len(names), config.content_dim, config.context_dim
         self.leading = min(LEADING, config.key_rank)
         self.encoder = Encoder(config)
@@ -148,10 +155,10 @@ class Bottleneck(nn.Module):
         mean, log_variance = self.encoder(self.start(written), written.role_BT, written.mask_BT)
         return Code(mean, log_variance, written)
 
-    def rate(self, code: Code, answer_BTO: Tensor | None = None) -> Tensor:
+    def rate(self, code: Code) -> Tensor:
         """R of each edit in nats (B): KL( q(z|e) ‖ r(z) ), arXiv 2512.16227's bound on I(E; Z)."""
-        conditioning = code.mean if answer_BTO is None else answer_BTO
-        return rate(code.mean, code.log_variance, self.prior(conditioning), code.written.mask_BT)
+        prior = self.prior(code.mean, code.written.answer_BD)
+        return rate(code.mean, code.log_variance, prior, code.written.mask_BT)
 
     def decode(self, z_BTZ: Tensor, written: Written, *, joint: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         """Low-rank factors from codes: A (B × T × I) and B (B × T × O) by module name.
@@ -197,8 +204,8 @@ def select(
     capture: Capture,
     names: Sequence[str],
     where: tuple[Tensor, Tensor, Tensor],
-    contrast_LBSI: Tensor,
-    contrast_mask_BS: Tensor,
+    contrast: tuple[Tensor, Tensor],
+    answer_BD: Tensor,
 ) -> Written:
     """Gather the written tokens of a capture into one padded block.
 
@@ -206,8 +213,8 @@ def select(
         capture: keys and gradients of every token.
         names: the modules, in order.
         where: positions, roles and mask from :func:`ibke.batch.written_positions`.
-        contrast_LBSI: contrast keys.
-        contrast_mask_BS: which of them are real.
+        contrast: contrast keys (L × B × S × I) and which of them are real (B × S).
+        answer_BD: mean input embedding of each answer (see :func:`answer_embedding`).
     """
     position_BT, role_BT, mask_BT = where
 
@@ -216,4 +223,13 @@ def select(
 
     keys = torch.stack([take(capture.keys[name]) for name in names])
     grads = torch.stack([take(capture.value_grads[name]) for name in names])
-    return Written(keys, grads, role_BT, mask_BT, contrast_LBSI, contrast_mask_BS)
+    return Written(keys, grads, role_BT, mask_BT, *contrast, answer_BD)
+
+
+@torch.no_grad()
+def answer_embedding(embedding: nn.Module, labels_N: Tensor, owner_N: Tensor, count: int) -> Tensor:
+    """Mean input embedding of each edit's answer tokens (count × D, float32)."""
+    vectors_ND = embedding(labels_N).float()
+    total = torch.zeros(count, vectors_ND.shape[-1], device=vectors_ND.device).index_add(0, owner_N, vectors_ND)
+    number = torch.zeros(count, device=vectors_ND.device).index_add(0, owner_N, torch.ones_like(owner_N).float())
+    return total / number.clamp_min(1.0).unsqueeze(-1)

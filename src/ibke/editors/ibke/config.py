@@ -48,6 +48,11 @@ class IBKEConfig:
     lambda_il: float = 3.0
     noise: bool = True
 
+    def __post_init__(self) -> None:
+        if list(self.layers) != sorted(set(self.layers)) or not self.layers:
+            what = f"layers {list(self.layers)} are not in ascending order."
+            raise FormatError(what, "IBKE config", "List each once, lowest first.")
+
     @property
     def code_dim(self) -> int:
         """Dimensions of one token's code: content, context and the log-norm of its gradient."""

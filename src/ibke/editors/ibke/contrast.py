@@ -46,7 +46,7 @@ def other_subjects() -> tuple[str, ...]:
 
 def guess_subject(prompt: str) -> str | None:
     """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
-    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
+    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
     named = []
     for run in runs:
         words = run.split()

@@ -15,7 +15,7 @@ from ibke.batch import Pair, collate, written_positions
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.bottleneck import Bottleneck, Code, select
+from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.contrast import contrast_keys, guess_subject
 from ibke.editors.ibke.probes import ProbeBank
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
@@ -112,7 +112,14 @@ class IBKEEditor(Editor):
             asked = [(request.prompt, request.subject) for request in requests]
             contrast, mask = contrast_keys(self.part, self.modules, self.lm.tokenizer, asked)
             position, role, real = (tensor.to(device) for tensor in where)
-            written = select(taken, self.network.names, (position, role, real), contrast.to(device), mask.to(device))
+            embedding = self.lm.model.get_input_embeddings()
+            written = select(
+                taken,
+                self.network.names,
+                (position, role, real),
+                (contrast.to(device), mask.to(device)),
+                answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows),
+            )
             return self.network.encode(written), taken.nll_B
 
     def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
@@ -164,9 +171,11 @@ class IBKEEditor(Editor):
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes
             return None
         refiner = Refiner(self.network, self.part, self.modules, self.settings, joint)
-        return refiner.refine(code, self._targets(requests), lambda: self.probes.rows(requests, self.settings))
+        return refiner.refine(
+            code, self._targets(requests, joint), lambda: self.probes.rows(requests, self.settings, joint)
+        )
 
-    def _targets(self, requests: Sequence[EditRequest]) -> list[RowGroup]:
+    def _targets(self, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
         """The target in several frames of the request and in the wordings given with it."""
         pairs: list[Pair] = []
         owners: list[int] = []
@@ -174,7 +183,7 @@ class IBKEEditor(Editor):
             asked = [(request.prompt, frame) for frame in FRAMES]
             asked += [(text, "bare") for text in request.rephrase_prompts]
             pairs += [self._pair(text, request.target_new, frame) for text, frame in asked]
-            owners += [owner] * len(asked)
+            owners += [0 if joint else owner] * len(asked)
         return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
 
     def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:

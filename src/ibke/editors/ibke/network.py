@@ -105,9 +105,10 @@ class Decoder(nn.Module):
 class StandardPrior(nn.Module):
     """r(z) = N(0, I)."""
 
-    def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, mean_BTZ: Tensor, answer_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of r(z), shaped like the code."""
-        zero = torch.zeros_like(answer_BTZ)
+        del answer_BD
+        zero = torch.zeros_like(mean_BTZ)
         return zero, zero
 
 
@@ -119,9 +120,10 @@ class DiagonalPrior(nn.Module):
         self.mean = nn.Parameter(torch.zeros(config.code_dim))
         self.log_variance = nn.Parameter(torch.zeros(config.code_dim))
 
-    def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, mean_BTZ: Tensor, answer_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of r(z), shaped like the code."""
-        return self.mean.expand_as(answer_BTZ), self.log_variance.expand_as(answer_BTZ)
+        del answer_BD
+        return self.mean.expand_as(mean_BTZ), self.log_variance.expand_as(mean_BTZ)
 
 
 class AnswerPrior(nn.Module):
@@ -129,14 +131,16 @@ class AnswerPrior(nn.Module):
 
     def __init__(self, config: IBKEConfig, d_answer: int):
         super().__init__()
+        self.norm = nn.LayerNorm(d_answer)
         self.inp = nn.Linear(d_answer, config.width)
         self.mean = _zero(nn.Linear(config.width, config.code_dim))
         self.log_variance = _zero(nn.Linear(config.width, config.code_dim))
 
-    def forward(self, answer_BTZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of r(z), shaped like the code."""
-        h = F.silu(self.inp(answer_BTZ))
-        return self.mean(h), self.log_variance(h).clamp(-6.0, 4.0)
+    def forward(self, mean_BTZ: Tensor, answer_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of b(z | o), the same for every token of an edit."""
+        h = F.silu(self.inp(self.norm(answer_BD))).unsqueeze(1)
+        mean, log_variance = self.mean(h), self.log_variance(h).clamp(-6.0, 4.0)
+        return mean.expand_as(mean_BTZ), log_variance.expand_as(mean_BTZ)
 
 
 def rate(mean: Tensor, log_variance: Tensor, prior: tuple[Tensor, Tensor], mask_BT: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ class BetaSchedule:
     """
 
     def __init__(self, kind: str, beta: float, warmup: int, target: float):
-        self.kind, self.beta, self.warmup, self.target = kind, beta, max(1, warmup), target
+        # Steering multiplies, so it cannot leave zero.
+        self.beta = max(beta, 1e-6) if kind == "target" else beta
+        self.kind, self.warmup, self.target = kind, max(1, warmup), target
 
     def at(self, step: int, rate: float) -> float:
         """β for this step, given the rate just measured (nats per edit)."""
         if self.kind == "target":
-            # Dual ascent on the constraint rate ≤ target, in log β so that it stays positive.
+            # β rises while the rate is above target and falls below it; multiplied, so that it stays positive.
             self.beta *= 1.0 + 0.02 * max(-1.0, min(1.0, rate / self.target - 1.0))
             return self.beta
         return self.beta * min(1.0, step / self.warmup) if self.kind == "anneal" else self.beta

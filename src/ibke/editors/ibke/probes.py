@@ -40,8 +40,14 @@ class ProbeBank:
         if not self._general:
             self._general = self._answered(self.prompts)
 
-    def rows(self, requests: Sequence[EditRequest], settings: RefineSettings) -> list[RowGroup]:
-        """Rows out of scope for every request, drawn by its own text so that the same edit comes out again."""
+    def rows(self, requests: Sequence[EditRequest], settings: RefineSettings, joint: bool) -> list[RowGroup]:
+        """Rows out of scope for every request, drawn by its own text so that the same edit comes out again.
+
+        Args:
+            requests: the edits.
+            settings: how many probes of each sort.
+            joint: all requests are one edit, which then owns every row.
+        """
         self.prepare()
         pairs: list[Pair] = []
         owners: list[int] = []
@@ -51,7 +57,7 @@ class ProbeBank:
             chosen += self._answered([(probe.prompt, "bare") for probe in request.locality])
             chosen += [self._first(text) for text in swapped(request.prompt, request.subject, settings.swaps)]
             pairs += chosen
-            owners += [owner] * len(chosen)
+            owners += [0 if joint else owner] * len(chosen)
         return build_groups(self.part, pairs, [OUTSIDE] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
 
     def _first(self, prompt: str) -> Pair:

@@ -19,6 +19,8 @@ from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written
 from ibke.partial import PartialModel
 from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
 
+FEW_ROWS = 64  # up to here reading the weights costs more than computing on padding
+
 
 @dataclass(frozen=True)
 class RefineSettings:
@@ -30,7 +32,7 @@ class RefineSettings:
         lambda_il: weight of KL(base‖edited) on the probes.
         beta: weight of the code's rate.
         probes: general prompts watched, drawn from the built-in set.
-        swaps: the request's own prompt about other subjects, watched too when the request names its subject.
+        swaps: the request's own prompt about other subjects, watched too where a subject is named or guessed.
         extra: steps taken after the target is first generated, for margin.
     """
 
@@ -48,7 +50,7 @@ class Refined:
     """What refining led to, by edit (B).
 
     ``z_BTZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
-    every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames).
+    in every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames).
     """
 
     z_BTZ: Tensor
@@ -87,17 +89,21 @@ class Refiner:
             targets: rows in scope, owned by edit index.
             watch: gives rows out of scope, owned by edit index; called only if a code has to move.
         """
-        count = code.mean.shape[0]
+        # Edits solved together are one update: its NLL falls or rises, and its targets come, as a whole.
+        count = 1 if self.joint else code.mean.shape[0]
         with torch.no_grad():
             nll_B, achieved_B = self._judge(self._run(code.mean, code.written, targets), count)
-        best = Refined(code.mean.detach().clone(), torch.zeros(count, dtype=torch.long), achieved_B, nll_B)
+        none = torch.zeros(count, dtype=torch.long, device=code.mean.device)
+        best = Refined(code.mean.detach().clone(), none.clone(), achieved_B, nll_B)
         open_B = ~achieved_B
         if not open_B.any() or self.settings.steps == 0:
             return best
         z, probes = code.mean.detach().clone().requires_grad_(), watch()
-        everything = [merge([*targets, *probes])] if count == 1 else [*targets, *probes]
+        everything = [*targets, *probes]
+        if sum(group.batch.rows for group in everything) <= FEW_ROWS:
+            everything = [merge(everything)]
         adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
-        spare_B = torch.full((count,), self.settings.extra)
+        spare_B = none + self.settings.extra
         for step in range(self.settings.steps):
             loss, nll_B, achieved_B = self._objective(z, code, _owned(everything, open_B), open_B)
             self._accept(best, z, nll_B, achieved_B, open_B, step)
@@ -121,14 +127,12 @@ class Refiner:
         outside = rows.kind_R == OUTSIDE
         kl_B = _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], len(open_B))
         rate_B = self.network.rate(Code(z, code.log_variance, code.written))
+        rate_B = rate_B.sum(0, keepdim=True) if self.joint else rate_B
         total_B = nll_B + self.settings.lambda_il * kl_B + self.settings.beta * rate_B
         return total_B[open_B].sum(), nll_B.detach(), achieved_B
 
     def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
-        factors = self.network.decode(z, written, joint=self.joint)
-        if self.joint:  # one update in force on every row
-            factors = {name: (a.expand(len(z), -1, -1), b.expand(len(z), -1, -1)) for name, (a, b) in factors.items()}
-        return run_rows(self.part, self.modules, factors, groups)
+        return run_rows(self.part, self.modules, self.network.decode(z, written, joint=self.joint), groups)
 
     def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
         inside = rows.kind_R != OUTSIDE
@@ -139,7 +143,8 @@ class Refiner:
     def _accept(self, best: Refined, z: Tensor, nll_B: Tensor, achieved_B: Tensor, open_B: Tensor, step: int) -> None:
         # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
         better_B = open_B & (nll_B.detach() < best.nll_B)
-        best.z_BTZ[better_B] = z.detach()[better_B]
+        moved_B = better_B.expand(len(z))
+        best.z_BTZ[moved_B] = z.detach()[moved_B]
         best.nll_B[better_B] = nll_B.detach()[better_B]
         best.achieved_B[better_B] = achieved_B[better_B]
         best.steps_B[open_B] = step
