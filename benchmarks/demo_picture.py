@@ -3,6 +3,7 @@
 python benchmarks/demo_picture.py
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def main() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode not in (0, 1):
         sys.exit(done.stderr)
-    console = Console(record=True, width=WIDTH, file=Path(os.devnull).open("w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(done.stdout))
     console.save_svg("docs/demo.svg", title="ibke demo")
 

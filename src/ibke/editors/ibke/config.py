@@ -20,6 +20,8 @@ class IBKEConfig:
         key_rank: eigen-directions kept of the generic keys' second moment C₀ (the rest is isotropic).
         width: hidden width of encoder and decoder.
         depth: attention blocks over an edit's tokens in the encoder.
+        readout: layers from here on start out writing where the answer is read out (its own positions and the last of
+            the prompt), those below where the subject is named; only a start, the gate is learned.
         write_last: may the last prompt position, where the answer is first read out, be written to.
         write_answer: may positions of the answer's own tokens be written to.
         keys: ``address`` takes the written tokens' keys as they are, ``code`` decodes them from Z too.
@@ -38,6 +40,7 @@ class IBKEConfig:
     key_rank: int = 256
     width: int = 384
     depth: int = 2
+    readout: int = 16
     write_last: bool = False
     write_answer: bool = True
     keys: Literal["address", "code"] = "address"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibke.batch import ANSWER, ROLES, SUBJECT
+from ibke.batch import ANSWER, LAST, ROLES, SUBJECT
 from ibke.editors.ibke.config import IBKEConfig
 
 CLAMP = 6.0
@@ -85,10 +85,7 @@ class Decoder(nn.Module):
         self.code = _zero(nn.Linear(width, config.content_dim))
         self.value = _zero(nn.Linear(width, modules * d_out))
         self.gate = _zero(nn.Linear(width, modules))
-        # An edit starts out written at its subject and its answer: the other words of a prompt belong to everybody.
-        self.role_gate = nn.Parameter(torch.full((ROLES, modules), -3.0))
-        with torch.no_grad():
-            self.role_gate[[SUBJECT, ANSWER]] = 0.0
+        self.role_gate = nn.Parameter(_open_gates(config))
         # Half a typical output: enough to steer by, little enough that the first steps do not wreck everything else.
         self.log_step = nn.Parameter(torch.full((modules,), math.log(0.5)))
 
@@ -100,6 +97,22 @@ class Decoder(nn.Module):
         values = flat.unflatten(-1, (self.modules_, self.d_out))
         step = 2.0 * torch.sigmoid(self.gate(h) + self.role_gate[role_BT]) * self.log_step.exp()
         return -step.unsqueeze(-1) * values
+
+
+def _open_gates(config: IBKEConfig) -> Tensor:
+    """Where writing starts out allowed, by role and module: gate biases, 0 for half open and −3 for nearly shut.
+
+    A subject stands out most in early layers, an answer is read out in late ones, and the other words of a prompt
+    belong to everybody. A configuration with layers on one side only writes everything there.
+    """
+    late = torch.tensor([layer >= config.readout for layer in config.layers])
+    early = ~late if not late.all() else late
+    late = late if late.any() else ~late
+    gates = torch.full((ROLES, len(config.layers)), -3.0)
+    gates[SUBJECT, early] = 0.0
+    gates[ANSWER, late] = 0.0
+    gates[LAST, late] = 0.0
+    return gates
 
 
 class StandardPrior(nn.Module):
