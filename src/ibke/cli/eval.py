@@ -69,7 +69,7 @@ def evaluate(
     from ibke.frames import Frame
 
     wanted = tuple(cast(Frame, name.strip()) for name in frames.split(","))
-    config = {"data": str(data), "format": format, "limit": limit, "seed": seed, "refine": not no_refine}
+    config = {"data": data.name, "format": format, "limit": limit, "seed": seed, "refine": not no_refine}
     config |= {"editor": editor, "skipped": len(skipped)}
     with Bars() as tick:
         report = evaluate_single(
