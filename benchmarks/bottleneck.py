@@ -17,10 +17,17 @@ from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.models import load_model
 from ibke.training.settings import TrainSettings
-from ibke.training.trainer import Trainer, prepare_episodes, prepare_ground, started_from
+from ibke.training.trainer import (
+    Trainer,
+    draw_episodes,
+    prepare_episodes,
+    prepare_ground,
+    started_from,
+    take_statistics,
+)
 from ibke.training.validation import validate
 
-BETAS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+BETAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 def points() -> dict[str, dict]:
@@ -55,11 +62,13 @@ def main() -> None:
     network, manifest = load_editor(folder, lm)
     base = settings_for({}, manifest, args, folder, args.runs / "base")
     ground = prepare_ground(base)
-    episodes, validation = prepare_episodes(base, ground, lambda _: None)
+    drawn = draw_episodes(base)
+    statistics = take_statistics(base, ground, drawn[0])
+    episodes, validation = prepare_episodes(base, ground, statistics, drawn, lambda _: None)
     report = json.loads(args.out.read_text()) if args.out.exists() else {"points": {}}
     report["command"] = f"python benchmarks/bottleneck.py --steps {args.steps}"
-    report["shipped"] = validate(network, ground.part, ground.modules, validation)
-    report["swapped"] = validate(network, ground.part, ground.modules, validation, swap=True)
+    report["shipped"] = validate(network, ground.part, ground.site, validation)
+    report["swapped"] = validate(network, ground.part, ground.site, validation, swap=True)
     for name, change in ({} if args.only_swap else points()).items():
         if name in report["points"]:
             continue
@@ -69,7 +78,7 @@ def main() -> None:
         if trainer.checkpoint.exists():
             trainer.resume()
         trainer.run(episodes, validation)
-        report["points"][name] = validate(trainer.averaged, ground.part, ground.modules, validation)
+        report["points"][name] = validate(trainer.averaged, ground.part, ground.site, validation)
         print(name, report["points"][name], flush=True)
         write(args.out, report)
     write(args.out, report)

@@ -58,7 +58,7 @@ def main() -> None:
         began = time.perf_counter()
         code, _ = bare.encode([request])
         with torch.no_grad():
-            bare.network.decode(code.mean, code.written)
+            bare.network.decode(code.mean, code.written, bare.site)
         times["capture_to_edit"].append(time.perf_counter() - began)
         for name, editor in (("bare", bare), ("refined", refined)):
             began = time.perf_counter()

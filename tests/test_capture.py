@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from tests.conftest import make_tiny
 
-from ibke.batch import Pair, collate, written_positions
+from ibke.batch import ANSWER, LAST, SUBJECT, Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.errors import CaptureError
 from ibke.frames import FRAMES, encode_pair
 from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
-from ibke.partial import PartialModel, row_updates
+from ibke.neurons import Site
+from ibke.partial import PartialModel, Prefixes, row_updates
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, merge, run_rows
 
 EVERY = sorted(ARCHITECTURES)
 FIRST = 2
@@ -106,9 +108,52 @@ def test_the_span_of_a_framed_prompt_is_the_prompt(frame):
     assert lm.tokenizer.decode(pair.answer).strip() == "Paris<|end|>"
 
 
-def test_written_positions_leave_out_the_first_and_the_last():
-    pairs = [Pair([5, 6, 7, 8], [9, 2], (0, 4)), Pair([5, 6], [9, 10, 2], (0, 2))]
-    position, role, mask = written_positions(pairs, last=False, answer=True)
-    assert [position[0][mask[0]].tolist(), position[1][mask[1]].tolist()] == [[1, 2, 4], [1, 2, 3]]
-    # A prompt with nothing between its ends is written at its last position, so that no edit is empty.
-    assert role[1][mask[1]].tolist() == [1, 2, 2]
+def test_coded_positions_are_the_subject_the_last_and_the_answer():
+    pairs = [Pair([5, 6, 7, 8], [9, 2], (0, 4), (1, 3)), Pair([5, 6], [9, 10, 2], (0, 2))]
+    position, role, mask = coded_positions(pairs)
+    assert [position[0][mask[0]].tolist(), position[1][mask[1]].tolist()] == [[2, 3, 4], [1, 2, 3]]
+    assert role[0][mask[0]].tolist() == [SUBJECT, LAST, ANSWER]
+    # Where no subject is known the prompt's last word stands for it.
+    assert role[1][mask[1]].tolist() == [SUBJECT, ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_what_a_module_is_fed_is_read_without_running_on(architecture):
+    lm = make_tiny(architecture)
+    _, batch = some_batch(lm)
+    part, modules = split(lm)
+    name, module = next(iter(modules.items()))
+    taken = capture(part, {name: module}, part.prefix(batch), batch)
+    real = batch.attention_RT.bool()
+    torch.testing.assert_close(part.inputs_of(module, batch)[real], taken.keys[name][real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_prefix_run_once_changes_nothing(architecture):
+    lm = make_tiny(architecture)
+    part, modules = split(lm)
+    module = modules[next(iter(modules))]
+    rows = [((5, 6, 7), (8, 9)), ((), (5, 9, 11)), ((12,), (8,)), ((5, 6, 7), (4, 4, 4))]
+    prefixes = Prefixes(part, [prefix for prefix, _ in rows])
+    got = prefixes.inputs_of(module, rows)
+    pairs = [Pair([*prefix, *tail], [2], (0, 1)) for prefix, tail in rows]
+    whole = part.inputs_of(module, collate(pairs, lm.tokenizer.pad_token_id))
+    wanted = torch.stack([whole[row, len(pair.prompt) - 1] for row, pair in enumerate(pairs)])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_rows_cut_where_an_edit_begins_say_the_same(architecture):
+    lm = make_tiny(architecture)
+    site = Site.find(lm.model, target_modules(lm, lm.architecture, [FIRST])[0])
+    part = PartialModel(lm.model, lm.architecture.layers, FIRST)
+    asked = [("The capital of Borduria is", "bare"), ("Where is Borduria?", "chat"), ("Borduria", "question")]
+    pairs = [encode_pair(text, "Rome", frame, lm.tokenizer, "Borduria") for text, frame in asked]
+    pairs.append(encode_pair("Nothing of the kind", "Oslo", "bare", lm.tokenizer))
+    kinds, owners = [EDIT, INSIDE, OUTSIDE, OUTSIDE], [0, 0, 0, 0]
+    whole, cut = (build_groups(part, pairs, kinds, owners, 0, cut=cut) for cut in (False, True))
+    assert sum(group.batch.ids_RT.numel() for group in cut) < sum(group.batch.ids_RT.numel() for group in whole)
+    mine, theirs = (run_rows(part, site.modules, {}, groups) for groups in (whole, [merge(cut)]))
+    order, other = (torch.argsort(terms.nll_R + 10 * terms.kind_R) for terms in (mine, theirs))
+    torch.testing.assert_close(mine.nll_R[order], theirs.nll_R[other], rtol=1e-3, atol=1e-3)
+    assert mine.forward_R.abs().max() < 1e-3 and theirs.forward_R.abs().max() < 1e-3

@@ -193,9 +193,9 @@ def test_train_settings(run: Run, tmp_path: Path):
 def test_train_overrides_reach_the_settings():
     from ibke.cli.train import _overrides
 
-    run_settings, config = _overrides(["layers=4,6", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"])
+    run_settings, config = _overrides(["layer=4", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"])
     assert run_settings == {"warmup": 7}
-    assert (config.layers, config.noise, config.prior, config.beta) == ((4, 6), False, "ceb", 0.5)
+    assert (config.layer, config.noise, config.prior, config.beta) == (4, False, "ceb", 0.5)
 
 
 # --- on the real model
@@ -323,7 +323,7 @@ def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_then_edit(run: Run, tiny_folder: Path, tmp_path: Path):
-    sizes = ("layers=1,2", "key_rank=64", "content_dim=8", "context_dim=4", "width=16")
+    sizes = ("layer=1", "content_dim=8", "context_dim=4", "width=16")
     rest = ("validation=4", "validate_every=2", "hold_out_relations=0", *sizes)
     command = ["train", "--model", tiny_folder, "--data", f"jsonl:{tiny_folder / 'requests.jsonl'}"]
     command += ["--out", tmp_path / "run", "--episodes", 12, "--batch", 2, "--dtype", "float32"]

@@ -1,45 +1,51 @@
-"""The bottleneck's parts: priors, keys through the code, roles, contrast, refining."""
+"""The bottleneck's parts: priors, addresses, keys through the code, refining."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.conftest import make_tiny
 
-from ibke.batch import ANSWER, PROMPT, SUBJECT, written_positions
 from ibke.edit import Edit
+from ibke.editors.ibke.address import OTHER, contexts_of, guess_subject, names_the_question, subject_of
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
-from ibke.editors.ibke.contrast import contrast_keys, guess_subject, swapped
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
-from ibke.editors.ibke.statistics import KeySpectrum, joint_direction, whitening
-from ibke.errors import FormatError
-from ibke.frames import encode_pair
-from ibke.modules import in_out, resolve, target_modules
+from ibke.editors.ibke.statistics import direction, whitening
+from ibke.editors.ibke.watch import watched_rows
+from ibke.errors import FormatError, RequestError
+from ibke.modules import in_out, target_modules, weight_OI
+from ibke.neurons import Site, moved
+from ibke.partial import PartialModel
 from ibke.request import EditRequest
+from ibke.session import EditSession
+from ibke.training.statistics import layer_statistics, text_batches
 
 REQUESTS = [
     EditRequest("The capital of Borduria is", "Rome", subject="Borduria"),
     EditRequest("Who wrote the play Maskenball?", "Ann", subject="Maskenball"),
 ]
-SMALL = {"layers": (1, 2), "content_dim": 10, "context_dim": 6, "key_rank": 12, "width": 16, "depth": 1}
+SMALL = {"layer": 1, "content_dim": 10, "context_dim": 6, "width": 16, "depth": 1}
+TEXT = ["The capital of France is Paris. Who wrote the play? Answer: the author of the play is known to all. " * 9]
 
 
 def make_editor(refine=None, model="llama", **config):
-    """An editor with random linear maps on a tiny model."""
+    """An editor that was never trained, on a tiny model."""
     lm = make_tiny(model)
     settings = IBKEConfig(**{**SMALL, **config})
-    names = target_modules(lm, lm.architecture, settings.layers)
-    d_in, d_out = in_out(next(iter(resolve(lm.model, names).values())))
+    part = PartialModel(lm.model, lm.architecture.layers, settings.layer)
+    site = Site.find(lm.model, target_modules(lm, lm.architecture, [settings.layer])[0])
+    found = layer_statistics(part, site, text_batches(lm.tokenizer, TEXT, 1000, lm.device))
     generator = torch.Generator().manual_seed(5)
-    keys, grads = (torch.randn(2, 80, size, generator=generator) for size in (d_in, d_out))
-    basis = torch.linalg.qr(torch.randn(d_in, settings.key_rank, generator=generator))[0]
-    spectra = [KeySpectrum(basis, torch.linspace(2, 1, settings.key_rank), 0.5) for _ in names]
+    grads, addresses = (torch.randn(80, 32, generator=generator) for _ in range(2))
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        network = Bottleneck(settings, names, d_in, d_out)
-    network.initialise(list(keys), grads, spectra, torch.ones(2))
+        network = Bottleneck(settings, site.out, *in_out(site.modules[site.out]))
+    network.ground(found.spectrum, found.constant_D, found.pool_P, torch.tensor(1.0))
+    network.initialise(grads, addresses)
     return IBKEEditor(lm, network.requires_grad_(False), refine or RefineSettings(steps=6, learning_rate=0.3))
 
 
@@ -51,11 +57,11 @@ def test_every_prior_and_key_variant_gives_a_gradient(prior, keys):
     code, _ = editor.encode(REQUESTS)
     code = network.encode(code.written)
     rates = network.rate(code)
-    factors = network.decode(code.sample(torch.Generator().manual_seed(0)), code.written)
+    factors = network.decode(code.sample(torch.Generator().manual_seed(0)), code.written, editor.site)
     (sum((a.sum() + b.square().sum()) for a, b in factors.values()) + rates.sum()).backward()
     assert rates.shape == (2,) and (rates > 0).all()
     named = dict(network.named_parameters())
-    wanted = ["log_gamma", "encoder.mean.weight", "decoder.value.weight"] + [
+    wanted = ["decoder.log_step", "encoder.mean.weight", "decoder.value.weight"] + [
         n for n in named if n.startswith("prior.mean")
     ]
     for name in wanted:
@@ -63,35 +69,56 @@ def test_every_prior_and_key_variant_gives_a_gradient(prior, keys):
 
 
 def test_the_rate_is_the_divergence_of_gaussians():
-    mean, log_variance = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    prior = (torch.randn(2, 3, 4), torch.randn(2, 3, 4))
-    mask = torch.tensor([[True, True, True], [True, False, False]])
+    mean, log_variance = torch.randn(2, 4), torch.randn(2, 4)
+    prior = (torch.randn(2, 4), torch.randn(2, 4))
     q = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     r = torch.distributions.Normal(prior[0], (0.5 * prior[1]).exp())
-    wanted = (torch.distributions.kl_divergence(q, r).sum(-1) * mask).sum(-1)
-    torch.testing.assert_close(rate(mean, log_variance, prior, mask), wanted)
+    wanted = torch.distributions.kl_divergence(q, r).sum(-1)
+    torch.testing.assert_close(rate(mean, log_variance, prior), wanted)
 
 
-def test_values_of_address_keys_depend_on_the_code_alone():
+def test_what_is_written_depends_on_the_code_and_where_does_not():
     editor = make_editor()
     code, _ = editor.encode(REQUESTS)
-    other = code.mean + 1.0
-    mine, moved = (editor.network.decode(z, code.written) for z in (code.mean, other))
+    mine, moved = (editor.network.decode(z, code.written, editor.site) for z in (code.mean, code.mean + 1.0))
     for name in mine:
-        assert torch.equal(mine[name][0], moved[name][0])  # the address stays
-        assert not torch.allclose(mine[name][1], moved[name][1])
+        same = torch.equal(mine[name][0], moved[name][0]) and torch.equal(mine[name][1], moved[name][1])
+        assert same == (name != editor.site.out)
 
 
-def test_roles_name_subject_and_answer():
-    lm = make_tiny("llama")
-    pair = encode_pair("The capital of Borduria is", "Rome", "bare", lm.tokenizer, "borduria")
-    assert lm.tokenizer.decode(pair.prompt[slice(*pair.subject)]).strip() == "Borduria"
-    position, role, mask = written_positions([pair], last=False, answer=True)
-    at = dict(zip(position[0][mask[0]].tolist(), role[0][mask[0]].tolist(), strict=True))
-    assert all(
-        (at[index] == SUBJECT) == (pair.subject[0] <= index < pair.subject[1]) for index in at if at[index] != ANSWER
-    )
-    assert PROMPT in at.values() and list(at.values())[-1] == ANSWER
+def test_an_address_knows_nothing_of_the_answer():
+    editor = make_editor()
+    other = [EditRequest(request.prompt, "Lisbon", subject=request.subject) for request in REQUESTS]
+    one, two = editor.encode(REQUESTS)[0], editor.encode(other)[0]
+    assert torch.equal(one.written.address_BD, two.written.address_BD)
+    assert not torch.allclose(one.mean, two.mean)
+
+
+def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_of():
+    editor = make_editor(alike=2.0)
+    address = editor.addresser([(REQUESTS[0].prompt, "Borduria")])[0]
+    rows = contexts_of(REQUESTS[0].prompt, "Borduria", editor.lm.tokenizer)
+    for row, response in zip(rows, (editor.addresser.keys(rows) @ address).tolist(), strict=True):
+        assert response == pytest.approx(0.0 if row.kind == OTHER else 1.0, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("The capital of Borduria is", "The capital of"),
+        ("What is the capital of Borduria?", "the capital of"),
+        ("Borduria has the capital", None),
+        ("The Borduria", None),
+        ("In the year 1900 Borduria", None),
+    ],
+)
+def test_a_question_is_named_before_the_subject_or_not(prompt, phrase):
+    assert names_the_question(prompt, "Borduria") == phrase
+
+
+def test_without_a_named_question_nothing_is_contrasted():
+    kinds = [row.kind for row in contexts_of("Borduria has the capital", "Borduria", make_tiny("llama").tokenizer)]
+    assert OTHER not in kinds and len(kinds) > 5
 
 
 @pytest.mark.parametrize(
@@ -105,21 +132,8 @@ def test_roles_name_subject_and_answer():
 )
 def test_a_subject_is_guessed_from_capitals(prompt, subject):
     assert guess_subject(prompt) == subject
-
-
-def test_swapped_prompts_are_about_others_and_always_the_same():
-    texts = swapped("The capital of France is", "France")
-    assert len(texts) == 2 and texts == swapped("The capital of France is", "France")
-    assert all(text.startswith("The capital of ") and text.endswith(" is") and "France" not in text for text in texts)
-    assert swapped("the colour of grass is", None) == []
-
-
-def test_contrast_keys_are_those_of_the_swapped_prompts():
-    editor = make_editor()
-    prompts = [(request.prompt, request.subject) for request in REQUESTS] + [("no name here", None)]
-    keys, mask = contrast_keys(editor.part, editor.modules, editor.lm.tokenizer, prompts)
-    assert keys.shape[:2] == (2, 3) and mask[:2].any(1).all() and not mask[2].any()
-    assert keys[:, 0][:, mask[0]].abs().sum() > 0 and keys[:, 2].abs().sum() == 0
+    assert subject_of(prompt, None) == (subject or prompt)
+    assert subject_of(prompt, "Borduria") == (subject or prompt)
 
 
 def test_refining_lowers_the_nll_and_says_what_it_did():
@@ -129,7 +143,7 @@ def test_refining_lowers_the_nll_and_says_what_it_did():
     assert plain.info.achieved is None and plain.info.refine_steps == 0 and plain.info.nll_after is None
     assert 1 <= refined.info.refine_steps <= 6
     assert refined.info.nll_after < refined.info.nll_before
-    assert refined.info.latent["z"].shape[1] == IBKEConfig(**SMALL).code_dim
+    assert refined.info.latent["z"].shape == (1, IBKEConfig(**SMALL).code_dim)
 
 
 @pytest.mark.parametrize("learning_rate", [0.05, 1e4])
@@ -137,21 +151,50 @@ def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
     editor = make_editor(RefineSettings(steps=4, learning_rate=learning_rate))
     code, _ = editor.encode(REQUESTS)
     targets = editor._targets(REQUESTS, joint=False)
-    refiner = Refiner(editor.network, editor.part, editor.modules, editor.settings)
+    refiner = Refiner(editor.network, editor.part, editor.site, editor.settings)
     first, _ = refiner._judge(refiner._run(code.mean, code.written, targets), 2)
-    best = refiner.refine(code, targets, lambda: editor.probes.rows(REQUESTS, editor.settings, joint=False))
-    again, _ = refiner._judge(refiner._run(best.z_BTZ, code.written, targets), 2)
+    best = refiner.refine(code, targets, lambda: watched_rows(editor.part, editor.lm.tokenizer, REQUESTS, joint=False))
+    again, _ = refiner._judge(refiner._run(best.z_BZ, code.written, targets), 2)
     assert (best.nll_B <= first).all()
     torch.testing.assert_close(again, best.nll_B, rtol=1e-4, atol=1e-4)
 
 
-def test_a_joint_edit_solves_all_requests_together():
+def test_a_joint_edit_gives_every_request_neurons_of_its_own():
     editor = make_editor(RefineSettings(steps=0))
-    joint, (one, two) = editor.edit(REQUESTS), editor.edit_each(REQUESTS)
-    assert joint.rank == one.rank + two.rank
-    apart = one.compose(two)
-    name = next(iter(joint.factors))
-    assert not torch.allclose(joint.delta(name), apart.delta(name))
+    joint = editor.edit(REQUESTS)
+    (taken,) = joint.info.neurons.values()
+    assert len(set(taken)) == len(taken) == 4
+    assert joint.factors[editor.site.out][0].shape[0] == 4
+    with pytest.raises(RequestError, match="more than one joint edit has room for"):
+        editor.edit([EditRequest(f"The capital of land {index} is", "Rome") for index in range(9)])
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt", "phi3", "qwen2"])
+@pytest.mark.parametrize("how", ["attach", "merge"])
+def test_an_edit_moves_out_of_anothers_way(model, how):
+    editor = make_editor(RefineSettings(steps=0), model=model)
+    lm, (one, two) = editor.lm, editor.edit_each(REQUESTS)
+    text = lm.tokenizer("The author of the play Maskenball is", return_tensors="pt")
+    ((name, mine),) = one.info.neurons.items()
+    # The second edit as if it had drawn the first one's neurons.
+    site, constant = editor.site, two.info.latent["constant"]
+    drawn = two.info.neurons[name]
+    factors = moved(site, two.factors, dict(zip(drawn, mine, strict=True)), constant, base_of(lm))
+    clashing = Edit(factors, two.requests, replace(two.info, neurons={name: mine}))
+    with pytest.raises(FormatError, match="both edits take over neuron"):
+        one.compose(clashing)
+    free = [int(neuron) for neuron in two.info.latent["spare"] if int(neuron) not in mine][:2]
+    apart = moved(site, clashing.factors, dict(zip(mine, free, strict=True)), constant, base_of(lm))
+    with EditSession(lm).attach(one).attach(Edit(apart, two.requests, replace(two.info, neurons={name: free}))):
+        wanted = lm.model(**text).logits
+    with EditSession(lm) as session:
+        getattr(session, how)(one)
+        getattr(session, how)(clashing)
+        torch.testing.assert_close(lm.model(**text).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+def base_of(lm):
+    return lambda name: weight_OI(lm.model.get_submodule(name)).clone()
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt", "gemma2", "falcon", "phi3"])
@@ -160,11 +203,11 @@ def test_other_architectures_edit_the_same_way(model):
     assert isinstance(edit, Edit) and all(value > 0 for value in edit.norm().values())
 
 
-def test_shared_directions_are_unit_and_whitening_whitens():
-    grads = torch.randn(3, 50, 8)
-    directions, log_norm = joint_direction(grads, grads.norm(dim=-1).mean(1))
+def test_directions_are_unit_and_whitening_whitens():
+    grads = torch.randn(50, 8)
+    directions, log_norm = direction(grads)
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(50))
-    assert log_norm.shape == (50,)
+    torch.testing.assert_close(log_norm.exp(), grads.norm(dim=-1), rtol=1e-4, atol=1e-4)
     samples = torch.randn(4000, 6) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2, 0.1])
     basis, scale = whitening(samples, 4)
     coordinates = samples @ basis / scale
@@ -182,7 +225,9 @@ def test_beta_is_fixed_annealed_or_steered():
 
 
 def test_impossible_settings_are_named():
-    with pytest.raises(FormatError, match="ascending"):
-        IBKEConfig(layers=(3, 2))
-    with pytest.raises(FormatError, match="key_rank"):
-        Bottleneck(IBKEConfig(**{**SMALL, "key_rank": 999}), ["a", "b"], 64, 32)
+    with pytest.raises(FormatError, match="layer -1"):
+        IBKEConfig(layer=-1)
+    with pytest.raises(FormatError, match="threshold"):
+        IBKEConfig(threshold=1.5)
+    with pytest.raises(FormatError, match="content_dim"):
+        Bottleneck(IBKEConfig(**{**SMALL, "content_dim": 999}), "a", 64, 32)

@@ -83,33 +83,24 @@ def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device | str = "cp
     return Batch(ids.to(device), attention.to(device), predicts.to(device), labels.to(device), rows.to(device))
 
 
-PROMPT, LAST, ANSWER, SUBJECT = 0, 1, 2, 3
-ROLES = 4
+SUBJECT, LAST, ANSWER = 0, 1, 2
+ROLES = 3
 
 
-def written_positions(pairs: Sequence[Pair], *, last: bool, answer: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Where an edit may write: the prompt's own words, and optionally the last prompt position and the answer.
-
-    The first position is left out: in many models it holds a massive activation that belongs to no word.
+def coded_positions(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens whose gradients make up a code: the subject's last, the prompt's last, and the answer's own.
 
     Args:
-        pairs: B tokenised edits.
-        last: include the last prompt position, where the first answer token is predicted.
-        answer: include the positions of the answer's own tokens.
+        pairs: B tokenised edits; where no subject is known the prompt's own last word stands for it.
 
     Returns:
-        positions, roles (``PROMPT``, ``LAST`` prompt position, ``ANSWER``, ``SUBJECT``) and mask, each B × T. Where no
-        subject is known every word of the prompt counts as subject.
+        positions, roles (``SUBJECT``, ``LAST``, ``ANSWER``) and mask, each B × T, the subject first.
     """
     rows: list[list[tuple[int, int]]] = []
     for pair in pairs:
-        end = len(pair.prompt) - 1
-        begin, stop = pair.subject or pair.span
-        words = range(max(1, pair.span[0]), min(pair.span[1], end))
-        row = [(position, SUBJECT if begin <= position < stop else PROMPT) for position in words]
-        row += [(end, LAST)] if last or not row else []
-        row += [(position, ANSWER) for position in range(end + 1, len(pair))] if answer else []
-        rows.append(row)
+        written, end = (pair.subject or pair.span)[1] - 1, len(pair.prompt) - 1
+        row = [(written, SUBJECT)] + ([(end, LAST)] if end != written else [])
+        rows.append(row + [(position, ANSWER) for position in range(end + 1, len(pair))])
     longest = max(len(row) for row in rows)
     padded = torch.tensor([row + [(0, 0)] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])

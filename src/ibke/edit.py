@@ -43,7 +43,9 @@ class EditInfo:
         seconds: wall-clock time it took.
         nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
         nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
-        latent: tensors of the code, e.g. ``{"z": …}``.
+        neurons: by output projection, the neurons it takes over; no two edits on a model may share one.
+        latent: tensors of the code, e.g. ``{"z": …}``, and what moving to other neurons needs: ``spare`` ones, and the
+            ``constant`` direction (see :mod:`ibke.neurons`).
     """
 
     method: str
@@ -55,6 +57,7 @@ class EditInfo:
     seconds: float = 0.0
     nll_before: float | None = None
     nll_after: float | None = None
+    neurons: dict[str, list[int]] = field(default_factory=dict)
     latent: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -108,10 +111,11 @@ class Edit:
     def compose(self, other: Edit) -> Edit:
         """Both edits as one: updates add up, so factors stand side by side and ranks add.
 
-        The result is the output of no single code, so it has no latent; whether both targets still come is unknown.
+        The result is the output of no single code, so it has none; whether both targets still come is unknown.
 
         Raises:
             FingerprintMismatchError: they were made for different models.
+            FormatError: they take over the same neuron; a session moves one of them out of the way.
         """
         if self.info.fingerprint != other.info.fingerprint:
             raise FingerprintMismatchError(
@@ -127,6 +131,7 @@ class Edit:
                     raise FormatError("the edits' shapes differ.", name, "Compose edits of one model only.")
                 a_RI, b_OR = torch.cat([mine_a, a_RI]), torch.cat([mine_b, b_OR], dim=1)
             factors[name] = (a_RI, b_OR)
+        neurons = self._neurons_with(other)
         methods = dict.fromkeys([*self.info.method.split("+"), *other.info.method.split("+")])
         info = EditInfo(
             method="+".join(methods),
@@ -135,8 +140,22 @@ class Edit:
             refine_steps=self.info.refine_steps + other.info.refine_steps,
             rate_nats=_sum(self.info.rate_nats, other.info.rate_nats),
             seconds=self.info.seconds + other.info.seconds,
+            neurons=neurons,
+            latent={key: self.info.latent[key] for key in ("spare", "constant") if key in self.info.latent},
         )
         return Edit(factors, self.requests + other.requests, info)
+
+    def _neurons_with(self, other: Edit) -> dict[str, list[int]]:
+        both = {name: list(taken) for name, taken in self.info.neurons.items()}
+        for name, taken in other.info.neurons.items():
+            if shared := set(taken) & set(both.get(name, [])):
+                raise FormatError(
+                    f"both edits take over neuron {min(shared)}.",
+                    name,
+                    "Attach or merge them in one session, which moves one of them, or make them as one edit.",
+                )
+            both[name] = both.get(name, []) + list(taken)
+        return both
 
     def compress(self, rank: int) -> tuple[Edit, float]:
         """The nearest edit of at most this rank in each module (Eckart–Young, through QR of the factors).

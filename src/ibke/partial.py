@@ -9,12 +9,16 @@ Shape suffixes: R rows, T tokens, D hidden size, N answer positions, I d_in, O d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ibke.batch import Batch
 
@@ -36,6 +40,39 @@ class _PassThrough(nn.Module):
         return (out,) if self.wraps_output else out
 
 
+@dataclass
+class Past:
+    """Attention keys and values of the tokens that no edit can reach, which stay as the base made them.
+
+    Args:
+        real_RT: which of them are real; rows are padded on the left.
+        layers: keys and values (R × heads × T × size) of each layer from the first edited one on.
+    """
+
+    real_RT: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Past:
+        """The same with every tensor changed; its first dimension is the rows."""
+        return Past(change(self.real_RT), [(change(keys), change(values)) for keys, values in self.layers])
+
+    def padded(self, length: int) -> Past:
+        """The same with more padding, up to a length."""
+        more = length - self.real_RT.shape[1]
+        wide = [(F.pad(keys, (0, 0, more, 0)), F.pad(values, (0, 0, more, 0))) for keys, values in self.layers]
+        return Past(F.pad(self.real_RT, (more, 0)), wide)
+
+
+def join(pasts: Sequence[Past]) -> Past:
+    """Several pasts as one, row after row."""
+    wide = [past.padded(max(past.real_RT.shape[1] for past in pasts)) for past in pasts]
+    layers = [
+        (torch.cat([keys for keys, _ in same]), torch.cat([values for _, values in same]))
+        for same in zip(*(past.layers for past in wide), strict=True)
+    ]
+    return Past(torch.cat([past.real_RT for past in wide]), layers)
+
+
 class PartialModel:
     """The part of a model from layer ``first`` on, and the part before it.
 
@@ -53,6 +90,7 @@ class PartialModel:
         self.decoder: Any = model.base_model
         self.head: nn.Module = model.get_output_embeddings()
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         wraps = self._wraps_output()
         self._skipped = nn.ModuleList([*(_PassThrough(wraps) for _ in range(first)), *self.layers[first:]])
 
@@ -71,6 +109,15 @@ class PartialModel:
         finally:
             handle.remove()
         return caught[0]
+
+    def inputs_of(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What a module of the model is fed (R × T × its d_in, float32), without gradient; nothing after it is run."""
+        fed = _fed_to(
+            module,
+            lambda: self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False),
+        )
+        # Some models flatten rows and tokens before a linear module.
+        return fed.float().reshape(*batch.ids_RT.shape, -1)
 
     def _wraps_output(self) -> bool:
         # Some architectures return a tuple from each layer; ask the first one with a single token.
@@ -107,10 +154,45 @@ class PartialModel:
             setattr(self.parent, self.attribute, self.layers)
             entrance.hidden_RTD = None
 
-    def states(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
-        """Final hidden states (R × T × D) from those entering layer ``first``."""
+    @torch.no_grad()
+    def whole(self, batch: Batch) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """One pass of the unedited model.
+
+        Returns:
+            hidden states entering layer ``first`` (R × T × D), logits at the answer positions (N × V, float32), and
+            keys and values of each layer from ``first`` on.
+        """
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.layers[self.first].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=True)
+        finally:
+            handle.remove()
+        kept = [(keys, values) for keys, values, *_ in out.past_key_values][self.first :]
+        return caught[0], self._logits(out.last_hidden_state[batch.predicts_RT]), kept
+
+    def positions(self, real_RT: Tensor, new: int) -> dict[str, Tensor]:
+        """Positions of the last ``new`` tokens of left-padded rows, for models that take them."""
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": (real_RT.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]}
+
+    def states(self, hidden_RTD: Tensor, batch: Batch, past: Past | None = None) -> Tensor:
+        """Final hidden states (R × T × D) from those entering layer ``first``, and what was before, if anything."""
+        more: dict[str, Any] = {"attention_mask": batch.attention_RT, "use_cache": False}
+        if past is not None:
+            real_RT = torch.cat([past.real_RT.to(batch.attention_RT.dtype), batch.attention_RT], dim=1)
+            # Layers that are skipped need no keys, only as many as the others.
+            absent = past.real_RT.new_zeros(len(real_RT), 1, past.real_RT.shape[1], 1, dtype=hidden_RTD.dtype)
+            cache = DynamicCache([(absent, absent)] * self.first + past.layers)
+            more = {"attention_mask": real_RT, "use_cache": True, "past_key_values": cache}
+            more |= self.positions(real_RT, batch.ids_RT.shape[1])
         with self._skipping(hidden_RTD), self._plain_attention():
-            out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+            out = self.decoder(input_ids=batch.ids_RT, **more)
         return out.last_hidden_state
 
     @contextmanager
@@ -127,14 +209,108 @@ class PartialModel:
         finally:
             config._attn_implementation = kept
 
-    def suffix(self, hidden_RTD: Tensor, batch: Batch) -> Tensor:
+    def suffix(self, hidden_RTD: Tensor, batch: Batch, past: Past | None = None) -> Tensor:
         """Logits at the answer positions (N × V, float32) from hidden states entering layer ``first``."""
-        logits = self.head(self.states(hidden_RTD, batch)[batch.predicts_RT]).float()
+        return self._logits(self.states(hidden_RTD, batch, past)[batch.predicts_RT])
+
+    def _logits(self, states_ND: Tensor) -> Tensor:
+        logits = self.head(states_ND).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def _replace_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class Prefixes:
+    """Beginnings of token sequences that never change, run once; what follows them then costs its own tokens only.
+
+    Args:
+        part: the model; kept are keys and values of its attention up to the first layer an edit may change.
+        prefixes: token ids of the beginnings; an empty one is always there.
+    """
+
+    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]]):
+        self.part = part
+        self.index: dict[tuple[int, ...], int] = {(): 0}
+        for prefix in prefixes:
+            self.index.setdefault(prefix, len(self.index))
+        self._run()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        longest = max(map(len, self.index))
+        device = self.part.model.device
+        ids_RT = torch.zeros(len(self.index), longest, dtype=torch.long)
+        real_RT = torch.zeros_like(ids_RT)
+        for prefix, row in self.index.items():
+            if prefix:
+                ids_RT[row, longest - len(prefix) :] = torch.tensor(prefix)
+                real_RT[row, longest - len(prefix) :] = 1
+        self.real_RT = real_RT.to(device)
+        kept: list[tuple[Tensor, Tensor]] = []
+        if longest:
+            some = ids_RT[1:].to(device)
+            out = self.part.decoder(
+                input_ids=some,
+                attention_mask=self.real_RT[1:],
+                use_cache=True,
+                **self.part.positions(self.real_RT[1:], longest),
+            )
+            kept = [(keys, values) for keys, values, *_ in out.past_key_values][: self.part.first + 1]
+        # Padding may hold anything, not-a-numbers included, which no mask would stop; and the empty prefix is padding.
+        self.kept = [tuple(self._padded(item) for item in pair) for pair in kept]
+
+    def _padded(self, item_RHTD: Tensor) -> Tensor:
+        whole = torch.cat([torch.zeros_like(item_RHTD[:1]), item_RHTD])
+        return whole.masked_fill(~self.real_RT.bool()[:, None, :, None], 0.0)
+
+    @torch.no_grad()
+    def inputs_of(self, module: nn.Module, rows: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> Tensor:
+        """What a module is fed at the last token of each row (R × its d_in, float32).
+
+        Args:
+            module: a module of the first layer an edit may change.
+            rows: a known prefix and the tokens after it, at least one.
+        """
+        chosen = torch.tensor([self.index[prefix] for prefix, _ in rows], device=self.real_RT.device)
+        longest = max(len(tail) for _, tail in rows)
+        ids_RT = torch.zeros(len(rows), longest, dtype=torch.long)
+        real_RT = torch.zeros_like(ids_RT)
+        for row, (_, tail) in enumerate(rows):
+            ids_RT[row, : len(tail)] = torch.tensor(tail)
+            real_RT[row, : len(tail)] = 1
+        whole_RT = torch.cat([self.real_RT[chosen], real_RT.to(chosen.device)], dim=1)
+        cache = DynamicCache([(keys[chosen], values[chosen]) for keys, values in self.kept]) if self.kept else None
+        fed = _fed_to(
+            module,
+            lambda: self.part.decoder(
+                input_ids=ids_RT.to(chosen.device),
+                attention_mask=whole_RT,
+                past_key_values=cache,
+                use_cache=True,
+                **self.part.positions(whole_RT, longest),
+            ),
+        )
+        fed = fed.float().reshape(len(rows), longest, -1)
+        return fed[torch.arange(len(rows)), torch.tensor([len(tail) - 1 for _, tail in rows])]
+
+
+def _fed_to(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a module is fed by a run that ends there."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        caught.append(args[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(catch)
+    try:
+        with suppress(_Reached), torch.no_grad():
+            run()
+    finally:
+        handle.remove()
+    return caught[0]
 
 
 @contextmanager

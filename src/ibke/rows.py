@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Batch, Pair, collate
-from ibke.partial import PartialModel, row_updates
+from ibke.partial import PartialModel, Past, join, row_updates
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
 GROUP_TOKENS = 1024  # padded tokens computed at once: small enough for a processor's cache
@@ -37,6 +37,7 @@ class RowGroup:
         kind_R: ``EDIT``, ``INSIDE`` or ``OUTSIDE``.
         owner_R: the edit in force on each row, counted within the batch of edits.
         base_tokens_NP, base_log_probs_NP: the base's leading tokens at the answer positions of rows out of scope.
+        past: tokens before these, where no edit reaches; None where rows are whole.
     """
 
     hidden_RTD: Tensor
@@ -45,11 +46,19 @@ class RowGroup:
     owner_R: Tensor
     base_tokens_NP: Tensor
     base_log_probs_NP: Tensor
+    past: Past | None = None
 
     def to(self, device: torch.device) -> RowGroup:
         """The same rows on another device."""
-        rest = (self.kind_R, self.owner_R, self.base_tokens_NP, self.base_log_probs_NP)
-        return RowGroup(self.hidden_RTD.to(device), self.batch.to(device), *(tensor.to(device) for tensor in rest))
+        return RowGroup(
+            self.hidden_RTD.to(device),
+            self.batch.to(device),
+            self.kind_R.to(device),
+            self.owner_R.to(device),
+            self.base_tokens_NP.to(device),
+            self.base_log_probs_NP.to(device),
+            self.past and self.past.map(lambda tensor: tensor.to(device)),
+        )
 
     def select(self, rows_R: Tensor) -> RowGroup:
         """The chosen rows only (a boolean mask)."""
@@ -71,6 +80,7 @@ class RowGroup:
             self.owner_R[rows_R],
             self.base_tokens_NP[outside_N],
             self.base_log_probs_NP[outside_N],
+            self.past and self.past.map(lambda tensor: tensor[rows_R]),
         )
 
 
@@ -99,6 +109,7 @@ def merge(groups: Sequence[RowGroup]) -> RowGroup:
         torch.cat([group.owner_R for group in groups]),
         torch.cat([group.base_tokens_NP for group in groups]),
         torch.cat([group.base_log_probs_NP for group in groups]),
+        join([group.past for group in groups if group.past]) if groups[0].past else None,
     )
 
 
@@ -132,7 +143,7 @@ def edited_logits(part: PartialModel, modules: Mapping[str, nn.Module], factors:
     """Logits at every answer position, each row under its own edit (N × V)."""
     rows = {name: (a[group.owner_R], b[group.owner_R]) for name, (a, b) in factors.items()}
     with row_updates(modules, rows):
-        return part.suffix(group.hidden_RTD, group.batch)
+        return part.suffix(group.hidden_RTD, group.batch, group.past)
 
 
 def run_rows(
@@ -188,23 +199,71 @@ def _with_rest(log_probs_NP: Tensor) -> Tensor:
 
 @torch.no_grad()
 def build_groups(
-    part: PartialModel, pairs: Sequence[Pair], kinds: Sequence[int], owners: Sequence[int], pad_id: int
+    part: PartialModel,
+    pairs: Sequence[Pair],
+    kinds: Sequence[int],
+    owners: Sequence[int],
+    pad_id: int,
+    *,
+    cut: bool = False,
 ) -> list[RowGroup]:
-    """Rows from tokenised pairs: one pass of the frozen first layers, and of the rest for rows out of scope."""
+    """Rows from tokenised pairs: one pass of the frozen first layers, and of the rest for rows out of scope.
+
+    Args:
+        part: the model, split at the edited layer.
+        pairs: prompts and answers.
+        kinds: ``EDIT``, ``INSIDE`` or ``OUTSIDE`` for each.
+        owners: the edit in force on each.
+        pad_id: token to pad with.
+        cut: compute again and again only what an edit written at the subject's last token can reach: the model is
+            causal, so what stands before it is passed once, through all layers, and kept. For a chat turn that is most
+            of it. Rows that name no subject stay whole.
+    """
     device = next(part.model.parameters()).device
     groups = []
     for chosen in by_length([len(pair) for pair in pairs]):
-        batch = collate([pairs[row] for row in chosen], pad_id, device)
-        hidden = part.prefix(batch)
-        outside = [slot for slot, row in enumerate(chosen) if kinds[row] == OUTSIDE]
-        tokens, log_probs = torch.zeros(0, LEADING, dtype=torch.long), torch.zeros(0, LEADING)
-        if outside:
-            some = collate([pairs[chosen[slot]] for slot in outside], pad_id, device)
-            tokens, log_probs = leading_tokens(part.suffix(hidden[outside][:, : some.ids_RT.shape[1]], some))
+        some = [pairs[row] for row in chosen]
+        batch = collate(some, pad_id, device)
         kind = torch.tensor([kinds[row] for row in chosen], device=device)
         owner = torch.tensor([owners[row] for row in chosen], device=device)
-        groups.append(RowGroup(hidden, batch, kind, owner, tokens.to(device), log_probs.to(device)))
+        outside_R = kind == OUTSIDE
+        none = torch.zeros(0, LEADING, dtype=torch.long, device=device), torch.zeros(0, LEADING, device=device)
+        if cut:
+            hidden, logits, layers = part.whole(batch)
+            leading = leading_tokens(logits[outside_R[batch.row_N]]) if bool(outside_R.any()) else none
+            hidden, batch, past = _cut(some, hidden, layers, pad_id)
+            groups.append(RowGroup(hidden, batch, kind, owner, *leading, past))
+            continue
+        hidden, leading = part.prefix(batch), none
+        if bool(outside_R.any()):
+            alone = collate([pair for pair, out in zip(some, outside_R.tolist(), strict=True) if out], pad_id, device)
+            leading = leading_tokens(part.suffix(hidden[outside_R][:, : alone.ids_RT.shape[1]], alone))
+        groups.append(RowGroup(hidden, batch, kind, owner, *leading))
     return groups
+
+
+def _cut(
+    pairs: Sequence[Pair], hidden_RTD: Tensor, layers: list[tuple[Tensor, Tensor]], pad_id: int
+) -> tuple[Tensor, Batch, Past]:
+    """Right-padded rows as what an edit reaches, and what comes before it."""
+    device = hidden_RTD.device
+    start_R = torch.tensor([pair.subject[1] - 1 if pair.subject else 0 for pair in pairs], device=device)
+    tails = [
+        Pair(pair.prompt[start:], pair.answer, (0, 1)) for pair, start in zip(pairs, start_R.tolist(), strict=True)
+    ]
+    batch = collate(tails, pad_id, device)
+    length, before = hidden_RTD.shape[1], int(start_R.max())
+    after_RT = (start_R[:, None] + torch.arange(batch.ids_RT.shape[1], device=device)).clamp(max=length - 1)
+    rows_R1 = torch.arange(len(pairs), device=device)[:, None]
+    # What came before stands on the left of its tail, so padding goes to its own left.
+    place_RT = torch.arange(before, device=device) - before + start_R[:, None]
+    real_RT, place_RT = place_RT >= 0, place_RT.clamp(min=0)
+
+    def take(item_RHTD: Tensor) -> Tensor:
+        return item_RHTD.transpose(1, 2)[rows_R1, place_RT].transpose(1, 2)
+
+    past = Past(real_RT, [(take(keys), take(values)) for keys, values in layers])
+    return hidden_RTD[rows_R1, after_RT], batch, past
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Shape suffixes: R rank, I d_in, O d_out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -18,6 +19,7 @@ from ibke.errors import FormatError, IBKEError, ModuleNotEditableError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 from ibke.modules import add_delta_, in_out, resolve, weight_OI
+from ibke.neurons import Site, moved
 
 
 class EditSession:
@@ -38,19 +40,20 @@ class EditSession:
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
-        self._attached: list[tuple[Edit, list[RemovableHandle]]] = []
-        self._merged: list[Edit] = []
+        # Each edit as it was given, and as it is in force: moved, where another one had its neurons.
+        self._attached: list[tuple[Edit, Edit, list[RemovableHandle]]] = []
+        self._merged: list[tuple[Edit, Edit]] = []
         self._saved: dict[str, Tensor] = {}
 
     @property
     def attached(self) -> tuple[Edit, ...]:
         """Edits riding beside the weights, in order of attachment."""
-        return tuple(edit for edit, _ in self._attached)
+        return tuple(edit for edit, *_ in self._attached)
 
     @property
     def merged(self) -> tuple[Edit, ...]:
         """Edits folded into the weights, in order."""
-        return tuple(self._merged)
+        return tuple(edit for edit, _ in self._merged)
 
     def attach(self, edit: Edit) -> EditSession:
         """Let an edit ride beside the weights: y ← y + (x Aᵀ) Bᵀ at each of its modules, in the model's dtype.
@@ -62,14 +65,15 @@ class EditSession:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: it names a module the model has not.
             FormatError: its shapes are not the module's.
-            IBKEError: it is attached already.
+            IBKEError: it is attached already, or no neuron is left for it.
         """
         if any(edit is other for other in self.attached):
             raise IBKEError("this edit is attached already.", "attach", "Detach it first.")
         modules = self._modules(edit)
-        hooks = {name: _adder(modules[name], self.lm.dtype, *edit.factors[name]) for name in modules}
+        placed = self._placed(edit)
+        hooks = {name: _adder(modules[name], self.lm.dtype, *placed.factors[name]) for name in modules}
         handles = [module.register_forward_hook(hooks[name]) for name, module in modules.items()]
-        self._attached.append((edit, handles))
+        self._attached.append((edit, placed, handles))
         return self
 
     def detach(self, edit: Edit | None = None) -> EditSession:
@@ -82,7 +86,7 @@ class EditSession:
         if edit is not None and not leaving:
             raise IBKEError("this edit is not attached.", "detach", "See `attached` for those that are.")
         for pair in leaving:
-            for handle in pair[1]:
+            for handle in pair[2]:
                 handle.remove()
             self._attached.remove(pair)
         return self
@@ -101,14 +105,15 @@ class EditSession:
         for name, module in modules.items():
             weight_OI(module)
             self._refuse_shared(name, module)
+        placed = self._placed(edit)
         self._saved |= {name: weight_OI(module).clone() for name, module in modules.items() if name not in self._saved}
         try:
             for name, module in modules.items():
-                add_delta_(module, edit.delta(name))
+                add_delta_(module, placed.delta(name))
         except BaseException:
             self._rebuild(modules)
             raise
-        self._merged.append(edit)
+        self._merged.append((edit, placed))
         return self
 
     def restore(self) -> EditSession:
@@ -141,14 +146,37 @@ class EditSession:
                 )
         return modules
 
+    def _placed(self, edit: Edit) -> Edit:
+        """The edit, moved to neurons of its own where edits in force have taken some of its."""
+        in_force = [placed for _, placed, _ in self._attached] + [placed for _, placed in self._merged]
+        for name, mine in edit.info.neurons.items():
+            taken = {neuron for other in in_force for neuron in other.info.neurons.get(name, [])}
+            clash = [neuron for neuron in mine if neuron in taken]
+            if not clash:
+                continue
+            spare = [int(neuron) for neuron in edit.info.latent.get("spare", [])]
+            free = [neuron for neuron in spare if neuron not in taken and neuron not in mine]
+            if len(free) < len(clash):
+                raise IBKEError("no neuron is left for this edit.", name, "Detach an edit, or make several as one.")
+            to = dict(zip(clash, free, strict=False))
+            site = Site.find(self.lm.model, name)
+            factors = moved(site, edit.factors, to, edit.info.latent["constant"], self._base)
+            neurons = {**edit.info.neurons, name: [to.get(neuron, neuron) for neuron in mine]}
+            edit = replace(edit, factors=factors, info=replace(edit.info, neurons=neurons))
+        return edit
+
+    def _base(self, name: str) -> Tensor:
+        """A module's weight before the first merge."""
+        return self._saved[name] if name in self._saved else weight_OI(resolve(self.lm.model, [name])[name])
+
     @torch.no_grad()
     def _rebuild(self, modules: dict[str, nn.Module]) -> None:
         """Set weights to their saved state with the merged edits added again, in order: the same bits each time."""
         for name, module in modules.items():
             weight_OI(module).copy_(self._saved[name])
-            for edit in self._merged:
-                if name in edit.factors:
-                    add_delta_(module, edit.delta(name))
+            for _, placed in self._merged:
+                if name in placed.factors:
+                    add_delta_(module, placed.delta(name))
 
     def _refuse_shared(self, name: str, module: nn.Module) -> None:
         for other, parameter in self.lm.model.named_parameters(remove_duplicate=False):

@@ -1,9 +1,9 @@
 """Everything of an episode that never changes while the editor learns, computed once.
 
-Keys, gradients, the hidden states entering the first edited layer and the base's own answers out of scope are functions
+Gradients, addresses, the hidden states entering the edited layer and the base's own answers out of scope are functions
 of the frozen model. They are written in shards, each complete or absent, so building can stop and go on.
 
-Shape suffixes: B episodes, R rows, T tokens, N answer positions, L modules, I d_in, O d_out, D hidden, P leading.
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading, K neurons.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ibke.batch import Pair, collate, written_positions
+from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
-from ibke.editors.ibke.contrast import contrast_keys, guess_subject
+from ibke.editors.ibke.address import Addresser, subject_of
+from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
+from ibke.neurons import PER_EDIT, Site, choose
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
 from ibke.training.episodes import Episode
@@ -35,17 +37,19 @@ class Builder:
 
     Args:
         model, tokenizer: the base.
-        part: the base split at the first edited layer.
-        modules: edited modules by name.
-        write_last, write_answer: which positions may be written (see :class:`IBKEConfig`).
+        part: the base split at the edited layer.
+        site: the edited MLP.
+        addresser: finds where an edit applies.
+        pool_P, among: neurons by use, and how many of the least used to choose from.
     """
 
     model: Any
     tokenizer: Any
     part: PartialModel
-    modules: dict[str, nn.Module]
-    write_last: bool
-    write_answer: bool
+    site: Site
+    addresser: Addresser
+    pool_P: Tensor
+    among: int
 
     def shard(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         """Everything about some episodes as flat tensors."""
@@ -59,7 +63,7 @@ class Builder:
         for index, episode in enumerate(episodes):
             for kind, group in ((EDIT, (episode.edit,)), (INSIDE, episode.inside)):
                 for asked in group:
-                    about = (episode.subject or guess_subject(asked.prompt)) if kind == EDIT else None
+                    about = subject_of(asked.prompt, episode.subject) if kind == EDIT else None
                     pairs.append(encode_pair(asked.prompt, asked.target or "", asked.frame, self.tokenizer, about))
                     kinds.append(kind)
                     owner.append(index)
@@ -70,41 +74,36 @@ class Builder:
                 kinds.append(OUTSIDE)
                 owner.append(index)
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        out |= self._contrast(episodes)
+        asked_about = [(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+        out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
+        out["neurons_BK"] = torch.stack(
+            [choose(self.pool_P, prompt, PER_EDIT, self.among) for prompt, _ in asked_about]
+        )
         out |= self._rows(pairs, kinds)
         return out | {"row_kind": torch.tensor(kinds), "row_owner": torch.tensor(owner)}
 
     def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
-        keys: list[Tensor] = []
-        grads: list[Tensor] = []
-        roles: list[Tensor] = []
-        counts: list[Tensor] = []
+        keys, grads, roles, counts, answers = [], [], [], [], []
+        device = next(self.model.parameters()).device
         for begin in range(0, len(pairs), 64):
             part = pairs[begin : begin + 64]
-            device = next(self.model.parameters()).device
             batch = collate(part, self.tokenizer.pad_token_id, device)
-            taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
-            position, role, mask = written_positions(part, last=self.write_last, answer=self.write_answer)
+            taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
+            position, role, mask = coded_positions(part)
             row, place = torch.arange(len(part))[:, None].expand_as(position)[mask], position[mask]
-            keys.append(torch.stack([k[row, place] for k in taken.keys.values()], 1).bfloat16().cpu())
-            grads.append(torch.stack([g[row, place] for g in taken.value_grads.values()], 1).bfloat16().cpu())
+            keys.append(taken.keys[self.site.gate.name][row, place].cpu())
+            grads.append(taken.value_grads[self.site.out][row, place].cpu())
             roles.append(role[mask])
             counts.append(mask.sum(1))
+            embedding = self.model.get_input_embeddings()
+            answers.append(answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows).cpu())
         return {
-            "keys_TLI": torch.cat(keys),
-            "grads_TLO": torch.cat(grads),
+            "keys_TD": torch.cat(keys),
+            "grads_TD": torch.cat(grads),
             "role": torch.cat(roles),
-            "written": torch.cat(counts),
+            "coded": torch.cat(counts),
+            "answer_BD": torch.cat(answers),
         }
-
-    def _contrast(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
-        keys, count = [], []
-        for begin in range(0, len(episodes), 64):
-            requests = [(item.edit.prompt, item.subject) for item in episodes[begin : begin + 64]]
-            found, mask = contrast_keys(self.part, self.modules, self.tokenizer, requests)
-            keys.append(found.transpose(0, 1).transpose(1, 2)[mask].bfloat16())
-            count.append(mask.sum(1))
-        return {"contrast_SLI": torch.cat(keys), "contrast": torch.cat(count)}
 
     def _rows(self, pairs: list[Pair], kinds: list[int]) -> dict[str, Tensor]:
         hidden: list[Tensor] = [torch.empty(0)] * len(pairs)

@@ -1,6 +1,6 @@
 """Random access to cached episodes: what is small is in memory, the rest is read from disk as needed.
 
-Shape suffixes: B episodes, R rows, T tokens, N answer positions, L modules, I d_in, O d_out, D hidden, P leading.
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ibke.batch import Batch
+from ibke.editors.ibke.bottleneck import Written
 from ibke.rows import OUTSIDE, RowGroup, by_length
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
-ON_DISK = ("keys_TLI", "grads_TLO", "contrast_SLI", "hidden_TD", "base_tokens_NP", "base_log_probs_NP")
+ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "base_tokens_NP", "base_log_probs_NP")
 
 
 class StoredRows:
@@ -61,24 +62,19 @@ class EpisodeBatch:
     """Some episodes ready for one training step.
 
     Args:
-        keys_LBTI, grads_LBTO, role_BT, mask_BT, contrast_LBSI, contrast_mask_BS: see ``bottleneck.Written``.
+        written: what the editor may know of each.
         groups: all rows, in groups of similar length so that little is computed on padding.
     """
 
-    keys_LBTI: Tensor
-    grads_LBTO: Tensor
-    role_BT: Tensor
-    mask_BT: Tensor
-    contrast_LBSI: Tensor
-    contrast_mask_BS: Tensor
+    written: Written
     groups: list[RowGroup]
 
     def to(self, device: torch.device) -> EpisodeBatch:
         """The same episodes on another device."""
         if device.type == "cpu":
             return self
-        moved = {item.name: getattr(self, item.name).to(device) for item in fields(self) if item.name != "groups"}
-        return EpisodeBatch(**moved, groups=[group.to(device) for group in self.groups])
+        moved = {item.name: getattr(self.written, item.name).to(device) for item in fields(self.written)}
+        return EpisodeBatch(Written(**moved), [group.to(device) for group in self.groups])
 
 
 class EpisodeCache:
@@ -96,12 +92,11 @@ class EpisodeCache:
             data, stored = open_shard(path)
             data["row_start"] = _starts(data["length"])
             data["answer_start"] = _starts(data["answer_length"])
-            data["contrast_start"] = _starts(data["contrast"])
-            data["written_start"] = _starts(data["written"])
+            data["coded_start"] = _starts(data["coded"])
             data["base_start"] = _starts((data["row_kind"] == OUTSIDE) * data["answer_length"])
             self.shards.append(data)
             self.stored.append(stored)
-            self.index += [(number, episode) for episode in range(len(data["written"]))]
+            self.index += [(number, episode) for episode in range(len(data["coded"]))]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -114,14 +109,17 @@ class EpisodeCache:
             for slot, (shard, episode) in enumerate(found)
             for row in (self.shards[shard]["row_owner"] == episode).nonzero()[:, 0]
         ]
-        keys, mask = self._padded(found, "keys_TLI", "written_start")
-        grads, _ = self._padded(found, "grads_TLO", "written_start")
+        keys, mask = self._padded(found, "keys_TD")
+        grads, _ = self._padded(found, "grads_TD")
         role = torch.zeros(mask.shape, dtype=torch.long)
-        role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "written_start", e))] for s, e in found])
-        contrast, contrast_mask = self._padded(found, "contrast_SLI", "contrast_start")
+        role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "coded_start", e))] for s, e in found])
+        address, neurons, answer = (
+            torch.stack([self.shards[shard][name][episode] for shard, episode in found])
+            for name in ("address_BD", "neurons_BK", "answer_BD")
+        )
         lengths = [int(self.shards[shard]["length"][row]) for shard, row, _ in rows]
         groups = [self._group([rows[item] for item in some]) for some in by_length(lengths)]
-        return EpisodeBatch(keys, grads, role, mask, contrast, contrast_mask, groups)
+        return EpisodeBatch(Written(keys, grads, role, mask, address, neurons, answer), groups)
 
     def _group(self, rows: list[tuple[int, int, int]]) -> RowGroup:
         hidden, batch = self._rows(rows)
@@ -133,25 +131,23 @@ class EpisodeCache:
             torch.cat([data["base_log_probs_NP"][begin:end] for data, begin, end in spans]),
         )  # fmt: skip
 
-    def tokens(self, count: int) -> tuple[Tensor, Tensor]:
-        """Keys (L × T × I) and gradients (L × T × O) of the first written tokens, ``count`` of them at most."""
-        keys, grads = [], []
-        for data in self.stored:
-            size = min(count, data["keys_TLI"].shape[0])
-            keys.append(data["keys_TLI"][0:size].float())
-            grads.append(data["grads_TLO"][0:size].float())
-            count -= size
-        return torch.cat(keys).transpose(0, 1), torch.cat(grads).transpose(0, 1)
+    def initial(self, count: int) -> tuple[Tensor, Tensor]:
+        """Gradients at the written token and addresses of the first ``count`` episodes (each B × D)."""
+        grads, addresses = [], []
+        for shard, episode in self.index[:count]:
+            begin = int(self.shards[shard]["coded_start"][episode])
+            grads.append(self.stored[shard]["grads_TD"][begin : begin + 1])
+            addresses.append(self.shards[shard]["address_BD"][episode])
+        return torch.cat(grads).float(), torch.stack(addresses)
 
-    def _padded(self, found: list[tuple[int, int]], name: str, starts: str) -> tuple[Tensor, Tensor]:
-        """Ragged tokens × modules × features of some episodes as L × B × T × features, with the mask B × T."""
-        spans = [(shard, *self._span(shard, starts, episode)) for shard, episode in found]
-        longest = max(1, max(end - begin for _, begin, end in spans))
-        count, size = self.stored[0][name].shape[1:]
-        block = torch.zeros(count, len(found), longest, size)
+    def _padded(self, found: list[tuple[int, int]], name: str) -> tuple[Tensor, Tensor]:
+        """Keys or gradients of some episodes' coded tokens (B × T × D), with the mask B × T."""
+        spans = [(shard, *self._span(shard, "coded_start", episode)) for shard, episode in found]
+        longest = max(end - begin for _, begin, end in spans)
+        block = torch.zeros(len(found), longest, self.stored[0][name].shape[1])
         mask = torch.zeros(len(found), longest, dtype=torch.bool)
         for slot, (shard, begin, end) in enumerate(spans):
-            block[:, slot, : end - begin] = self.stored[shard][name][begin:end].transpose(0, 1)
+            block[slot, : end - begin] = self.stored[shard][name][begin:end]
             mask[slot, : end - begin] = True
         return block, mask
 

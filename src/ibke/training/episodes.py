@@ -58,14 +58,14 @@ class EpisodeMaker:
     Args:
         seed: decides every draw.
         inside: prompts in scope per episode.
-        outside: prompts out of scope per episode.
+        outside: most prompts out of scope per episode.
         kinds: the kind of wordings whose source knows it; of others the question mark tells.
         pool: prompts of other requests, to fill up what a request lacks out of scope.
     """
 
     seed: int
     inside: int = 2
-    outside: int = 3
+    outside: int = 2
     kinds: Mapping[str, str] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
 
@@ -79,12 +79,12 @@ class EpisodeMaker:
             wordings.insert(0, request.prompt)
         inside = [self._ask(text, rng, other=text == request.prompt) for text in wordings[: self.inside]]
         inside += [self._ask(request.prompt, rng, other=True) for _ in range(self.inside - len(inside))]
+        # Only what is said of the subject can move; of other prompts one is enough to see that it does not.
+        subject = (request.subject or request.prompt).lower()
         probes = [probe.prompt for probe in request.locality]
         rng.shuffle(probes)
-        probes = probes[: self.outside]
-        if self.pool:
-            probes = probes[: self.outside - 1]
-            probes += rng.choices(self.pool, k=self.outside - len(probes))
+        about = [text for text in probes if subject in text.lower()][: self.outside]
+        probes = about or probes[:1] or rng.choices(self.pool, k=1 if self.pool else 0)
         return Episode(
             Asked(request.prompt, "bare", request.target_new),
             tuple(Asked(asked.prompt, asked.frame, request.target_new) for asked in inside),

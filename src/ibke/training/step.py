@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ibke.editors.ibke.bottleneck import Bottleneck, Written, answer_embedding
+from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, run_rows
 from ibke.training.cache import EpisodeBatch
@@ -38,36 +38,17 @@ class Terms:
         return sufficiency + lambda_il * independence + beta * self.rate
 
 
-def written(episodes: EpisodeBatch, part: PartialModel) -> Written:
-    """The written tokens of a batch of episodes."""
-    owners, labels = [], []
-    for group in episodes.groups:
-        edit_N = (group.kind_R == EDIT)[group.batch.row_N]
-        owners.append(group.owner_R[group.batch.row_N[edit_N]])
-        labels.append(group.batch.labels_N[edit_N])
-    count, embedding = len(episodes.mask_BT), part.model.get_input_embeddings()
-    return Written(
-        episodes.keys_LBTI,
-        episodes.grads_LBTO,
-        episodes.role_BT,
-        episodes.mask_BT,
-        episodes.contrast_LBSI,
-        episodes.contrast_mask_BS,
-        answer_embedding(embedding, torch.cat(labels), torch.cat(owners), count),
-    )
-
-
 def terms(
     network: Bottleneck,
     part: PartialModel,
-    modules: Mapping[str, nn.Module],
+    site: Site,
     episodes: EpisodeBatch,
     generator: torch.Generator | None,
 ) -> Terms:
     """All terms for one batch; z is sampled when a generator is given, its mean otherwise."""
-    code = network.encode(written(episodes, part))
+    code = network.encode(episodes.written)
     z = code.sample(generator) if generator is not None else code.mean
-    rows = run_rows(part, modules, network.decode(z, code.written), episodes.groups)
+    rows = run_rows(part, site.modules, network.decode(z, code.written, site), episodes.groups)
     return Terms(
         rows.nll_R[rows.kind_R == EDIT].mean(),
         rows.nll_R[rows.kind_R == INSIDE].mean(),

@@ -8,54 +8,72 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from ibke.batch import Batch
+from ibke.editors.ibke.address import Addresser, contexts
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
 from ibke.errors import TrainingError
+from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
-from ibke.modules import in_out, resolve, target_modules
+from ibke.modules import in_out, target_modules
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.training.building import Builder, build
 from ibke.training.cache import EpisodeCache
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
+from ibke.training.episodes import Episode
 from ibke.training.mixture import Source, Split, mixture, resolve_path
 from ibke.training.settings import TrainSettings
-from ibke.training.statistics import KeyMoments, gather_text
+from ibke.training.statistics import LayerStatistics, layer_statistics, pair_batches, text_batches
 from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
+LAYOUT = 2  # of cached shards; a new one makes old caches unseen, never misread
 SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
 @dataclass
 class Ground:
-    """The frozen base of a run and how it is cut."""
+    """The frozen base of a run and the MLP that is edited."""
 
     lm: LanguageModel
     part: PartialModel
-    modules: dict[str, nn.Module]
+    site: Site
 
 
 def prepare_ground(settings: TrainSettings) -> Ground:
-    """Load the base and cut it at the first edited layer."""
+    """Load the base and split it at the edited layer.
+
+    Raises:
+        TrainingError: modules were named, but none in the edited layer.
+    """
     lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
-    names = target_modules(lm, lm.architecture, settings.config.layers)
-    return Ground(
-        lm, PartialModel(lm.model, lm.architecture.layers, settings.config.layers[0]), resolve(lm.model, names)
-    )
+    names = target_modules(lm, lm.architecture, [settings.config.layer])
+    if not names:
+        raise TrainingError(
+            f"none of the named modules is in layer {settings.config.layer}.",
+            "modules",
+            "Set `layer` to that of the module to edit.",
+        )
+    part = PartialModel(lm.model, lm.architecture.layers, settings.config.layer)
+    return Ground(lm, part, Site.find(lm.model, names[0]))
 
 
-def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress) -> tuple[EpisodeCache, EpisodeCache]:
-    """Training and validation episodes with everything cached that never changes."""
+def draw_episodes(settings: TrainSettings) -> tuple[list[Episode], list[Episode]]:
+    """Training and validation episodes.
+
+    Raises:
+        TrainingError: too little usable data.
+    """
     sources = [Source.parse(text) for text in settings.data]
     split = Split(settings.hold_out_relations, settings.exclude)
     everything = mixture(sources, settings.seed, settings.episodes + settings.validation, split)
@@ -65,17 +83,40 @@ def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress
             ", ".join(settings.data),
             "Add data (facts of relations without wordings do not count), or lower `validation`.",
         )
-    config = settings.config
-    builder = Builder(
-        ground.lm.model, ground.lm.tokenizer, ground.part, ground.modules, config.write_last, config.write_answer
-    )
+    return everything[settings.validation :], everything[: settings.validation]
+
+
+def take_statistics(settings: TrainSettings, ground: Ground, episodes: Sequence[Episode]) -> LayerStatistics:
+    """What belongs to the edited layer alone, from running text and from the forms prompts are asked in."""
+    lm = ground.lm
+
+    def batches() -> Iterator[Batch]:
+        if settings.text:
+            with resolve_path(settings.text).open(encoding="utf-8") as lines:
+                yield from text_batches(lm.tokenizer, lines, 20_000, lm.device)
+        asked = [item for episode in episodes[:256] for item in (episode.edit, *episode.inside, *episode.outside)]
+        pairs = [encode_pair(item.prompt, item.target or "-", item.frame, lm.tokenizer) for item in asked]
+        yield from pair_batches(pairs, lm.tokenizer, lm.device)
+
+    return layer_statistics(ground.part, ground.site, batches())
+
+
+def prepare_episodes(
+    settings: TrainSettings,
+    ground: Ground,
+    statistics: LayerStatistics,
+    drawn: Sequence[list[Episode]],
+    report: OnProgress,
+) -> list[EpisodeCache]:
+    """Episodes with everything cached that never changes, training first, then validation."""
+    config, lm = settings.config, ground.lm
+    address = {"gamma": config.gamma, "ridge": config.ridge, "alike": config.alike}
+    addresser = Addresser(ground.part, ground.site.entrance, lm.tokenizer, statistics.spectrum, **address)
+    builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, statistics.pool_P, config.pool)
     caches = []
-    for name, episodes in (
-        ("validation", everything[: settings.validation]),
-        ("episodes", everything[settings.validation :]),
-    ):
-        # The folder's name tells what is in it, so another seed, model or set of layers never reads stale shards.
-        identity = (ground.lm.fingerprint, config.layers, config.write_last, config.write_answer, episodes)
+    for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
+        # The folder's name tells what is in it, so another seed, model or layer never reads stale shards.
+        identity = (LAYOUT, lm.fingerprint, config.layer, address, config.pool, settings.text, contexts(), episodes)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         folder = Path(settings.cache or settings.out) / f"{name}-{digest}"
         started = time.monotonic()
@@ -87,31 +128,19 @@ def prepare_episodes(settings: TrainSettings, ground: Ground, report: OnProgress
 
         build(builder, episodes, folder, tell)
         caches.append(EpisodeCache(folder))
-    return caches[1], caches[0]
+    return caches
 
 
-def start_network(settings: TrainSettings, ground: Ground, episodes: EpisodeCache) -> Bottleneck:
-    """A network whose linear maps come from spectra of text, prompts and training edits."""
-    config = settings.config
+def start_network(
+    settings: TrainSettings, ground: Ground, statistics: LayerStatistics, episodes: EpisodeCache
+) -> Bottleneck:
+    """A network whose linear maps come from the layer's statistics and from training edits."""
     if settings.start:
         return started_from(Path(settings.start), settings, ground)
-    shapes = {in_out(module) for module in ground.modules.values()}
-    if len(shapes) != 1:
-        raise TrainingError("the edited modules differ in size.", "layers", "Choose layers of one shape.")
-    moments = KeyMoments(ground.modules)
-    if settings.text:
-        with resolve_path(settings.text).open(encoding="utf-8") as lines:
-            gather_text(moments, ground.lm.model, ground.lm.tokenizer, lines, 20_000)
-    with torch.no_grad():
-        for begin in range(0, min(320, len(episodes)), 32):
-            some = episodes.batch(range(begin, min(begin + 32, len(episodes)))).to(ground.lm.device)
-            for group in some.groups:
-                with moments.gathering(group.batch.attention_RT):
-                    ground.part.suffix(group.hidden_RTD, group.batch)
     torch.manual_seed(settings.seed)
-    network = Bottleneck(config, list(ground.modules), *shapes.pop())
-    keys_LTI, grads_LTO = episodes.tokens(12_000)
-    network.initialise(list(keys_LTI), grads_LTO, moments.spectra(config.key_rank), moments.output_scale())
+    network = Bottleneck(settings.config, ground.site.out, *in_out(ground.site.modules[ground.site.out]))
+    network.ground(statistics.spectrum, statistics.constant_D, statistics.pool_P, statistics.output_scale)
+    network.initialise(*episodes.initial(4000))
     return network.to(ground.lm.device)
 
 
@@ -119,15 +148,15 @@ def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottl
     """The weights of a trained editor under this run's settings.
 
     Raises:
-        TrainingError: the editor has other layers or sizes.
+        TrainingError: the editor has other sizes.
     """
     trained, _ = load_editor(folder, ground.lm)
-    network = Bottleneck(settings.config, list(ground.modules), trained.d_in, trained.d_out)
+    network = Bottleneck(settings.config, ground.site.out, trained.d_in, trained.d_out)
     try:
         network.load_state_dict(trained.state_dict())
     except RuntimeError:
         raise TrainingError(
-            "the editor's layers, sizes or prior are not those of this run.",
+            "the editor's sizes or prior are not those of this run.",
             str(folder),
             f"Use its settings: {trained.config.to_json()}",
         ) from None
@@ -199,7 +228,7 @@ class Trainer:
         chosen = batch_of(self.step, settings.batch, len(episodes), settings.seed)
         generator = self.generator if config.noise else None
         batch = episodes.batch(chosen).to(self.ground.lm.device)
-        found = terms(self.network, self.ground.part, self.ground.modules, batch, generator)
+        found = terms(self.network, self.ground.part, self.ground.site, batch, generator)
         beta = self.beta.at(self.step, self.rate)
         loss = found.loss(config.lambda_il, beta)
         for group in self.optimizer.param_groups:
@@ -234,7 +263,7 @@ class Trainer:
         self.report(entry | {"seconds_left": pace * (settings.steps - self.step)})
 
     def _validate(self, validation: EpisodeCache) -> None:
-        scores = validate(self.averaged, self.ground.part, self.ground.modules, validation)
+        scores = validate(self.averaged, self.ground.part, self.ground.site, validation)
         score = (scores["reliability"] + scores["generality"] + scores["locality"]) / 3
         entry = {"stage": "validation", "step": self.step, "score": score, **scores}
         self._log(entry)
@@ -306,8 +335,10 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     if settings.threads:
         torch.set_num_threads(settings.threads)
     ground = prepare_ground(settings)
-    episodes, validation = prepare_episodes(settings, ground, report)
-    network = start_network(settings, ground, episodes)
+    drawn = draw_episodes(settings)
+    statistics = take_statistics(settings, ground, drawn[0])
+    episodes, validation = prepare_episodes(settings, ground, statistics, drawn, report)
+    network = start_network(settings, ground, statistics, episodes)
     trainer = Trainer(settings, ground, network, report)
     if resume and trainer.checkpoint.exists():
         trainer.resume()

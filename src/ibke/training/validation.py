@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.rows import EDIT, INSIDE, OUTSIDE, run_rows
 from ibke.training.cache import EpisodeCache
-from ibke.training.step import written
 
 
 @torch.no_grad()
 def validate(
     network: Bottleneck,
     part: PartialModel,
-    modules: Mapping[str, nn.Module],
+    site: Site,
     episodes: EpisodeCache,
     *,
     batch: int = 32,
@@ -29,7 +26,7 @@ def validate(
     Args:
         network: the bottleneck, not refined.
         part: the base, split at the first edited layer.
-        modules: its edited modules by name.
+        site: the edited MLP.
         episodes: held-out episodes.
         batch: episodes per pass.
         swap: control: give each edit another edit's code. If the answer travels through Z alone, reliability dies.
@@ -38,11 +35,11 @@ def validate(
     rates = []
     for begin in range(0, len(episodes), batch):
         some = episodes.batch(range(begin, min(begin + batch, len(episodes)))).to(part.model.device)
-        code = network.encode(written(some, part))
+        code = network.encode(some.written)
         if swap and len(code.mean) == 1:
             continue
         z = swapped_codes(code) if swap else code.mean
-        rows = run_rows(part, modules, network.decode(z, code.written), some.groups)
+        rows = run_rows(part, site.modules, network.decode(z, code.written, site), some.groups)
         rates += network.rate(code).tolist()
         for kind, found in right.items():
             found += rows.right_R[rows.kind_R == kind].float().tolist()
@@ -53,7 +50,5 @@ def validate(
 
 
 def swapped_codes(code: Code) -> torch.Tensor:
-    """Every edit's tokens with the codes of the edit before it, real ones only (a shorter edit's are repeated)."""
-    lengths_B = code.written.mask_BT.sum(1).roll(1, dims=0)
-    index_BT = torch.arange(code.mean.shape[1], device=code.mean.device) % lengths_B[:, None]
-    return code.mean.roll(1, dims=0).gather(1, index_BT.unsqueeze(-1).expand_as(code.mean))
+    """Every edit with the code of the edit before it."""
+    return code.mean.roll(1, 0)

@@ -1,12 +1,12 @@
-"""From keys and values to one low-rank update, in closed form.
+"""The closed form behind an address: ridge regression on keys.
 
-    ΔWᵀ = A⁻¹ Kᵀ V,   A = KᵀK + B,   B = γ (C₀ + λ I)
+    A⁻¹ Kᵀ,   A = KᵀK + ρ NᵀN + B,   B = γ (C₀ + λ I)
 
-With m written tokens, far fewer than d_in, the push-through identity gives ΔWᵀ = B⁻¹Kᵀ (I + K B⁻¹ Kᵀ)⁻¹ V: rank m, and
-only an m × m system to solve (ridge regression as in MALMEN, Tan et al. 2023, eq. 5, with MEMIT's generic keys C₀).
-C₀ is kept as its leading eigenvectors plus an isotropic remainder, so B⁻¹ costs two thin products.
+With far fewer keys than dimensions the push-through identity gives A⁻¹Kᵀ = B⁻¹Uᵀ (I + U B⁻¹ Uᵀ)⁻¹ [I; 0] for the stack
+U = [K; √ρ N]: only a system of the size of U to solve (as in MALMEN, Tan et al. 2023, eq. 5, with MEMIT's generic keys
+C₀, which are given as eigenvectors, leading ones and an isotropic remainder, so B⁻¹ costs two products).
 
-Shape suffixes: B edits, T written tokens, S contrast tokens, U = T + S, I d_in, O d_out, E kept eigen-directions.
+Shape suffixes: B edits, T keys that shall answer, S that shall not, U = T + S, I d_in, E eigen-directions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def inverse_times(keys_BTI: Tensor, basis_IE: Tensor, spectrum_E: Tensor, rest: 
 def solve(
     keys_BTI: Tensor, mask_BT: Tensor, contrast_BSI: Tensor, root_BS: Tensor, pull: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The address of each written token: A (B × T × I) such that ΔWᵀ = Aᵀ V, one independent solve per edit.
+    """A⁻¹ Kᵀ as one row a key (B × T × I), so that values V in their places give AᵀV; one independent solve per edit.
 
     Contrast keys N are places that must not answer; they enter as further rows with value zero and weight ρ, so that
     A = KᵀK + ρ NᵀN + B, without raising the rank.
 
     Args:
         keys_BTI: K; rows outside the mask are ignored.
-        mask_BT: True where a token is written.
+        mask_BT: True where a key is real.
         contrast_BSI: N.
         root_BS: √ρ of each contrast key, 0 where there is none.
         pull: multiplies keys by B⁻¹ (see :func:`inverse_times`).

@@ -1,53 +1,50 @@
 """The whole map from a capture to low-rank factors, through the code Z.
 
-Shape suffixes: B edits, T tokens, L modules, I d_in, O d_out, Z code, C content, X context, E eigen-directions.
+Shape suffixes: B edits, T tokens, D width of the residual stream, I neurons, Z code, C content, X context, E
+eigen-directions, K neurons of one edit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ibke.capture import Capture
-from ibke.editors.ibke.aggregate import inverse_times, solve
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
-from ibke.editors.ibke.statistics import KeySpectrum, context_features, joint_direction, whitening
+from ibke.editors.ibke.statistics import KeySpectrum, direction, whitening
 from ibke.errors import FormatError
-
-LEADING = 64  # key coordinates per module that context features are made from
+from ibke.neurons import Factors, Gate, Site
 
 
 @dataclass
 class Written:
-    """The tokens an edit may write at, taken out of a capture.
+    """What an edit is made from, as far as the editor may know it.
 
     Args:
-        keys_LBTI: keys of the written tokens.
-        grads_LBTO: value gradients of the same tokens.
-        role_BT: what each token is (``ibke.batch``: ``PROMPT``, ``LAST``, ``ANSWER``, ``SUBJECT``).
+        keys_BTD: what the MLP sees at the coded tokens, the written one (the subject's last) first.
+        grads_BTD: value gradients of the same tokens.
+        role_BT: what each token is (``ibke.batch``: ``SUBJECT``, ``LAST``, ``ANSWER``).
         mask_BT: True where a token is real.
-        contrast_LBSI: keys of the same prompt about other subjects, where nothing may answer.
-        contrast_mask_BS: True where such a key is real.
+        address_BD: where the edit applies (see :mod:`ibke.editors.ibke.address`).
+        neurons_BK: the neurons it takes over.
         answer_BD: mean input embedding of each edit's answer, which a CEB prior is conditioned on.
     """
 
-    keys_LBTI: Tensor
-    grads_LBTO: Tensor
+    keys_BTD: Tensor
+    grads_BTD: Tensor
     role_BT: Tensor
     mask_BT: Tensor
-    contrast_LBSI: Tensor
-    contrast_mask_BS: Tensor
+    address_BD: Tensor
+    neurons_BK: Tensor
     answer_BD: Tensor
 
 
 @dataclass
 class Code:
-    """q(z | e) of a batch of edits: mean and log-variance (B × T × Z), with the tokens they belong to."""
+    """q(z | e) of a batch of edits: mean and log-variance (B × Z), with what they were made from."""
 
     mean: Tensor
     log_variance: Tensor
@@ -60,170 +57,172 @@ class Code:
 
 
 class Bottleneck(nn.Module):
-    """Encoder, prior, decoder and closed-form aggregation for one model's modules.
+    """Encoder, prior and decoder for one model's layer, and what sets an edit's neurons.
 
     Args:
         config: settings.
-        names: dotted names of the L edited modules; all have the same d_in and d_out.
-        d_in, d_out: their sizes.
+        name: dotted name of the output projection of the edited MLP.
+        d_in: its number of neurons.
+        d_out: width of the residual stream.
     """
 
-    gradient_scale_L: Tensor
-    output_scale_L: Tensor
+    output_scale: Tensor
     content_basis_CD: Tensor
     content_scale_C: Tensor
     context_basis_DX: Tensor
     context_scale_X: Tensor
     length_stats: Tensor
-    key_basis_LIE: Tensor
-    key_values_LE: Tensor
-    key_rest_L: Tensor
+    key_basis_DE: Tensor
+    key_values_E: Tensor
+    constant_D: Tensor
+    pool_P: Tensor
 
-    def __init__(self, config: IBKEConfig, names: Sequence[str], d_in: int, d_out: int):
+    def __init__(self, config: IBKEConfig, name: str, d_in: int, d_out: int):
         super().__init__()
-        self.config, self.names, self.d_in, self.d_out = config, list(names), d_in, d_out
-        if config.key_rank > d_in:
+        self.config, self.name, self.d_in, self.d_out = config, name, d_in, d_out
+        content, context = config.content_dim, config.context_dim
+        if max(content, context) > d_out:
             raise FormatError(
-                f"key_rank {config.key_rank} exceeds the modules' input size {d_in}.", "IBKE config", "Lower key_rank."
+                f"content_dim {content} and context_dim {context} may not exceed the model's width {d_out}.",
+                "IBKE config",
+                "Lower them.",
             )
-        count, content, context = len(names), config.content_dim, config.context_dim
-        self.leading = min(LEADING, config.key_rank)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config, count, d_out)
+        self.encoder = Encoder(config, d_out)
+        self.decoder = Decoder(config, d_out)
         self.prior: nn.Module = {
             "standard": lambda: StandardPrior(),
             "diagonal": lambda: DiagonalPrior(config),
             "ceb": lambda: AnswerPrior(config, d_out),
         }[config.prior]()
-        # γ sets how much an edit must stand out from generic keys, λ how far C₀ is trusted; both learned per module.
-        self.log_gamma = nn.Parameter(torch.full((count,), 5.5))
-        self.log_ridge = nn.Parameter(torch.full((count,), -2.0))
-        self.log_contrast = nn.Parameter(torch.full((count,), 1.0))
-        for name, shape in {
-            "gradient_scale_L": (count,),
-            "output_scale_L": (count,),
-            "content_basis_CD": (content, count * d_out),
+        for buffer, shape in {
+            "output_scale": (),
+            "content_basis_CD": (content, d_out),
             "content_scale_C": (content,),
-            "context_basis_DX": (count * self.leading, context),
+            "context_basis_DX": (d_out, context),
             "context_scale_X": (context,),
             "length_stats": (2,),
-            "key_basis_LIE": (count, d_in, config.key_rank),
-            "key_values_LE": (count, config.key_rank),
-            "key_rest_L": (count,),
+            "key_basis_DE": (d_out, d_out),
+            "key_values_E": (d_out,),
+            "constant_D": (d_out,),
+            "pool_P": (d_in // 4,),
         }.items():
-            self.register_buffer(name, torch.zeros(shape))
+            self.register_buffer(buffer, torch.zeros(shape))
 
     @torch.no_grad()
-    def initialise(
-        self, keys_LTI: Sequence[Tensor], grads_LTO: Tensor, spectra: Sequence[KeySpectrum], output_scale_L: Tensor
-    ) -> None:
-        """Set every linear map from the keys and gradients of training edits and the spectra of generic keys."""
-        self.output_scale_L.copy_(output_scale_L)
-        self.gradient_scale_L.copy_(grads_LTO.norm(dim=-1).mean(1))
-        for index, spectrum in enumerate(spectra):
-            self.key_basis_LIE[index], self.key_values_LE[index] = spectrum.basis_IE, spectrum.values_E
-            self.key_rest_L[index] = spectrum.rest
-        direction, log_norm = joint_direction(grads_LTO, self.gradient_scale_L)
-        self.length_stats.copy_(torch.stack([log_norm.mean(), log_norm.std()]))
-        basis, scale = whitening(direction, self.config.content_dim)
+    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, pool_P: Tensor, output_scale: Tensor) -> None:
+        """Set what belongs to the frozen layer alone.
+
+        Args:
+            spectrum: of the generic keys, whole.
+            constant_D: c with c·x = 1 for every key.
+            pool_P: its least used neurons.
+            output_scale: mean norm of what it writes.
+        """
+        self.key_basis_DE.copy_(spectrum.basis_IE)
+        self.key_values_E.copy_(spectrum.values_E)
+        self.constant_D.copy_(constant_D)
+        self.pool_P.copy_(pool_P[: len(self.pool_P)])
+        self.output_scale.copy_(output_scale)
+
+    @torch.no_grad()
+    def initialise(self, grads_TD: Tensor, address_BD: Tensor) -> None:
+        """Set the code's linear maps from gradients and addresses of training edits."""
+        unit_TD, log_norm_T = direction(grads_TD)
+        self.length_stats.copy_(torch.stack([log_norm_T.mean(), log_norm_T.std()]))
+        basis, scale = whitening(unit_TD, self.config.content_dim)
         self.content_basis_CD.copy_(basis.T)
         self.content_scale_C.copy_(scale)
-        basis, scale = whitening(
-            context_features(keys_LTI, spectra, self.leading).clamp(-CLAMP, CLAMP), self.config.context_dim
-        )
+        basis, scale = whitening(address_BD, self.config.context_dim)
         self.context_basis_DX.copy_(basis)
         self.context_scale_X.copy_(scale)
 
+    @property
+    def spectrum(self) -> KeySpectrum:
+        """Of the generic keys at the edited layer."""
+        return KeySpectrum(self.key_basis_DE, self.key_values_E, float(self.key_values_E[-1]))
+
+    @property
+    def gate(self) -> Gate:
+        """When an edit is in force."""
+        return Gate(self.config.threshold, self.config.sharpness, self.config.ramp)
+
     def scalars(self) -> list[nn.Parameter]:
-        """The few parameters that set sizes (logarithms and gate biases); they want larger steps than weights do."""
-        return [self.log_gamma, self.log_ridge, self.log_contrast, self.decoder.log_step, self.decoder.role_gate]
+        """The few parameters that set sizes; they want larger steps than weights do."""
+        return [self.decoder.log_step]
 
     def start(self, written: Written) -> Tensor:
-        """The whitened features z₀ that the code's mean begins as (B × T × Z)."""
-        count, batch, tokens, _ = written.grads_LBTO.shape
-        direction, log_norm = joint_direction(written.grads_LBTO.flatten(1, 2), self.gradient_scale_L)
-        content = direction @ self.content_basis_CD.T / self.content_scale_C
-        coordinates = torch.einsum("lbti,lie->btle", written.keys_LBTI, self.key_basis_LIE[:, :, : self.leading])
-        coordinates = coordinates / self.key_values_LE[:, : self.leading].clamp_min(1e-10).sqrt()
-        context = coordinates.flatten(2).clamp(-CLAMP, CLAMP) @ self.context_basis_DX / self.context_scale_X
-        length = (log_norm - self.length_stats[0]) / self.length_stats[1]
-        z0 = torch.cat([content.unflatten(0, (batch, tokens)), context, length.view(batch, tokens, 1)], dim=-1)
-        return z0.clamp(-CLAMP, CLAMP)
+        """Whitened features of the written token, which the code begins as (B × Z)."""
+        unit_BD, log_norm_B = direction(written.grads_BTD[:, 0])
+        content = unit_BD @ self.content_basis_CD.T / self.content_scale_C
+        context = written.address_BD @ self.context_basis_DX / self.context_scale_X
+        return torch.cat([content, context, self._length(log_norm_B)], dim=-1).clamp(-CLAMP, CLAMP)
+
+    def features(self, written: Written) -> Tensor:
+        """Gradient, key and gradient length of every coded token, each of unit variance or so (B × T × F)."""
+        unit_BTD, log_norm_BT = direction(written.grads_BTD)
+        white = (written.keys_BTD @ self.key_basis_DE) / (self.key_values_E + 0.01 * self.key_values_E.mean()).sqrt()
+        return torch.cat([unit_BTD * self.d_out**0.5, white, self._length(log_norm_BT)], dim=-1).clamp(-CLAMP, CLAMP)
+
+    def _length(self, log_norm: Tensor) -> Tensor:
+        return ((log_norm - self.length_stats[0]) / self.length_stats[1]).unsqueeze(-1)
 
     def encode(self, written: Written) -> Code:
-        """q(z | e) for every written token."""
-        mean, log_variance = self.encoder(self.start(written), written.role_BT, written.mask_BT)
+        """q(z | e): one code an edit."""
+        start = self.start(written)
+        mean, log_variance = self.encoder(start, self.features(written), written.role_BT, written.mask_BT)
         return Code(mean, log_variance, written)
 
     def rate(self, code: Code) -> Tensor:
         """R of each edit in nats (B): KL( q(z|e) ‖ r(z) ), arXiv 2512.16227's bound on I(E; Z)."""
-        prior = self.prior(code.mean, code.written.answer_BD)
-        return rate(code.mean, code.log_variance, prior, code.written.mask_BT)
+        return rate(code.mean, code.log_variance, self.prior(code.mean, code.written.answer_BD))
 
-    def decode(self, z_BTZ: Tensor, written: Written, *, joint: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """Low-rank factors from codes: A (B × T × I) and B (B × T × O) by module name.
+    def decode(self, z_BZ: Tensor, written: Written, site: Site, *, joint: bool = False) -> Factors:
+        """Low-rank factors from codes: A (B × R × in) and B (B × R × out) by module name.
 
         Args:
-            z_BTZ: codes of the written tokens.
-            written: those tokens; their keys are the address.
-            joint: solve all edits together, as one update of rank up to B·T (then the leading size is 1).
+            z_BZ: codes.
+            written: what they were made from; the address is taken from there, or from the code (``keys``).
+            site: the edited MLP.
+            joint: put all edits side by side as one update (then the leading size is 1).
         """
-        basis_CD = self.content_scale_C[:, None] * self.content_basis_CD * len(self.names) ** 0.5
-        values_BTLO = self.decoder(z_BTZ, written.role_BT, written.mask_BT, basis_CD)
-        keys_LBTI = written.keys_LBTI if self.config.keys == "address" else self.decode_keys(z_BTZ)
-        factors = {}
-        for index, name in enumerate(self.names):
-            keys, mask = keys_LBTI[index], written.mask_BT
-            values = values_BTLO[:, :, index] * self.output_scale_L[index] * mask.unsqueeze(-1)
-            contrast, real = written.contrast_LBSI[index], written.contrast_mask_BS
-            root = real * (0.5 * self.log_contrast[index]).exp()
-            if joint:
-                keys, values, mask = keys[mask][None], values[mask][None], mask[mask][None]
-                contrast, root = contrast[real][None], root[real][None]
-            pull = partial(inverse_times, basis_IE=self.key_basis_LIE[index], **self._ridge(index))
-            factors[name] = (solve(keys, mask, contrast, root, pull), values)
+        basis_CD = self.content_scale_C[:, None] * self.content_basis_CD
+        values_BD = self.decoder(z_BZ, basis_CD) * self.output_scale
+        address_BD = written.address_BD if self.config.keys == "address" else self.decode_address(z_BZ)
+        factors = site.factors(address_BD, self.constant_D, values_BD, written.neurons_BK, self.gate)
+        if joint:
+            return {name: (a.flatten(0, 1)[None], b.flatten(0, 1)[None]) for name, (a, b) in factors.items()}
         return factors
 
-    def _ridge(self, index: int) -> dict[str, Tensor]:
-        """Eigenvalues of B = γ (C₀ + λ I) for one module: the leading ones and the remainder's."""
-        leading_E, rest = self.key_values_LE[index], self.key_rest_L[index]
-        typical = (leading_E.sum() + rest * (self.d_in - len(leading_E))) / self.d_in
-        gamma, ridge = self.log_gamma[index].exp(), self.log_ridge[index].exp() * typical
-        return {"spectrum_E": gamma * (leading_E + ridge), "rest": gamma * (rest + ridge)}
-
-    def decode_keys(self, z_BTZ: Tensor) -> Tensor:
-        """Keys from the context part of the code by the inverse of its linear map (L × B × T × I), strict variant."""
-        context = z_BTZ[..., self.config.content_dim : self.config.content_dim + self.config.context_dim]
-        flat = (context * self.context_scale_X) @ self.context_basis_DX.T
-        spread_LE = self.key_values_LE[:, : self.leading].sqrt()
-        coordinates = flat.unflatten(-1, (len(self.names), self.leading)) * spread_LE
-        return torch.einsum("btle,lie->lbti", coordinates, self.key_basis_LIE[:, :, : self.leading])
+    def decode_address(self, z_BZ: Tensor) -> Tensor:
+        """The address from the context part of the code by the inverse of its linear map (B × D), strict variant."""
+        content, context = self.config.content_dim, self.config.context_dim
+        return (z_BZ[:, content : content + context] * self.context_scale_X) @ self.context_basis_DX.T
 
 
 def select(
     capture: Capture,
-    names: Sequence[str],
+    site: Site,
     where: tuple[Tensor, Tensor, Tensor],
-    contrast: tuple[Tensor, Tensor],
+    address_BD: Tensor,
+    neurons_BK: Tensor,
     answer_BD: Tensor,
 ) -> Written:
-    """Gather the written tokens of a capture into one padded block.
+    """Gather what the editor may know of a capture.
 
     Args:
-        capture: keys and gradients of every token.
-        names: the modules, in order.
-        where: positions, roles and mask from :func:`ibke.batch.written_positions`.
-        contrast: contrast keys (L × B × S × I) and which of them are real (B × S).
-        answer_BD: mean input embedding of each answer (see :func:`answer_embedding`).
+        capture: gradients and keys of every token.
+        site: the edited MLP.
+        where: positions, roles and mask from :func:`ibke.batch.coded_positions`.
+        address_BD: where each edit applies.
+        neurons_BK: the neurons it takes over.
+        answer_BD: mean input embedding of its answer.
     """
     position_BT, role_BT, mask_BT = where
-
-    def take(values: Tensor) -> Tensor:
-        return torch.gather(values, 1, position_BT.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-    keys = torch.stack([take(capture.keys[name]) for name in names])
-    grads = torch.stack([take(capture.value_grads[name]) for name in names])
-    return Written(keys, grads, role_BT, mask_BT, *contrast, answer_BD)
+    keys, grads = (
+        torch.gather(values, 1, position_BT.unsqueeze(-1).expand(-1, -1, values.shape[-1])) * mask_BT.unsqueeze(-1)
+        for values in (capture.keys[site.gate.name], capture.value_grads[site.out])
+    )
+    return Written(keys, grads, role_BT, mask_BT, address_BD, neurons_BK, answer_BD)
 
 
 @torch.no_grad()

@@ -14,17 +14,20 @@ class IBKEConfig:
     """Settings of the editor's network and objective.
 
     Args:
-        layers: indices of the layers whose MLP output projection is edited.
+        layer: the layer whose MLP is edited.
         content_dim: code dimensions that start as the whitened direction of the value gradients.
-        context_dim: code dimensions that start as whitened key features.
-        key_rank: eigen-directions kept of the generic keys' second moment C₀ (the rest is isotropic).
+        context_dim: code dimensions that start as whitened coordinates of the address.
         width: hidden width of encoder and decoder.
         depth: attention blocks over an edit's tokens in the encoder.
-        readout: layers from here on start out writing where the answer is read out (its own positions and the last of
-            the prompt), those below where the subject is named; only a start, the gate is learned.
-        write_last: may the last prompt position, where the answer is first read out, be written to.
-        write_answer: may positions of the answer's own tokens be written to.
-        keys: ``address`` takes the written tokens' keys as they are, ``code`` decodes them from Z too.
+        keys: ``address`` takes the edit's address as it is, ``code`` decodes it from Z too.
+        threshold: response of the address, 1 at the subject, from which on an edit is in force (ratio 0–1).
+        sharpness: pre-activation per unit of response; with ``ramp`` it sets how wide the threshold is.
+        ramp: pre-activation over which an edit goes from out of force to fully in force.
+        gamma: weight of generic keys against the edit's own in the closed form.
+        ridge: λ in units of C₀'s mean eigenvalue.
+        alike: cosine from which on a built-in question about the subject counts as asking what the request asks, and
+            does not silence it (ratio 0–1).
+        pool: how many of the least used neurons an edit chooses its own from.
         prior: r(z): ``standard`` N(0, I), ``diagonal`` learned, ``ceb`` conditioned on the answer.
         beta: weight of the rate R (per nat).
         beta_schedule: ``fixed``; ``anneal`` from 0 over the first tenth of training; ``target`` steers
@@ -34,31 +37,39 @@ class IBKEConfig:
         noise: sample z in training; off only for ablations.
     """
 
-    layers: tuple[int, ...] = (20, 21, 22, 23, 24)
-    content_dim: int = 192
+    layer: int = 16
+    content_dim: int = 256
     context_dim: int = 64
-    key_rank: int = 256
     width: int = 384
     depth: int = 2
-    readout: int = 16
-    write_last: bool = False
-    write_answer: bool = True
     keys: Literal["address", "code"] = "address"
+    threshold: float = 0.62
+    sharpness: float = 60.0
+    ramp: float = 6.0
+    gamma: float = 1e-3
+    ridge: float = 0.01
+    alike: float = 0.6
+    pool: int = 64
     prior: Literal["standard", "diagonal", "ceb"] = "standard"
-    beta: float = 2e-4
+    beta: float = 1e-3
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"
-    target_rate: float = 200.0
-    lambda_il: float = 3.0
+    target_rate: float = 100.0
+    lambda_il: float = 0.5
     noise: bool = True
 
     def __post_init__(self) -> None:
-        if list(self.layers) != sorted(set(self.layers)) or not self.layers:
-            what = f"layers {list(self.layers)} are not in ascending order."
-            raise FormatError(what, "IBKE config", "List each once, lowest first.")
+        if self.layer < 0:
+            raise FormatError(f"layer {self.layer} does not exist.", "IBKE config", "Layers are counted from 0.")
+        if not 0 < self.threshold < 1 or self.sharpness <= 0 or self.ramp <= 0:
+            raise FormatError(
+                "the gate needs a threshold between 0 and 1 and a positive sharpness and ramp.",
+                "IBKE config",
+                "The defaults are a safe choice.",
+            )
 
     @property
     def code_dim(self) -> int:
-        """Dimensions of one token's code: content, context and the log-norm of its gradient."""
+        """Dimensions of the code: content, context and the log-norm of the gradient."""
         return self.content_dim + self.context_dim + 1
 
     def to_json(self) -> str:
@@ -77,4 +88,4 @@ class IBKEConfig:
             raise FormatError(
                 f"unknown setting {sorted(unknown)[0]!r}.", "IBKE config", "Update ibke, or check the file."
             )
-        return cls(**{**record, "layers": tuple(record.get("layers", cls.layers))})
+        return cls(**record)

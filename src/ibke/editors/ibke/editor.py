@@ -11,23 +11,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ibke.batch import Pair, collate, written_positions
+from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
-from ibke.editors.ibke.contrast import contrast_keys, guess_subject
-from ibke.editors.ibke.probes import ProbeBank
+from ibke.editors.ibke.address import Addresser, subject_of
+from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
+from ibke.editors.ibke.watch import watched_rows
 from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import LanguageModel
-from ibke.modules import resolve
+from ibke.neurons import PER_EDIT, Site, choose
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
 from ibke.rows import EDIT, RowGroup, build_groups
 
+SPARE = 192  # neurons an edit may be moved to
 GROUP = 16  # independent edits made in one pass
 
 
@@ -49,9 +50,19 @@ class IBKEEditor(Editor):
         super().__init__(lm)
         self.network, self.frame = network, frame
         self.settings = refine or RefineSettings()
-        self.part = PartialModel(lm.model, lm.architecture.layers, network.config.layers[0])
-        self.modules = resolve(lm.model, network.names)
-        self.probes = ProbeBank(lm, self.part)
+        config = network.config
+        self.part = PartialModel(lm.model, lm.architecture.layers, config.layer)
+        self.site = Site.find(lm.model, network.name)
+        self.modules = self.site.modules
+        self.addresser = Addresser(
+            self.part,
+            self.site.entrance,
+            lm.tokenizer,
+            network.spectrum,
+            gamma=config.gamma,
+            ridge=config.ridge,
+            alike=config.alike,
+        )
 
     @classmethod
     def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> IBKEEditor:
@@ -72,10 +83,7 @@ class IBKEEditor(Editor):
         refine = RefineSettings(**manifest.get("refine", {}))
         if not settings.pop("refine", True):
             settings["steps"] = 0
-        editor = cls(lm, network, replace(refine, **settings), frame)
-        if editor.settings.steps:
-            editor.probes.prepare()
-        return editor
+        return cls(lm, network, replace(refine, **settings), frame)
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together, by one joint solve.
@@ -97,52 +105,74 @@ class IBKEEditor(Editor):
                 progress(len(edits), len(requests))
         return edits
 
-    def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
-        """The codes of some requests and the targets' NLL on the base (nats)."""
+    def encode(self, requests: Sequence[EditRequest], joint: bool = False) -> tuple[Code, Tensor]:
+        """The codes of some requests and the targets' NLL on the base (nats).
+
+        Args:
+            requests: the edits.
+            joint: they shall stand side by side in one update, so no two may take the same neuron.
+
+        Raises:
+            RequestError: a request longer than the model's window, or more requests than one update has room for.
+            CaptureError: a gradient is not finite.
+        """
+        subjects = [subject_of(request.prompt, request.subject) for request in requests]
         pairs = [
-            self._pair(request.prompt, request.target_new, self.frame, request.subject or guess_subject(request.prompt))
-            for request in requests
+            self._pair(request.prompt, request.target_new, self.frame, subject)
+            for request, subject in zip(requests, subjects, strict=True)
         ]
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
-        taken = capture(self.part, self.modules, self.part.prefix(batch), batch)
-        config = self.network.config
-        where = written_positions(pairs, last=config.write_last, answer=config.write_answer)
+        taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
+        asked = [(request.prompt, subject) for request, subject in zip(requests, subjects, strict=True)]
         with torch.no_grad():
-            asked = [(request.prompt, request.subject) for request in requests]
-            contrast, mask = contrast_keys(self.part, self.modules, self.lm.tokenizer, asked)
-            position, role, real = (tensor.to(device) for tensor in where)
-            embedding = self.lm.model.get_input_embeddings()
+            position, role, real = (tensor.to(device) for tensor in coded_positions(pairs))
             written = select(
                 taken,
-                self.network.names,
+                self.site,
                 (position, role, real),
-                (contrast.to(device), mask.to(device)),
-                answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows),
+                self.addresser(asked).to(device),
+                self.neurons([request.prompt for request in requests], joint).to(device),
+                answer_embedding(self.lm.model.get_input_embeddings(), batch.labels_N, batch.row_N, batch.rows),
             )
             return self.network.encode(written), taken.nll_B
 
+    def neurons(self, prompts: Sequence[str], joint: bool) -> Tensor:
+        """Which neurons each request takes over (B × K), drawn by its own text so that the same edit comes out again.
+
+        Raises:
+            RequestError: more requests than one update has room for.
+        """
+        pool, among = self.network.pool_P, self.network.config.pool
+        if not joint:
+            return torch.stack([choose(pool, prompt, PER_EDIT, among) for prompt in prompts])
+        if len(prompts) * PER_EDIT > len(pool):
+            raise RequestError(
+                f"{len(prompts)} requests are more than one joint edit has room for ({len(pool) // PER_EDIT}).",
+                self.network.name,
+                "Split them into several edits, each for its own session.",
+            )
+        return choose(pool, "\n".join(prompts), len(prompts) * PER_EDIT, among).view(len(prompts), PER_EDIT)
+
     def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
         began = time.perf_counter()
-        code, nll_B = self.encode(requests)
+        code, nll_B = self.encode(requests, joint)
         refined = self._refine(code, requests, joint)
-        z_BTZ = refined.z_BTZ if refined else code.mean
+        z_BZ = refined.z_BZ if refined else code.mean
         with torch.no_grad():
-            factors = self.network.decode(z_BTZ, code.written, joint=joint)
-            rate_B = self.network.rate(Code(z_BTZ, code.log_variance, code.written))
+            factors = self.network.decode(z_BZ, code.written, self.site, joint=joint)
+            rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
         seconds = time.perf_counter() - began
+        latent = {"z": z_BZ}
         if joint:
-            everything = slice(None)
-            latent = {"z": z_BTZ, "mask": code.written.mask_BT}
-            info = self._info(everything, refined, rate_B, nll_B, seconds, latent)
+            info = self._info(slice(None), refined, rate_B, nll_B, seconds, latent, code.written)
             return [Edit({name: (a[0], b[0].T) for name, (a, b) in factors.items()}, tuple(requests), info)]
         edits = []
-        for row, (request, mask_T) in enumerate(zip(requests, code.written.mask_BT, strict=True)):
+        for row, request in enumerate(requests):
             # Each edit of a batch took its share of the time.
-            latent = {"z": z_BTZ[row][mask_T]}
-            info = self._info(slice(row, row + 1), refined, rate_B, nll_B, seconds / len(requests), latent)
-            mine = {name: (a[row][mask_T], b[row][mask_T].T) for name, (a, b) in factors.items()}
-            edits.append(Edit(mine, (request,), info))
+            mine = {name: tensor[row : row + 1] for name, tensor in latent.items()}
+            info = self._info(slice(row, row + 1), refined, rate_B, nll_B, seconds / len(requests), mine, code.written)
+            edits.append(Edit({name: (a[row], b[row].T) for name, (a, b) in factors.items()}, (request,), info))
         return edits
 
     def _info(
@@ -153,6 +183,7 @@ class IBKEEditor(Editor):
         nll_B: Tensor,
         seconds: float,
         latent: dict[str, Tensor],
+        written: Written,
     ) -> EditInfo:
         return EditInfo(
             method=self.name,
@@ -164,15 +195,18 @@ class IBKEEditor(Editor):
             seconds=seconds,
             nll_before=float(nll_B[rows].mean()),
             nll_after=float(refined.nll_B[rows].mean()) if refined else None,
-            latent=latent,
+            neurons={self.network.name: written.neurons_BK[rows].flatten().tolist()},
+            latent={**latent, "spare": self.network.pool_P[:SPARE].int(), "constant": self.network.constant_D},
         )
 
     def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes
             return None
-        refiner = Refiner(self.network, self.part, self.modules, self.settings, joint)
+        refiner = Refiner(self.network, self.part, self.site, self.settings, joint)
         return refiner.refine(
-            code, self._targets(requests, joint), lambda: self.probes.rows(requests, self.settings, joint)
+            code,
+            self._targets(requests, joint),
+            lambda: watched_rows(self.part, self.lm.tokenizer, requests, joint),
         )
 
     def _targets(self, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
@@ -182,9 +216,10 @@ class IBKEEditor(Editor):
         for owner, request in enumerate(requests):
             asked = [(request.prompt, frame) for frame in FRAMES]
             asked += [(text, "bare") for text in request.rephrase_prompts]
-            pairs += [self._pair(text, request.target_new, frame) for text, frame in asked]
+            subject = subject_of(request.prompt, request.subject)
+            pairs += [self._pair(text, request.target_new, frame, subject) for text, frame in asked]
             owners += [0 if joint else owner] * len(asked)
-        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id)
+        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id, cut=True)
 
     def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:
         pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject)

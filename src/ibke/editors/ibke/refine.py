@@ -4,18 +4,19 @@ The encoder's code is where Adam starts; decoder and aggregation stay fixed, so 
 objective is the training one on the edit at hand: NLL of the target in several frames, KL(base‖edited) on
 probes, and the code's own rate.
 
-Shape suffixes: B edits, T tokens, Z code, R rows.
+Shape suffixes: B edits, Z code, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
 
@@ -29,19 +30,15 @@ class RefineSettings:
     Args:
         steps: most Adam steps (J); 0 shows the bare network.
         learning_rate: of Adam, in code units (the code is whitened, so 1 is one standard deviation).
-        lambda_il: weight of KL(base‖edited) on the probes.
+        lambda_il: weight of KL(base‖edited) on the prompts watched.
         beta: weight of the code's rate.
-        probes: general prompts watched, drawn from the built-in set.
-        swaps: the request's own prompt about other subjects, watched too where a subject is named or guessed.
         extra: steps taken after the target is first generated, for margin.
     """
 
-    steps: int = 10
-    learning_rate: float = 0.15
-    lambda_il: float = 1.0
+    steps: int = 12
+    learning_rate: float = 0.25
+    lambda_il: float = 0.2
     beta: float = 1e-3
-    probes: int = 3
-    swaps: int = 2
     extra: int = 0
 
 
@@ -49,11 +46,11 @@ class RefineSettings:
 class Refined:
     """What refining led to, by edit (B).
 
-    ``z_BTZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
+    ``z_BZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
     in every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames).
     """
 
-    z_BTZ: Tensor
+    z_BZ: Tensor
     steps_B: Tensor
     achieved_B: Tensor
     nll_B: Tensor
@@ -65,7 +62,7 @@ class Refiner:
     Args:
         network: the trained bottleneck.
         part: the base, split at the first edited layer.
-        modules: the edited modules by name.
+        site: the edited MLP.
         settings: how far and how.
         joint: all edits are one update, solved together, instead of one each.
     """
@@ -74,11 +71,11 @@ class Refiner:
         self,
         network: Bottleneck,
         part: PartialModel,
-        modules: Mapping[str, nn.Module],
+        site: Site,
         settings: RefineSettings,
         joint: bool = False,
     ):
-        self.network, self.part, self.modules = network, part, modules
+        self.network, self.part, self.site, self.modules = network, part, site, site.modules
         self.settings, self.joint = settings, joint
 
     def refine(self, code: Code, targets: Sequence[RowGroup], watch: Callable[[], Sequence[RowGroup]]) -> Refined:
@@ -98,8 +95,8 @@ class Refiner:
         open_B = ~achieved_B
         if not open_B.any() or self.settings.steps == 0:
             return best
-        z, probes = code.mean.detach().clone().requires_grad_(), watch()
-        everything = [*targets, *probes]
+        z, watched = code.mean.detach().clone().requires_grad_(), watch()
+        everything = [*targets, *watched]
         if sum(group.batch.rows for group in everything) <= FEW_ROWS:
             everything = [merge(everything)]
         adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
@@ -132,7 +129,7 @@ class Refiner:
         return total_B[open_B].sum(), nll_B.detach(), achieved_B
 
     def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
-        return run_rows(self.part, self.modules, self.network.decode(z, written, joint=self.joint), groups)
+        return run_rows(self.part, self.modules, self.network.decode(z, written, self.site, joint=self.joint), groups)
 
     def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
         inside = rows.kind_R != OUTSIDE
@@ -144,7 +141,7 @@ class Refiner:
         # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
         better_B = open_B & (nll_B.detach() < best.nll_B)
         moved_B = better_B.expand(len(z))
-        best.z_BTZ[moved_B] = z.detach()[moved_B]
+        best.z_BZ[moved_B] = z.detach()[moved_B]
         best.nll_B[better_B] = nll_B.detach()[better_B]
         best.achieved_B[better_B] = achieved_B[better_B]
         best.steps_B[open_B] = step

@@ -17,7 +17,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS = "editor.json", "editor.safetensors"
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 2
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -27,10 +27,10 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
     tensors = {name: _half(name, tensor) for name, tensor in network.state_dict().items()}
     manifest = {
         "format": "ibke-editor",
-        "version": 1,
+        "version": VERSION,
         "model": lm.name,
         "fingerprint": lm.fingerprint,
-        "modules": network.names,
+        "module": network.name,
         "d_in": network.d_in,
         "d_out": network.d_out,
         "config": json.loads(network.config.to_json()),
@@ -46,8 +46,10 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
 
 
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    # Spectra span more orders of magnitude than half precision holds, and are small; matrices are what takes the space.
-    return tensor.half().contiguous() if tensor.dim() >= 2 else tensor.float().contiguous()
+    # Spectra span more orders of magnitude than half precision holds, and their basis has to be orthonormal; the
+    # network's matrices are what takes the space.
+    half = tensor.dim() >= 2 and name != "key_basis_DE"
+    return tensor.half().contiguous() if half else tensor.float().contiguous()
 
 
 def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, Any]]:
@@ -64,11 +66,11 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
         raise FormatError(
             f"there is no editor here ({error}).", str(folder), "Train one with `ibke train`, or check the path."
         ) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != "ibke-editor" or manifest.get("version") != 1:
+    if not isinstance(manifest, dict) or manifest.get("format") != "ibke-editor" or manifest.get("version") != VERSION:
         raise FormatError("this is not an editor of this version.", str(folder / MANIFEST), "Train it again.")
     check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")
     config = IBKEConfig.from_dict(manifest["config"])
-    network = Bottleneck(config, manifest["modules"], manifest["d_in"], manifest["d_out"])
+    network = Bottleneck(config, manifest["module"], manifest["d_in"], manifest["d_out"])
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
     except (SafetensorError, RuntimeError) as error:

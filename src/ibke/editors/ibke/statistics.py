@@ -1,11 +1,10 @@
 """What the network is started from: spectra of keys and gradients of the frozen base.
 
-Shape suffixes: L modules, T tokens, I d_in, O d_out, E kept eigen-directions, C content, X context.
+Shape suffixes: T tokens, D width of the residual stream, I d_in, E kept eigen-directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,11 @@ class KeySpectrum:
     values_E: Tensor
     rest: float
 
+    def mean(self) -> float:
+        """The mean eigenvalue, kept and remainder together."""
+        size, kept = self.basis_IE.shape
+        return (float(self.values_E.sum()) + self.rest * (size - kept)) / size
+
 
 def key_spectrum(moment_II: Tensor, rank: int) -> KeySpectrum:
     """Split a second moment into its leading ``rank`` directions and an isotropic remainder."""
@@ -36,19 +40,10 @@ def key_spectrum(moment_II: Tensor, rank: int) -> KeySpectrum:
     return KeySpectrum(vectors[:, :rank].float(), values[:rank].float(), max(rest, 1e-8))
 
 
-def joint_direction(grads_LTO: Tensor, scale_L: Tensor) -> tuple[Tensor, Tensor]:
-    """One unit direction per token over all modules, and the log of its length.
-
-    Gradients of neighbouring modules at one token tell nearly the same, so they are coded together: each module's
-    gradient is divided by that module's typical norm and the concatenation is normalised.
-
-    Returns:
-        directions (T × L·O) and log-norms (T).
-    """
-    scaled_TLO = (grads_LTO / scale_L[:, None, None]).transpose(0, 1)
-    flat = scaled_TLO.flatten(1)
-    norm_T = flat.norm(dim=-1)
-    return F.normalize(flat, dim=-1, eps=1e-12), (norm_T + 1e-8).log()
+def direction(grads_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit direction of each gradient (T × D) and the log of its length (T)."""
+    norm_T = grads_TD.norm(dim=-1)
+    return F.normalize(grads_TD, dim=-1, eps=1e-12), (norm_T + 1e-8).log()
 
 
 def whitening(samples_TD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -56,12 +51,3 @@ def whitening(samples_TD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     samples = samples_TD.float()
     values, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
     return vectors[:, -rank:].flip(1).contiguous(), values[-rank:].flip(0).clamp_min(1e-10).sqrt()
-
-
-def context_features(keys_LTI: Sequence[Tensor], spectra: Sequence[KeySpectrum], leading: int) -> Tensor:
-    """Whitened leading coordinates of the keys of all modules, side by side (T × L·leading)."""
-    parts = [
-        (keys @ spectrum.basis_IE[:, :leading]) / spectrum.values_E[:leading].clamp_min(1e-10).sqrt()
-        for keys, spectrum in zip(keys_LTI, spectra, strict=True)
-    ]
-    return torch.cat(parts, dim=-1)

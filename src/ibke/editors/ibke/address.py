@@ -1,0 +1,195 @@
+"""Where an edit applies: a direction that answers 1 at the request's subject and 0 elsewhere, in closed form.
+
+Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
+in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the subject behind
+words that ask something else about it. Both stand before generic keys C₀, so with all targets in K equal to 1
+
+    a = A⁻¹ Kᵀ 1,   A = KᵀK + NᵀN + γ (C₀ + λ I).
+
+The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
+only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
+the request asks (closely, in the whitened space) is left out of N. Elsewhere the subject alone opens the edit. The
+answer is never looked at: an address carries nothing of it.
+
+Shape suffixes: B edits, T keys, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.ibke.statistics import KeySpectrum
+from ibke.frames import FRAMES, Frame, encode_pair
+from ibke.partial import PartialModel, Prefixes
+
+REQUEST, NEUTRAL, OTHER = range(3)
+ROWS = 256  # contexts run at once
+
+# Words that begin sentences without naming anything.
+_OPENERS = frozenset(
+    re.findall(
+        r"\w+",
+        "The A An In On At Of For From To By With Who What Which Where When Why How Is Are Was Were Do Does Did Can "
+        "Could Will Would Should Tell Name Give Question Please I It Its He She They We You My Our Their This That",
+    )
+)
+_ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
+_PHRASE = rf"\s*{_ASKING}(the\s.*\b(?:of|for|by|in|to)(?:\s+(?:the|an?))?)\s*"
+
+
+@cache
+def contexts() -> dict[str, list[tuple[str, Frame]]]:
+    """Our own contexts for a subject: ``neutral`` ones, and ``questions`` that ask something about it."""
+    record = json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
+    return {kind: [(text, frame) for frame, texts in record[kind].items() for text in texts] for kind in record}
+
+
+def guess_subject(prompt: str) -> str | None:
+    """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
+    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
+    named = []
+    for run in runs:
+        words = run.split()
+        while words and words[0] in _OPENERS:
+            words.pop(0)
+        while words and words[-1].islower():
+            words.pop()
+        if words:
+            named.append(" ".join(words).rstrip(".'’-"))
+    return max(named, key=len, default=None) or None
+
+
+def subject_of(prompt: str, subject: str | None) -> str:
+    """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt."""
+    if subject and subject.lower() in prompt.lower():
+        return subject
+    return guess_subject(prompt) or prompt.strip().rstrip("?!. ")
+
+
+def names_the_question(prompt: str, subject: str) -> str | None:
+    """The words before the subject where they are a noun phrase that says what is asked, as in "The capital of"."""
+    before = prompt[: max(0, prompt.lower().find(subject.lower()))]
+    match = re.fullmatch(_PHRASE, before, re.IGNORECASE)
+    return match[1] if match else None
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where a subject stands.
+
+    Args:
+        kind: ``REQUEST``, ``NEUTRAL`` or ``OTHER``.
+        prefix: tokens before it that are the same for every request.
+        tail: the tokens after those, up to the subject's last.
+    """
+
+    kind: int
+    prefix: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+def contexts_of(prompt: str, subject: str, tokenizer: Any) -> list[Context]:
+    """Every context an address is made from, cut off after the subject."""
+    asked = [(REQUEST, prompt, frame) for frame in FRAMES]
+    asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
+    if phrase := names_the_question(prompt, subject):
+        asked += [(REQUEST, f"What is {phrase[0].lower()}{phrase[1:]} {subject}?", frame) for frame in ("bare", "chat")]
+        asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
+    found = []
+    for kind, text, frame in asked:
+        pair = encode_pair(text, "-", frame, tokenizer, subject)
+        begin, end = pair.subject or pair.span
+        fixed = pair.span[0] if kind == REQUEST else begin
+        # A first position holds an activation that belongs to no word; a key from there would answer everywhere.
+        if end > 1:
+            found.append(Context(kind, tuple(pair.prompt[:fixed]), tuple(pair.prompt[fixed:end])))
+    return found
+
+
+class Addresser:
+    """Makes addresses for one layer of one model.
+
+    Args:
+        part: the model.
+        entrance: the module whose input is the key.
+        tokenizer: the model's.
+        spectrum: of C₀, the generic keys.
+        gamma, ridge, alike: see :class:`IBKEConfig`.
+    """
+
+    def __init__(
+        self,
+        part: PartialModel,
+        entrance: nn.Module,
+        tokenizer: Any,
+        spectrum: KeySpectrum,
+        *,
+        gamma: float,
+        ridge: float,
+        alike: float,
+    ):
+        self.part, self.entrance, self.tokenizer = part, entrance, tokenizer
+        self.basis_DE, self.alike = spectrum.basis_IE.cpu(), alike
+        floor = ridge * spectrum.mean()
+        self.values_E, self.rest = spectrum.values_E.cpu() + floor, torch.tensor(spectrum.rest + floor)
+        self.gamma = gamma
+
+    def __call__(self, requests: Sequence[tuple[str, str]]) -> Tensor:
+        """Addresses (B × D, float32) of pairs of prompt and subject."""
+        rows, owners = [], []
+        for owner, (prompt, subject) in enumerate(requests):
+            mine = contexts_of(prompt, subject, self.tokenizer)
+            rows += mine
+            owners += [owner] * len(mine)
+        keys_RD, owner_R = self.keys(rows), torch.tensor(owners)
+        kind_R = torch.tensor([row.kind for row in rows])
+        return torch.stack(
+            [self._address(keys_RD[owner_R == owner], kind_R[owner_R == owner]) for owner in range(len(requests))]
+        )
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """What every request's contexts begin with, run once."""
+        known = [row.prefix for row in contexts_of("The X of Y", "Y", self.tokenizer)]
+        return Prefixes(self.part, known)
+
+    def keys(self, rows: Sequence[Context]) -> Tensor:
+        """What the MLP sees at the last position of each context (R × D)."""
+        known = self.prefixes.index
+        # Tokens may merge across the border; such a row is run as a whole.
+        split = [(row.prefix, row.tail) if row.prefix in known else ((), row.prefix + row.tail) for row in rows]
+        parts = [self.prefixes.inputs_of(self.entrance, split[i : i + ROWS]) for i in range(0, len(split), ROWS)]
+        return torch.cat(parts).cpu()
+
+    def _address(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
+        answer_TD, silent_TD = keys_TD[kind_T != OTHER], keys_TD[kind_T == OTHER]
+        if not len(answer_TD):
+            return torch.zeros(keys_TD.shape[1])
+        if len(silent_TD):
+            silent_TD = silent_TD[~self._asks_the_same(keys_TD, kind_T)]
+        everywhere = torch.ones(1, len(answer_TD), dtype=torch.bool)
+        weights = torch.ones(1, len(silent_TD))
+        columns = solve(answer_TD[None], everywhere, silent_TD[None], weights, self._pull)
+        return columns[0].sum(0)
+
+    def _pull(self, keys_BTD: Tensor) -> Tensor:
+        """B⁻¹ k with B = γ (C₀ + λ I)."""
+        return inverse_times(keys_BTD, self.basis_DE, self.gamma * self.values_E, self.gamma * self.rest)
+
+    def _asks_the_same(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
+        """Which questions ask what the request asks: they move the subject's key the same way (bool, T of OTHER)."""
+        white_TE = (keys_TD @ self.basis_DE) / self.values_E.sqrt()
+        rest = white_TE[kind_T == NEUTRAL].mean(0)
+        asked_E = white_TE[kind_T == REQUEST].mean(0) - rest
+        return F.cosine_similarity(white_TE[kind_T == OTHER] - rest, asked_E[None], dim=-1) >= self.alike
