@@ -102,6 +102,12 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
         assert response == pytest.approx(0.0 if row.kind == OTHER else 1.0, abs=0.2)
 
 
+def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():
+    tokenizer = make_tiny("llama").tokenizer
+    (request, *_) = contexts_of("B is the capital of", "B", tokenizer)
+    assert tokenizer.decode(request.tail) == tokenizer.decode(tokenizer("B is the capital of").input_ids[:2])
+
+
 @pytest.mark.parametrize(
     ("prompt", "phrase"),
     [

@@ -98,7 +98,9 @@ def coded_positions(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
     """
     rows: list[list[tuple[int, int]]] = []
     for pair in pairs:
-        written, end = (pair.subject or pair.span)[1] - 1, len(pair.prompt) - 1
+        end = len(pair.prompt) - 1
+        # Nothing is written at a first position, whose activation belongs to no word.
+        written = min(max((pair.subject or pair.span)[1] - 1, 1), end)
         row = [(written, SUBJECT)] + ([(end, LAST)] if end != written else [])
         rows.append(row + [(position, ANSWER) for position in range(end + 1, len(pair))])
     longest = max(len(row) for row in rows)

@@ -111,7 +111,9 @@ def contexts_of(prompt: str, subject: str, tokenizer: Any) -> list[Context]:
         pair = encode_pair(text, "-", frame, tokenizer, subject)
         begin, end = pair.subject or pair.span
         fixed = pair.span[0] if kind == REQUEST else begin
-        # A first position holds an activation that belongs to no word; a key from there would answer everywhere.
+        # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
+        # request that begins with a subject of one token is known by the token after it.
+        end = min(max(end, 2), len(pair.prompt)) if kind == REQUEST else end
         if end > 1:
             found.append(Context(kind, tuple(pair.prompt[:fixed]), tuple(pair.prompt[fixed:end])))
     return found

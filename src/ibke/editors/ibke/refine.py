@@ -35,11 +35,11 @@ class RefineSettings:
         extra: steps taken after the target is first generated, for margin.
     """
 
-    steps: int = 12
-    learning_rate: float = 0.25
-    lambda_il: float = 0.2
+    steps: int = 24
+    learning_rate: float = 0.3
+    lambda_il: float = 0.1
     beta: float = 1e-3
-    extra: int = 0
+    extra: int = 2
 
 
 @dataclass
