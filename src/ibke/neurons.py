@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class Site:
             "Name the MLP's output projection, e.g. model.layers.5.mlp.down_proj.",
         )
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The linear modules an edit touches, by name."""
         names = [self.gate.name, *([self.value.name] if self.value else []), self.out]
@@ -217,9 +218,7 @@ def moved(
                     a_RI[rank, old], a_RI[rank, to[old]] = 0.0, 1.0
         else:
             for rank, place in enumerate(b_OR.argmax(0).tolist()):
-                branch = (
-                    site.value if site.value and site.value.name == name and place >= site.value.first else site.gate
-                )
+                branch = site.branch(name, place)
                 old = place - branch.first
                 if old in to:
                     new = to[old] + branch.first
