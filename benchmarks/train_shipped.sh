@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Trains the editor that ships for SmolLM2-135M-Instruct. (The weights shipped today are this run at step 350 of 420; its
-# cached addresses did not yet know one-token subjects at the beginning.) Killed, run it again with --resume.
+# Trains the editor that ships for SmolLM2-135M-Instruct. Killed, run it again with --resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test -f build/heldout-relations.jsonl || .venv/bin/python benchmarks/heldout_relations.py
 exec .venv/bin/ibke train --model smollm2-135m --out runs/shipped \
   --data facts=1 --data pararel=2 --data lre=1 --data entityquestions=3 \
   --data counterfact:counterfact/counterfact-train.json=3 \
-  --episodes 1400 --steps "${STEPS:-420}" --threads 2 --set validation=96 --set validate_every=70 --set warmup=40 --set text=text/wikitext2_valid.txt \
+  --episodes 2000 --steps "${STEPS:-3000}" --threads 2 --set validation=96 --set validate_every=150 --set text=text/wikitext2_valid.txt \
   --set exclude=counterfact:counterfact/counterfact-val.json,zsre:zsre/zsre_mend_train-1k.json,knowedit:knowedit/recent_train.json,jsonl:build/heldout-relations.jsonl \
   --set cache=runs/cache "$@"

@@ -20,7 +20,7 @@ from ibke.batch import Batch, Pair, collate
 from ibke.partial import PartialModel, Past, join, row_updates
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
-GROUP_TOKENS = 1024  # padded tokens computed at once: small enough for a processor's cache
+GROUP_TOKENS = 256  # padded tokens computed at once: reading the weights again costs less than computing on padding
 LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
 CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
 

@@ -1,15 +1,17 @@
 """Everything of an episode that never changes while the editor learns, computed once.
 
-Gradients, addresses, the hidden states entering the edited layer and the base's own answers out of scope are functions
-of the frozen model. They are written in shards, each complete or absent, so building can stop and go on.
+Gradients, addresses, the hidden states entering the edited layer, what attention keeps of the tokens before an edit's
+own, and the base's own answers out of scope are functions of the frozen model. They are written in shards, each
+complete or absent, so building can stop and go on.
 
-Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading, K neurons.
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading, K neurons,
+F attention keys and values of one token, all layers from the edited one on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import PER_EDIT, Site, choose
 from ibke.partial import PartialModel
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, by_length, continuations
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
+MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Builder:
         site: the edited MLP.
         addresser: finds where an edit applies.
         pool_P, among: neurons by use, and how many of the least used to choose from.
+        threshold: response of an address from which on an edit is in force; None where addresses are learned, so that
+            nobody knows yet which tokens an edit reaches.
     """
 
     model: Any
@@ -50,9 +55,15 @@ class Builder:
     addresser: Addresser
     pool_P: Tensor
     among: int
+    threshold: float | None
 
-    def shard(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
-        """Everything about some episodes as flat tensors."""
+    def shard(self, episodes: Sequence[Episode], whole: bool) -> dict[str, Tensor]:
+        """Everything about some episodes as flat tensors.
+
+        Args:
+            episodes: some episodes.
+            whole: keep rows that no edit reaches too; they cost time and give no gradient, but they count in scores.
+        """
         outside = [asked for episode in episodes for asked in episode.outside]
         prompts = [encode_pair(asked.prompt, "-", asked.frame, self.tokenizer).prompt for asked in outside]
         answers = continuations(self.model, self.tokenizer, prompts)
@@ -73,14 +84,47 @@ class Builder:
                 position += 1
                 kinds.append(OUTSIDE)
                 owner.append(index)
+        if OUTSIDE not in kinds:
+            raise TrainingError(
+                "no request names a prompt whose answer must stay.", "training data", "Give some `locality` prompts."
+            )
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
         asked_about = [(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
         out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
         out["neurons_BK"] = torch.stack(
             [choose(self.pool_P, prompt, PER_EDIT, self.among) for prompt, _ in asked_about]
         )
-        out |= self._rows(pairs, kinds)
-        return out | {"row_kind": torch.tensor(kinds), "row_owner": torch.tensor(owner)}
+        first = self._first_reached(pairs, out["address_BD"][owner])
+        kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
+        tails = [self._from(pairs[row], first[row]) for row in kept]
+        out |= self._rows(tails, [kinds[row] for row in kept])
+        return out | {"row_kind": torch.tensor(kinds)[kept], "row_owner": torch.tensor(owner)[kept]}
+
+    def _first_reached(self, pairs: list[Pair], address_RD: Tensor) -> list[int | None]:
+        """The first token of each row at which its edit may be in force; None where there is none."""
+        if self.threshold is None:
+            return [0] * len(pairs)
+        first: list[int | None] = [None] * len(pairs)
+        device = next(self.model.parameters()).device
+        for chosen in by_length([len(pair) for pair in pairs]):
+            batch = collate([pairs[row] for row in chosen], self.tokenizer.pad_token_id, device)
+            keys_RTD = self.part.inputs_of(self.site.entrance, batch)
+            response_RT = torch.einsum("rtd,rd->rt", keys_RTD, address_RD[chosen].to(device))
+            open_RT = ((response_RT > self.threshold - MARGIN) & batch.attention_RT).cpu()
+            # A first position belongs to no word.
+            open_RT[:, 0] = False
+            for row, places in zip(chosen, open_RT, strict=True):
+                if places.any():
+                    first[row] = int(places.nonzero()[0])
+        return first
+
+    def _from(self, pair: Pair, place: int | None) -> Pair:
+        """The pair, marked where computing it again begins: before it is in force an edit changes next to nothing.
+
+        (Only what its two neurons, which are among the least used, wrote there before.)
+        """
+        begin = min(len(pair.prompt) - 1 if place is None else place, len(pair.prompt) - 1)
+        return replace(pair, subject=(begin, begin + 1))
 
     def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
         keys, grads, roles, counts, answers = [], [], [], [], []
@@ -106,42 +150,58 @@ class Builder:
         }
 
     def _rows(self, pairs: list[Pair], kinds: list[int]) -> dict[str, Tensor]:
+        """Rows from their marked token on, and what attention keeps of those before."""
         hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
+        past: list[Tensor] = [torch.empty(0)] * len(pairs)
         leading: dict[int, tuple[Tensor, Tensor]] = {}
+        starts = [pair.subject[0] if pair.subject else 0 for pair in pairs]
         # The owner of a row is irrelevant here, so it carries the row's own number through the grouping.
-        for group in build_groups(self.part, pairs, kinds, list(range(len(pairs))), self.tokenizer.pad_token_id):
+        numbers, pad_id = list(range(len(pairs))), self.tokenizer.pad_token_id
+        shapes = torch.zeros(0, 2, dtype=torch.long)
+        for group in build_groups(self.part, pairs, kinds, numbers, pad_id, cut=True):
+            assert group.past is not None
+            shapes = torch.tensor([[item.shape[1], item.shape[3]] for pair in group.past.layers for item in pair])
+            flat_RTF = torch.cat([item.transpose(1, 2).flatten(2) for pair in group.past.layers for item in pair], 2)
             begin = 0
             for slot, row in enumerate(group.owner_R.tolist()):
-                hidden[row] = group.hidden_RTD[slot, : len(pairs[row])].cpu()
+                hidden[row] = group.hidden_RTD[slot, : len(pairs[row]) - starts[row]].cpu()
+                # Half the bytes for keys and values that training only reads.
+                past[row] = flat_RTF[slot, flat_RTF.shape[1] - starts[row] :].to(torch.bfloat16).cpu()
                 if kinds[row] == OUTSIDE:
                     end = begin + len(pairs[row].answer)
                     tokens, log_probs = group.base_tokens_NP[begin:end], group.base_log_probs_NP[begin:end]
                     leading[row] = (tokens.int().cpu(), log_probs.cpu())
                     begin = end
-        outside = [row for row in range(len(pairs)) if row in leading]
-        if not outside:
-            raise TrainingError(
-                "no request names a prompt whose answer must stay.", "training data", "Give some `locality` prompts."
-            )
-        flat_ids = [token for pair in pairs for token in (pair.prompt + pair.answer)[: len(pair)]]
+        outside = [row for row in numbers if row in leading]
+        none = torch.zeros(1, 0)  # nothing out of scope that an edit reaches
+        flat_ids = [token for pair, start in zip(pairs, starts, strict=True) for token in _fed(pair)[start:]]
         return {
             "hidden_TD": torch.cat(hidden),
+            "past_TF": torch.cat(past),
+            "past_shapes": shapes,
+            "past_length": torch.tensor(starts),
             "ids": torch.tensor(flat_ids, dtype=torch.int32),
-            "length": torch.tensor([len(pair) for pair in pairs]),
+            "length": torch.tensor([len(pair) - start for pair, start in zip(pairs, starts, strict=True)]),
             "answer": torch.tensor([token for pair in pairs for token in pair.answer], dtype=torch.int32),
             "answer_length": torch.tensor([len(pair.answer) for pair in pairs]),
-            "base_tokens_NP": torch.cat([leading[row][0] for row in outside]),
-            "base_log_probs_NP": torch.cat([leading[row][1] for row in outside]),
+            "base_tokens_NP": torch.cat([leading[row][0] for row in outside] or [none.int()]),
+            "base_log_probs_NP": torch.cat([leading[row][1] for row in outside] or [none]),
         }
 
 
-def build(builder: Builder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None]) -> None:
-    """Write all shards that are not there yet; safe to interrupt at any moment."""
+def _fed(pair: Pair) -> list[int]:
+    return (pair.prompt + pair.answer)[: len(pair)]
+
+
+def build(
+    builder: Builder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None], *, whole: bool
+) -> None:
+    """Write all shards that are not there yet; safe to interrupt at any moment (``whole``: see :class:`Builder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     for begin in range(0, len(episodes), SHARD):
         path = folder / f"{begin // SHARD:05d}.safetensors"
         if not path.exists():
             part = path.with_suffix(".part")
-            save_file(builder.shard(episodes[begin : begin + SHARD]), part)
+            save_file(builder.shard(episodes[begin : begin + SHARD], whole), part)
             part.replace(path)
         progress(min(begin + SHARD, len(episodes)), len(episodes))

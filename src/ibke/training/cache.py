@@ -1,6 +1,7 @@
 """Random access to cached episodes: what is small is in memory, the rest is read from disk as needed.
 
-Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading.
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading, F attention
+keys and values of one token.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ibke.batch import Batch
 from ibke.editors.ibke.bottleneck import Written
+from ibke.partial import Past
 from ibke.rows import OUTSIDE, RowGroup, by_length
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
-ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "base_tokens_NP", "base_log_probs_NP")
+ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "past_TF", "base_tokens_NP", "base_log_probs_NP")
 
 
 class StoredRows:
@@ -91,6 +93,7 @@ class EpisodeCache:
         for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
             data, stored = open_shard(path)
             data["row_start"] = _starts(data["length"])
+            data["past_start"] = _starts(data["past_length"])
             data["answer_start"] = _starts(data["answer_length"])
             data["coded_start"] = _starts(data["coded"])
             data["base_start"] = _starts((data["row_kind"] == OUTSIDE) * data["answer_length"])
@@ -129,7 +132,22 @@ class EpisodeCache:
             hidden, batch, kind, torch.tensor([slot for _, _, slot in rows]),
             torch.cat([data["base_tokens_NP"][begin:end] for data, begin, end in spans]).long(),
             torch.cat([data["base_log_probs_NP"][begin:end] for data, begin, end in spans]),
+            self._past(rows, hidden.dtype),
         )  # fmt: skip
+
+    def _past(self, rows: list[tuple[int, int, int]], dtype: torch.dtype) -> Past:
+        """What attention keeps of the tokens before, padded on the left."""
+        spans = [(shard, *self._span(shard, "past_start", row)) for shard, row, _ in rows]
+        longest = max(end - begin for _, begin, end in spans)
+        shapes = self.shards[0]["past_shapes"].tolist()
+        flat_RTF = torch.zeros(len(rows), longest, sum(heads * size for heads, size in shapes), dtype=dtype)
+        real_RT = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for slot, (shard, begin, end) in enumerate(spans):
+            flat_RTF[slot, longest - (end - begin) :] = self.stored[shard]["past_TF"][begin:end]
+            real_RT[slot, longest - (end - begin) :] = True
+        parts = flat_RTF.split([heads * size for heads, size in shapes], dim=2)
+        whole = [part.unflatten(2, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+        return Past(real_RT, list(zip(whole[::2], whole[1::2], strict=True)))
 
     def initial(self, count: int) -> tuple[Tensor, Tensor]:
         """Gradients at the written token and addresses of the first ``count`` episodes (each B × D)."""

@@ -58,14 +58,14 @@ class EpisodeMaker:
     Args:
         seed: decides every draw.
         inside: prompts in scope per episode.
-        outside: most prompts out of scope per episode.
+        outside: most prompts out of scope per episode; where something is said of the subject they are about that.
         kinds: the kind of wordings whose source knows it; of others the question mark tells.
         pool: prompts of other requests, to fill up what a request lacks out of scope.
     """
 
     seed: int
     inside: int = 2
-    outside: int = 2
+    outside: int = 1
     kinds: Mapping[str, str] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
 

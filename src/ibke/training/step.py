@@ -50,9 +50,14 @@ def terms(
     z = code.sample(generator) if generator is not None else code.mean
     rows = run_rows(part, site.modules, network.decode(z, code.written, site), episodes.groups)
     return Terms(
-        rows.nll_R[rows.kind_R == EDIT].mean(),
-        rows.nll_R[rows.kind_R == INSIDE].mean(),
-        rows.backward_R[rows.kind_R == OUTSIDE].mean(),
-        rows.forward_R[rows.kind_R == OUTSIDE].mean(),
+        _mean(rows.nll_R[rows.kind_R == EDIT]),
+        _mean(rows.nll_R[rows.kind_R == INSIDE]),
+        _mean(rows.backward_R[rows.kind_R == OUTSIDE]),
+        _mean(rows.forward_R[rows.kind_R == OUTSIDE]),
         network.rate(code).mean(),
     )
+
+
+def _mean(values_R: Tensor) -> Tensor:
+    """Zero where no row of a batch is of that kind."""
+    return values_R.sum() / max(1, len(values_R))

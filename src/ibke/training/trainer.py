@@ -37,7 +37,7 @@ from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
-LAYOUT = 2  # of cached shards; a new one makes old caches unseen, never misread
+LAYOUT = 3  # of cached shards; a new one makes old caches unseen, never misread
 SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
@@ -112,11 +112,15 @@ def prepare_episodes(
     config, lm = settings.config, ground.lm
     address = {"gamma": config.gamma, "ridge": config.ridge, "alike": config.alike}
     addresser = Addresser(ground.part, ground.site.entrance, lm.tokenizer, statistics.spectrum, **address)
-    builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, statistics.pool_P, config.pool)
+    threshold = config.threshold if config.keys == "address" else None
+    builder = Builder(
+        lm.model, lm.tokenizer, ground.part, ground.site, addresser, statistics.pool_P, config.pool, threshold
+    )
     caches = []
     for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
         # The folder's name tells what is in it, so another seed, model or layer never reads stale shards.
-        identity = (LAYOUT, lm.fingerprint, config.layer, address, config.pool, settings.text, contexts(), episodes)
+        kept = (config.pool, threshold, settings.text, contexts())
+        identity = (LAYOUT, lm.fingerprint, config.layer, address, kept, episodes)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         folder = Path(settings.cache or settings.out) / f"{name}-{digest}"
         started = time.monotonic()
@@ -126,7 +130,7 @@ def prepare_episodes(
             left = spent / done * (total - done)
             report({"stage": f"caching {name}", "done": done, "total": total, "seconds_left": left})
 
-        build(builder, episodes, folder, tell)
+        build(builder, episodes, folder, tell, whole=name == "validation")
         caches.append(EpisodeCache(folder))
     return caches
 

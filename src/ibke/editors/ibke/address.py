@@ -45,7 +45,7 @@ _OPENERS = frozenset(
     )
 )
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
-_PHRASE = rf"\s*{_ASKING}(the\s.*\b(?:of|for|by|in|to)(?:\s+(?:the|an?))?)\s*"
+_PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\S)\s*"
 
 
 @cache

@@ -54,7 +54,7 @@ class IBKEConfig:
     beta: float = 1e-3
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"
     target_rate: float = 100.0
-    lambda_il: float = 0.5
+    lambda_il: float = 0.1
     noise: bool = True
 
     def __post_init__(self) -> None:
