@@ -12,7 +12,7 @@ from ibke.frames import FRAMES, encode_pair
 from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
 from ibke.neurons import Site
 from ibke.partial import PartialModel, Prefixes, row_updates
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, merge, run_rows
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, frame_prefixes, merge, run_rows
 
 EVERY = sorted(ARCHITECTURES)
 FIRST = 2
@@ -151,7 +151,8 @@ def test_rows_cut_where_an_edit_begins_say_the_same(architecture):
     pairs = [encode_pair(text, "Rome", frame, lm.tokenizer, "Borduria") for text, frame in asked]
     pairs.append(encode_pair("Nothing of the kind", "Oslo", "bare", lm.tokenizer))
     kinds, owners = [EDIT, INSIDE, OUTSIDE, OUTSIDE], [0, 0, 0, 0]
-    whole, cut = (build_groups(part, pairs, kinds, owners, 0, cut=cut) for cut in (False, True))
+    known = (None, frame_prefixes(part, lm.tokenizer))
+    whole, cut = (build_groups(part, pairs, kinds, owners, 0, prefixes=prefixes) for prefixes in known)
     assert sum(group.batch.ids_RT.numel() for group in cut) < sum(group.batch.ids_RT.numel() for group in whole)
     mine, theirs = (run_rows(part, site.modules, {}, groups) for groups in (whole, [merge(cut)]))
     order, other = (torch.argsort(terms.nll_R + 10 * terms.kind_R) for terms in (mine, theirs))

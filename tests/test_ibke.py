@@ -159,7 +159,9 @@ def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
     targets = editor._targets(REQUESTS, joint=False)
     refiner = Refiner(editor.network, editor.part, editor.site, editor.settings)
     first, _ = refiner._judge(refiner._run(code.mean, code.written, targets), 2)
-    best = refiner.refine(code, targets, lambda: watched_rows(editor.part, editor.lm.tokenizer, REQUESTS, joint=False))
+    best = refiner.refine(
+        code, targets, lambda: watched_rows(editor.part, editor.prefixes, editor.lm.tokenizer, REQUESTS, joint=False)
+    )
     again, _ = refiner._judge(refiner._run(best.z_BZ, code.written, targets), 2)
     assert (best.nll_B <= first).all()
     torch.testing.assert_close(again, best.nll_B, rtol=1e-4, atol=1e-4)

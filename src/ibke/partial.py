@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ibke.batch import Batch
+from ibke.batch import Batch, Pair, collate
 
 
 class _Reached(Exception):
@@ -155,12 +155,16 @@ class PartialModel:
             entrance.hidden_RTD = None
 
     @torch.no_grad()
-    def whole(self, batch: Batch) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    def whole(self, batch: Batch, past: Past) -> tuple[Tensor, Tensor, Past]:
         """One pass of the unedited model.
+
+        Args:
+            batch: tokens.
+            past: what comes before them, for all layers.
 
         Returns:
             hidden states entering layer ``first`` (R × T × D), logits at the answer positions (N × V, float32), and
-            keys and values of each layer from ``first`` on.
+            keys and values of all tokens, past ones first, for each layer from ``first`` on.
         """
         caught: list[Tensor] = []
 
@@ -169,11 +173,19 @@ class PartialModel:
 
         handle = self.layers[self.first].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            out = self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=True)
+            out = self.decoder(input_ids=batch.ids_RT, **self.after(past, batch))
         finally:
             handle.remove()
         kept = [(keys, values) for keys, values, *_ in out.past_key_values][self.first :]
-        return caught[0], self._logits(out.last_hidden_state[batch.predicts_RT]), kept
+        real_RT = torch.cat([past.real_RT, batch.attention_RT], dim=1)
+        return caught[0], self._logits(out.last_hidden_state[batch.predicts_RT]), Past(real_RT, kept)
+
+    def after(self, past: Past, batch: Batch) -> dict[str, Any]:
+        """How to tell the decoder of what comes before a batch."""
+        real_RT = torch.cat([past.real_RT.to(batch.attention_RT.dtype), batch.attention_RT], dim=1)
+        cache = DynamicCache(past.layers) if past.real_RT.shape[1] else DynamicCache()
+        positions = self.positions(real_RT, batch.ids_RT.shape[1])
+        return {"attention_mask": real_RT, "past_key_values": cache, "use_cache": True, **positions}
 
     def positions(self, real_RT: Tensor, new: int) -> dict[str, Tensor]:
         """Positions of the last ``new`` tokens of left-padded rows, for models that take them."""
@@ -185,12 +197,9 @@ class PartialModel:
         """Final hidden states (R × T × D) from those entering layer ``first``, and what was before, if anything."""
         more: dict[str, Any] = {"attention_mask": batch.attention_RT, "use_cache": False}
         if past is not None:
-            real_RT = torch.cat([past.real_RT.to(batch.attention_RT.dtype), batch.attention_RT], dim=1)
             # Layers that are skipped need no keys, only as many as the others.
-            absent = past.real_RT.new_zeros(len(real_RT), 1, past.real_RT.shape[1], 1, dtype=hidden_RTD.dtype)
-            cache = DynamicCache([(absent, absent)] * self.first + past.layers)
-            more = {"attention_mask": real_RT, "use_cache": True, "past_key_values": cache}
-            more |= self.positions(real_RT, batch.ids_RT.shape[1])
+            absent = past.real_RT.new_zeros(batch.rows, 1, past.real_RT.shape[1], 1, dtype=hidden_RTD.dtype)
+            more = self.after(Past(past.real_RT, [(absent, absent)] * self.first + past.layers), batch)
         with self._skipping(hidden_RTD), self._plain_attention():
             out = self.decoder(input_ids=batch.ids_RT, **more)
         return out.last_hidden_state
@@ -226,11 +235,11 @@ class Prefixes:
     """Beginnings of token sequences that never change, run once; what follows them then costs its own tokens only.
 
     Args:
-        part: the model; kept are keys and values of its attention up to the first layer an edit may change.
+        part: the model; kept are keys and values of its attention.
         prefixes: token ids of the beginnings; an empty one is always there.
     """
 
-    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]]):
+    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]] = ()):
         self.part = part
         self.index: dict[tuple[int, ...], int] = {(): 0}
         for prefix in prefixes:
@@ -257,13 +266,29 @@ class Prefixes:
                 use_cache=True,
                 **self.part.positions(self.real_RT[1:], longest),
             )
-            kept = [(keys, values) for keys, values, *_ in out.past_key_values][: self.part.first + 1]
+            kept = [(keys, values) for keys, values, *_ in out.past_key_values]
         # Padding may hold anything, not-a-numbers included, which no mask would stop; and the empty prefix is padding.
         self.kept = [tuple(self._padded(item) for item in pair) for pair in kept]
 
     def _padded(self, item_RHTD: Tensor) -> Tensor:
         whole = torch.cat([torch.zeros_like(item_RHTD[:1]), item_RHTD])
         return whole.masked_fill(~self.real_RT.bool()[:, None, :, None], 0.0)
+
+    def past(self, prefixes: Sequence[tuple[int, ...]], layers: int | None = None) -> Past:
+        """Known beginnings of some rows, padded on the left to the longest among them.
+
+        Args:
+            prefixes: one a row.
+            layers: how many layers, counted from the first; None is all.
+        """
+        chosen = torch.tensor([self.index[prefix] for prefix in prefixes], device=self.real_RT.device)
+        longest = max(map(len, prefixes))
+        begin = self.real_RT.shape[1] - longest
+        kept = self.kept[:layers] if longest else []
+        return Past(
+            self.real_RT[chosen, begin:].bool(),
+            [(keys[chosen, :, begin:], values[chosen, :, begin:]) for keys, values in kept],
+        )
 
     @torch.no_grad()
     def inputs_of(self, module: nn.Module, rows: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> Tensor:
@@ -273,26 +298,10 @@ class Prefixes:
             module: a module of the first layer an edit may change.
             rows: a known prefix and the tokens after it, at least one.
         """
-        chosen = torch.tensor([self.index[prefix] for prefix, _ in rows], device=self.real_RT.device)
-        longest = max(len(tail) for _, tail in rows)
-        ids_RT = torch.zeros(len(rows), longest, dtype=torch.long)
-        real_RT = torch.zeros_like(ids_RT)
-        for row, (_, tail) in enumerate(rows):
-            ids_RT[row, : len(tail)] = torch.tensor(tail)
-            real_RT[row, : len(tail)] = 1
-        whole_RT = torch.cat([self.real_RT[chosen], real_RT.to(chosen.device)], dim=1)
-        cache = DynamicCache([(keys[chosen], values[chosen]) for keys, values in self.kept]) if self.kept else None
-        fed = _fed_to(
-            module,
-            lambda: self.part.decoder(
-                input_ids=ids_RT.to(chosen.device),
-                attention_mask=whole_RT,
-                past_key_values=cache,
-                use_cache=True,
-                **self.part.positions(whole_RT, longest),
-            ),
-        )
-        fed = fed.float().reshape(len(rows), longest, -1)
+        past = self.past([prefix for prefix, _ in rows], self.part.first + 1)
+        batch = collate([Pair(list(tail), [0], (0, 1)) for _, tail in rows], 0, self.real_RT.device)
+        fed = _fed_to(module, lambda: self.part.decoder(input_ids=batch.ids_RT, **self.part.after(past, batch)))
+        fed = fed.float().reshape(*batch.ids_RT.shape, -1)
         return fed[torch.arange(len(rows)), torch.tensor([len(tail) - 1 for _, tail in rows])]
 
 

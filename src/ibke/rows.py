@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Batch, Pair, collate
-from ibke.partial import PartialModel, Past, join, row_updates
+from ibke.frames import FRAMES, encode_pair
+from ibke.partial import PartialModel, Past, Prefixes, join, row_updates
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
 GROUP_TOKENS = 256  # padded tokens computed at once: reading the weights again costs less than computing on padding
@@ -205,7 +206,7 @@ def build_groups(
     owners: Sequence[int],
     pad_id: int,
     *,
-    cut: bool = False,
+    prefixes: Prefixes | None = None,
 ) -> list[RowGroup]:
     """Rows from tokenised pairs: one pass of the frozen first layers, and of the rest for rows out of scope.
 
@@ -215,9 +216,10 @@ def build_groups(
         kinds: ``EDIT``, ``INSIDE`` or ``OUTSIDE`` for each.
         owners: the edit in force on each.
         pad_id: token to pad with.
-        cut: compute again and again only what an edit written at the subject's last token can reach: the model is
-            causal, so what stands before it is passed once, through all layers, and kept. For a chat turn that is most
-            of it. Rows that name no subject stay whole.
+        prefixes: given, compute again and again only what an edit written at the subject's last token can reach: the
+            model is causal, so what stands before it is passed once, through all layers, and kept; and what stands
+            before a prompt's own words is taken from here, where it is known. For a chat turn that is most of it.
+            Rows that name no subject stay whole.
     """
     device = next(part.model.parameters()).device
     groups = []
@@ -228,10 +230,14 @@ def build_groups(
         owner = torch.tensor([owners[row] for row in chosen], device=device)
         outside_R = kind == OUTSIDE
         none = torch.zeros(0, LEADING, dtype=torch.long, device=device), torch.zeros(0, LEADING, device=device)
-        if cut:
-            hidden, logits, layers = part.whole(batch)
+        if prefixes:
+            known = [_known(pair, prefixes) for pair in some]
+            before = prefixes.past(known)
+            tails = [_without(pair, len(prefix)) for pair, prefix in zip(some, known, strict=True)]
+            batch = collate(tails, pad_id, device)
+            hidden, logits, past = part.whole(batch, before)
             leading = leading_tokens(logits[outside_R[batch.row_N]]) if bool(outside_R.any()) else none
-            hidden, batch, past = _cut(some, hidden, layers, pad_id)
+            hidden, batch, past = _cut(tails, hidden, past, pad_id)
             groups.append(RowGroup(hidden, batch, kind, owner, *leading, past))
             continue
         hidden, leading = part.prefix(batch), none
@@ -242,27 +248,52 @@ def build_groups(
     return groups
 
 
-def _cut(
-    pairs: Sequence[Pair], hidden_RTD: Tensor, layers: list[tuple[Tensor, Tensor]], pad_id: int
-) -> tuple[Tensor, Batch, Past]:
-    """Right-padded rows as what an edit reaches, and what comes before it."""
+def frame_prefixes(part: PartialModel, tokenizer: Any) -> Prefixes:
+    """What stands before a prompt's own words in each frame, run once."""
+    framed = [encode_pair("x", "-", frame, tokenizer) for frame in FRAMES]
+    return Prefixes(part, [tuple(pair.prompt[: pair.span[0]]) for pair in framed])
+
+
+def _known(pair: Pair, prefixes: Prefixes) -> tuple[int, ...]:
+    """What stands before the prompt's own words, if that is known and the edit does not reach into it."""
+    before = tuple(pair.prompt[: pair.span[0]])
+    return before if before in prefixes.index and pair.subject and pair.subject[1] > len(before) else ()
+
+
+def _without(pair: Pair, count: int) -> Pair:
+    """The pair without its first tokens, and without its span."""
+    about = pair.subject and (pair.subject[0] - count, pair.subject[1] - count)
+    return Pair(pair.prompt[count:], pair.answer, (0, 1), about)
+
+
+def _cut(pairs: Sequence[Pair], hidden_RTD: Tensor, whole: Past, pad_id: int) -> tuple[Tensor, Batch, Past]:
+    """Rows as what an edit reaches, and what comes before it.
+
+    Args:
+        pairs: without what ``whole`` has before them.
+        hidden_RTD: their states entering the first edited layer.
+        whole: keys and values of all tokens; what came before the pairs is padded on the left.
+        pad_id: token to pad with.
+    """
     device = hidden_RTD.device
     start_R = torch.tensor([pair.subject[1] - 1 if pair.subject else 0 for pair in pairs], device=device)
-    tails = [
-        Pair(pair.prompt[start:], pair.answer, (0, 1)) for pair, start in zip(pairs, start_R.tolist(), strict=True)
-    ]
+    tails = [_without(pair, start) for pair, start in zip(pairs, start_R.tolist(), strict=True)]
     batch = collate(tails, pad_id, device)
-    length, before = hidden_RTD.shape[1], int(start_R.max())
+    length = hidden_RTD.shape[1]
+    earlier = whole.real_RT.shape[1] - length
     after_RT = (start_R[:, None] + torch.arange(batch.ids_RT.shape[1], device=device)).clamp(max=length - 1)
     rows_R1 = torch.arange(len(pairs), device=device)[:, None]
     # What came before stands on the left of its tail, so padding goes to its own left.
-    place_RT = torch.arange(before, device=device) - before + start_R[:, None]
-    real_RT, place_RT = place_RT >= 0, place_RT.clamp(min=0)
+    count_R = whole.real_RT[:, :earlier].sum(1) + start_R
+    before = int(count_R.max())
+    place_RT = torch.arange(before, device=device) - before + earlier + start_R[:, None]
+    real_RT = place_RT >= (earlier + start_R - count_R)[:, None]
+    place_RT = place_RT.clamp(min=0)
 
     def take(item_RHTD: Tensor) -> Tensor:
         return item_RHTD.transpose(1, 2)[rows_R1, place_RT].transpose(1, 2)
 
-    past = Past(real_RT, [(take(keys), take(values)) for keys, values in layers])
+    past = Past(real_RT, [(take(keys), take(values)) for keys, values in whole.layers])
     return hidden_RTD[rows_R1, after_RT], batch, past
 
 

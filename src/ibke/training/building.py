@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import PER_EDIT, Site, choose
-from ibke.partial import PartialModel
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, by_length, continuations
+from ibke.partial import PartialModel, Prefixes
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, by_length, continuations, frame_prefixes
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
@@ -56,6 +57,11 @@ class Builder:
     pool_P: Tensor
     among: int
     threshold: float | None
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """What stands before a prompt in each frame, run once."""
+        return frame_prefixes(self.part, self.tokenizer)
 
     def shard(self, episodes: Sequence[Episode], whole: bool) -> dict[str, Tensor]:
         """Everything about some episodes as flat tensors.
@@ -158,7 +164,7 @@ class Builder:
         # The owner of a row is irrelevant here, so it carries the row's own number through the grouping.
         numbers, pad_id = list(range(len(pairs))), self.tokenizer.pad_token_id
         shapes = torch.zeros(0, 2, dtype=torch.long)
-        for group in build_groups(self.part, pairs, kinds, numbers, pad_id, cut=True):
+        for group in build_groups(self.part, pairs, kinds, numbers, pad_id, prefixes=self.prefixes):
             assert group.past is not None
             shapes = torch.tensor([[item.shape[1], item.shape[3]] for pair in group.past.layers for item in pair])
             flat_RTF = torch.cat([item.transpose(1, 2).flatten(2) for pair in group.past.layers for item in pair], 2)

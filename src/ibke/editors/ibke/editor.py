@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,9 @@ from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.neurons import PER_EDIT, Site, choose
-from ibke.partial import PartialModel
+from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
-from ibke.rows import EDIT, RowGroup, build_groups
+from ibke.rows import EDIT, RowGroup, build_groups, frame_prefixes
 
 SPARE = 192  # neurons an edit may be moved to
 GROUP = 16  # independent edits made in one pass
@@ -63,6 +64,11 @@ class IBKEEditor(Editor):
             ridge=config.ridge,
             alike=config.alike,
         )
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """What stands before a prompt in each frame, run once."""
+        return frame_prefixes(self.part, self.lm.tokenizer)
 
     @classmethod
     def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> IBKEEditor:
@@ -206,7 +212,7 @@ class IBKEEditor(Editor):
         return refiner.refine(
             code,
             self._targets(requests, joint),
-            lambda: watched_rows(self.part, self.lm.tokenizer, requests, joint),
+            lambda: watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, joint),
         )
 
     def _targets(self, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
@@ -219,7 +225,8 @@ class IBKEEditor(Editor):
             subject = subject_of(request.prompt, request.subject)
             pairs += [self._pair(text, request.target_new, frame, subject) for text, frame in asked]
             owners += [0 if joint else owner] * len(asked)
-        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, self.lm.tokenizer.pad_token_id, cut=True)
+        pad_id = self.lm.tokenizer.pad_token_id
+        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, pad_id, prefixes=self.prefixes)
 
     def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:
         pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject)

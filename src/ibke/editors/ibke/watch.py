@@ -11,16 +11,19 @@ from typing import Any
 from ibke.batch import Pair
 from ibke.editors.ibke.address import contexts, subject_of
 from ibke.frames import encode_pair
-from ibke.partial import PartialModel
+from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
 from ibke.rows import OUTSIDE, RowGroup, build_groups, continuations
 
 
-def watched_rows(part: PartialModel, tokenizer: Any, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
+def watched_rows(
+    part: PartialModel, prefixes: Prefixes, tokenizer: Any, requests: Sequence[EditRequest], joint: bool
+) -> list[RowGroup]:
     """Rows out of scope for every request: its own locality probes, and what else is said of its subject.
 
     Args:
         part: the model, split at the edited layer.
+        prefixes: what stands before a prompt in each frame.
         tokenizer: the model's.
         requests: the edits.
         joint: all requests are one edit, which then owns every row.
@@ -41,4 +44,4 @@ def watched_rows(part: PartialModel, tokenizer: Any, requests: Sequence[EditRequ
         ]
         pairs += chosen
         owners += [0 if joint else owner] * len(chosen)
-    return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, cut=True)
+    return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, prefixes=prefixes)
