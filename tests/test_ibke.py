@@ -7,7 +7,7 @@ import torch
 from tests.conftest import make_tiny
 
 from ibke.edit import Edit
-from ibke.editors.ibke.address import OTHER, contexts_of, guess_subject, names_the_question, subject_of
+from ibke.editors.ibke.address import OTHER, contexts_of, first_open, guess_subject, names_the_question, subject_of
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
@@ -15,8 +15,8 @@ from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
-from ibke.editors.ibke.watch import watched_rows
 from ibke.errors import FormatError, RequestError
+from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules, weight_OI
 from ibke.neurons import Site, moved
 from ibke.partial import PartialModel
@@ -159,12 +159,24 @@ def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
     targets = editor._targets(REQUESTS, joint=False)
     refiner = Refiner(editor.network, editor.part, editor.site, editor.settings)
     first, _ = refiner._judge(refiner._run(code.mean, code.written, targets), 2)
-    best = refiner.refine(
-        code, targets, lambda: watched_rows(editor.part, editor.prefixes, editor.lm.tokenizer, REQUESTS, joint=False)
-    )
+    best = refiner.refine(code, targets, lambda: editor._watched(code, REQUESTS, joint=False))
     again, _ = refiner._judge(refiner._run(best.z_BZ, code.written, targets), 2)
     assert (best.nll_B <= first).all()
     torch.testing.assert_close(again, best.nll_B, rtol=1e-4, atol=1e-4)
+
+
+def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    probes = ("I read about Myanmar and", "Seven plus five is")
+    request = EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar", locality=probes)
+    code, _ = editor.encode([request])
+    pairs = [encode_pair(text, "-", "bare", smollm32.tokenizer) for text in probes]
+    addresses, threshold = code.written.address_BD[[0, 0]], editor.network.config.threshold
+    reached = first_open(editor.part, editor.site.entrance, pairs, addresses, threshold)
+    assert reached[0] is not None and reached[1] is None
+    without = replace(request, locality=())
+    rows = [sum(group.batch.rows for group in editor._watched(code, [some], False)) for some in (request, without)]
+    assert rows[0] == rows[1] + 1
 
 
 def test_a_joint_edit_gives_every_request_neurons_of_its_own():

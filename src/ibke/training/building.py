@@ -22,17 +22,16 @@ from torch import Tensor
 
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
-from ibke.editors.ibke.address import Addresser, subject_of
+from ibke.editors.ibke.address import Addresser, first_open, subject_of
 from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import PER_EDIT, Site, choose
 from ibke.partial import PartialModel, Prefixes
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, by_length, continuations, frame_prefixes
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations, frame_prefixes
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
-MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 
 @dataclass
@@ -107,22 +106,9 @@ class Builder:
         return out | {"row_kind": torch.tensor(kinds)[kept], "row_owner": torch.tensor(owner)[kept]}
 
     def _first_reached(self, pairs: list[Pair], address_RD: Tensor) -> list[int | None]:
-        """The first token of each row at which its edit may be in force; None where there is none."""
         if self.threshold is None:
             return [0] * len(pairs)
-        first: list[int | None] = [None] * len(pairs)
-        device = next(self.model.parameters()).device
-        for chosen in by_length([len(pair) for pair in pairs]):
-            batch = collate([pairs[row] for row in chosen], self.tokenizer.pad_token_id, device)
-            keys_RTD = self.part.inputs_of(self.site.entrance, batch)
-            response_RT = torch.einsum("rtd,rd->rt", keys_RTD, address_RD[chosen].to(device))
-            open_RT = ((response_RT > self.threshold - MARGIN) & batch.attention_RT).cpu()
-            # A first position belongs to no word.
-            open_RT[:, 0] = False
-            for row, places in zip(chosen, open_RT, strict=True):
-                if places.any():
-                    first[row] = int(places.nonzero()[0])
-        return first
+        return first_open(self.part, self.site.entrance, pairs, address_RD, self.threshold)
 
     def _from(self, pair: Pair, place: int | None) -> Pair:
         """The pair, marked where computing it again begins: before it is in force an edit changes next to nothing.

@@ -28,13 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibke.batch import Pair, collate
 from ibke.editors.ibke.aggregate import inverse_times, solve
 from ibke.editors.ibke.statistics import KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel, Prefixes
+from ibke.rows import by_length
 
 REQUEST, NEUTRAL, OTHER = range(3)
 ROWS = 256  # contexts run at once
+MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 # Words that begin sentences without naming anything.
 _OPENERS = frozenset(
@@ -82,6 +85,32 @@ def names_the_question(prompt: str, subject: str) -> str | None:
     before = prompt[: max(0, prompt.lower().find(subject.lower()))]
     match = re.fullmatch(_PHRASE, before, re.IGNORECASE)
     return match[1] if match else None
+
+
+def first_open(
+    part: PartialModel, entrance: nn.Module, pairs: Sequence[Pair], address_RD: Tensor, threshold: float
+) -> list[int | None]:
+    """The first token of each row at which an edit may be in force; None where there is none.
+
+    Args:
+        part: the model.
+        entrance: the module whose input is the key.
+        pairs: tokens.
+        address_RD: the address that counts for each.
+        threshold: response from which on an edit is in force; a little less is taken as open.
+    """
+    first: list[int | None] = [None] * len(pairs)
+    device = part.model.device
+    for chosen in by_length([len(pair) for pair in pairs]):
+        batch = collate([pairs[row] for row in chosen], 0, device)
+        keys_RTD = part.inputs_of(entrance, batch)
+        response_RT = torch.einsum("rtd,rd->rt", keys_RTD, address_RD[chosen].to(device))
+        open_RT = ((response_RT > threshold - MARGIN) & batch.attention_RT).cpu()
+        open_RT[:, 0] = False  # a first position belongs to no word
+        for row, places in zip(chosen, open_RT, strict=True):
+            if places.any():
+                first[row] = int(places.nonzero()[0])
+    return first
 
 
 @dataclass(frozen=True)

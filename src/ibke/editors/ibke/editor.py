@@ -16,7 +16,7 @@ from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.address import Addresser, subject_of
+from ibke.editors.ibke.address import Addresser, first_open, subject_of
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
@@ -212,8 +212,19 @@ class IBKEEditor(Editor):
         return refiner.refine(
             code,
             self._targets(requests, joint),
-            lambda: watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, joint),
+            lambda: self._watched(code, requests, joint),
         )
+
+    def _watched(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
+        """What must stay while a code moves, as far as the edit reaches it."""
+
+        def opened(pairs: Sequence[Pair], owners: Sequence[int]) -> Sequence[int | None]:
+            if self.network.config.keys == "code":  # an address that moves may come to reach anything
+                return [0] * len(pairs)
+            address_RD = code.written.address_BD[list(owners)]
+            return first_open(self.part, self.site.entrance, pairs, address_RD, self.network.config.threshold)
+
+        return watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, opened, joint)
 
     def _targets(self, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
         """The target in several frames of the request and in the wordings given with it."""

@@ -1,11 +1,12 @@
 """Prompts watched while a code is refined, so that the target is not bought with everything else about the subject.
 
-Other subjects need no watching: the edit's gate is shut for them.
+What the edit's gate is shut for needs no watching.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ibke.batch import Pair
@@ -15,33 +16,46 @@ from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
 from ibke.rows import OUTSIDE, RowGroup, build_groups, continuations
 
+# Pairs and the request each belongs to → the first token at which its edit may be in force, if there is one.
+Opened = Callable[[Sequence[Pair], Sequence[int]], Sequence[int | None]]
+
 
 def watched_rows(
-    part: PartialModel, prefixes: Prefixes, tokenizer: Any, requests: Sequence[EditRequest], joint: bool
+    part: PartialModel,
+    prefixes: Prefixes,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    opened: Opened,
+    joint: bool,
 ) -> list[RowGroup]:
-    """Rows out of scope for every request: its own locality probes, and what else is said of its subject.
+    """Rows out of scope that an edit reaches: what is said of its subject, and of the request's own probes.
 
     Args:
         part: the model, split at the edited layer.
         prefixes: what stands before a prompt in each frame.
         tokenizer: the model's.
         requests: the edits.
+        opened: tells where an edit is in force.
         joint: all requests are one edit, which then owns every row.
     """
     pairs: list[Pair] = []
     owners: list[int] = []
+    probes: list[Pair] = []
+    about: list[int] = []
     for owner, request in enumerate(requests):
         subject = subject_of(request.prompt, request.subject)
-        asked = [
-            encode_pair(text.format(subject), "-", frame, tokenizer, subject) for text, frame in contexts()["watched"]
-        ]
-        # The first token alone: it needs no generation, and these prompts are there to hold the subject in general.
-        chosen = [Pair(pair.prompt, pair.answer[:1], pair.span, pair.subject) for pair in asked]
-        probes = [encode_pair(probe.prompt, "-", "bare", tokenizer, subject) for probe in request.locality]
-        answers = continuations(part.model, tokenizer, [pair.prompt for pair in probes]) if probes else []
-        chosen += [
-            Pair(pair.prompt, answer, pair.span, pair.subject) for pair, answer in zip(probes, answers, strict=True)
-        ]
-        pairs += chosen
-        owners += [0 if joint else owner] * len(chosen)
+        for text, frame in contexts()["watched"]:
+            pair = encode_pair(text.format(subject), "-", frame, tokenizer, subject)
+            # The first token alone: it needs no generation, and these prompts hold the subject in general.
+            pairs.append(replace(pair, answer=pair.answer[:1]))
+            owners.append(owner)
+        probes += [encode_pair(probe.prompt, "-", "bare", tokenizer, subject) for probe in request.locality]
+        about += [owner] * len(request.locality)
+    reached = [row for row, place in enumerate(opened(probes, about)) if place is not None] if probes else []
+    if reached:
+        answers = continuations(part.model, tokenizer, [probes[row].prompt for row in reached])
+        pairs += [replace(probes[row], answer=answer) for row, answer in zip(reached, answers, strict=True)]
+        owners += [about[row] for row in reached]
+    if joint:
+        owners = [0] * len(owners)
     return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, prefixes=prefixes)
