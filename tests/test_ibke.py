@@ -20,7 +20,7 @@ from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules, weight_OI
 from ibke.neurons import Site, moved
 from ibke.partial import PartialModel
-from ibke.request import EditRequest
+from ibke.request import EditRequest, Probe
 from ibke.session import EditSession
 from ibke.training.statistics import layer_statistics, text_batches
 
@@ -168,7 +168,7 @@ def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
 def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
     editor = IBKEEditor.for_model(smollm32)
     probes = ("I read about Myanmar and", "Seven plus five is")
-    request = EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar", locality=probes)
+    request = EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar", locality=tuple(map(Probe, probes)))
     code, _ = editor.encode([request])
     pairs = [encode_pair(text, "-", "bare", smollm32.tokenizer) for text in probes]
     addresses, threshold = code.written.address_BD[[0, 0]], editor.network.config.threshold
