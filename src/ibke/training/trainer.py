@@ -21,6 +21,7 @@ from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
 from ibke.errors import TrainingError
+from ibke.evaluation.machine import peak_memory_mb
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, target_modules
@@ -263,6 +264,7 @@ class Trainer:
         pace = self.seconds / self.step
         entry: dict[str, Any] = {"stage": "training", "step": self.step, "done": self.step, "total": settings.steps}
         entry |= record | {"edits_per_second": settings.batch / pace, "seconds": self.seconds}
+        entry["peak_memory_mb"] = peak_memory_mb()
         self._log(entry)
         self.report(entry | {"seconds_left": pace * (settings.steps - self.step)})
 
