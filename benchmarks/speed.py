@@ -22,6 +22,7 @@ from ibke.evaluation.machine import describe
 from ibke.evaluation.protocols import sample
 from ibke.frames import encode_pair
 from ibke.models import load_model
+from ibke.request import EditRequest
 
 
 def pass_seconds(model: torch.nn.Module, batch: Batch) -> float:
@@ -43,7 +44,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     args = parser.parse_args()
     data = Path(os.environ.get("IBKE_DATA", "../shared/data")) / "counterfact/counterfact-val.json"
-    requests = sample(list(read(data, "counterfact", [])), args.limit, 0)
+    # As `ibke eval` hands them to an editor: paraphrases and probes are for examinations.
+    requests = [
+        EditRequest(request.prompt, request.target_new, request.subject, request.target_true)
+        for request in sample(list(read(data, "counterfact", [])), args.limit, 0)
+    ]
     lm = load_model("smollm2-135m", dtype=args.dtype)
     method = method_class("ibke")
     bare, refined = (method.for_model(lm, args.editor, refine=refine) for refine in (False, True))

@@ -35,7 +35,7 @@ class RefineSettings:
         extra: steps taken after the target is first generated, for margin.
     """
 
-    steps: int = 24
+    steps: int = 40
     learning_rate: float = 0.3
     lambda_il: float = 0.1
     beta: float = 1e-3
@@ -87,46 +87,52 @@ class Refiner:
             watch: gives rows out of scope, owned by edit index; called only if a code has to move.
         """
         # Edits solved together are one update: its NLL falls or rises, and its targets come, as a whole.
-        count = 1 if self.joint else code.mean.shape[0]
-        with torch.no_grad():
-            nll_B, achieved_B = self._judge(self._run(code.mean, code.written, targets), count)
-        none = torch.zeros(count, dtype=torch.long, device=code.mean.device)
-        best = Refined(code.mean.detach().clone(), none.clone(), achieved_B, nll_B)
+        count, steps = 1 if self.joint else code.mean.shape[0], self.settings.steps
+        z = code.mean.detach().clone().requires_grad_()
+        # The first look is the first step's forward pass too, so an edit that comes at once costs no second one.
+        with torch.set_grad_enabled(steps > 0):
+            total_B, nll_B, achieved_B = self._objective(z, code, targets, count)
+        none = torch.zeros(count, dtype=torch.long, device=z.device)
+        best = Refined(z.detach().clone(), none.clone(), achieved_B, nll_B)
         open_B = ~achieved_B
-        if not open_B.any() or self.settings.steps == 0:
+        if not open_B.any() or steps == 0:
             return best
-        z, watched = code.mean.detach().clone().requires_grad_(), watch()
-        everything = [*targets, *watched]
+        everything, watched = list(targets), watch()
+        if watched:
+            total_B = total_B + self.settings.lambda_il * self._divergence(self._run(z, code.written, watched), count)
+            everything += watched
         if sum(group.batch.rows for group in everything) <= FEW_ROWS:
             everything = [merge(everything)]
         adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
         spare_B = none + self.settings.extra
-        for step in range(self.settings.steps):
-            loss, nll_B, achieved_B = self._objective(z, code, _owned(everything, open_B), open_B)
+        for step in range(1, steps + 1):
+            adam.zero_grad()
+            total_B[open_B].sum().backward()
+            adam.step()
+            with torch.set_grad_enabled(step < steps):
+                total_B, nll_B, achieved_B = self._objective(z, code, _owned(everything, open_B), count)
             self._accept(best, z, nll_B, achieved_B, open_B, step)
             spare_B -= (best.achieved_B & open_B).long()
             open_B = open_B & ~(best.achieved_B & (spare_B < 0))
             if not open_B.any():
-                return best
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-        with torch.no_grad():
-            nll_B, achieved_B = self._judge(self._run(z, code.written, _owned(targets, open_B)), count)
-        self._accept(best, z, nll_B, achieved_B, open_B, self.settings.steps)
+                break
         return best
 
     def _objective(
-        self, z: Tensor, code: Code, groups: Sequence[RowGroup], open_B: Tensor
+        self, z: Tensor, code: Code, groups: Sequence[RowGroup], count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The objective, the targets' NLL and whether they come, by edit (``count``)."""
         rows = self._run(z, code.written, groups)
-        nll_B, achieved_B = self._judge(rows, len(open_B))
-        outside = rows.kind_R == OUTSIDE
-        kl_B = _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], len(open_B))
+        nll_B, achieved_B = self._judge(rows, count)
         rate_B = self.network.rate(Code(z, code.log_variance, code.written))
         rate_B = rate_B.sum(0, keepdim=True) if self.joint else rate_B
-        total_B = nll_B + self.settings.lambda_il * kl_B + self.settings.beta * rate_B
-        return total_B[open_B].sum(), nll_B.detach(), achieved_B
+        total_B = nll_B + self.settings.lambda_il * self._divergence(rows, count) + self.settings.beta * rate_B
+        return total_B, nll_B.detach(), achieved_B
+
+    def _divergence(self, rows: RowTerms, count: int) -> Tensor:
+        """KL(base‖edited) on what is watched (nats, mean over its rows)."""
+        outside = rows.kind_R == OUTSIDE
+        return _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], count)
 
     def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
         return run_rows(self.part, self.modules, self.network.decode(z, written, self.site, joint=self.joint), groups)

@@ -1,6 +1,7 @@
-"""Prompts watched while a code is refined, so that the target is not bought with everything else about the subject.
+"""Prompts watched while a code is refined: those that a request says must keep their answers.
 
-What the edit's gate is shut for needs no watching.
+What the edit's gate is shut for needs no watching. Nor does what is said of the subject in general: with such prompts
+watched as well, other questions about it were kept no more often (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ibke.batch import Pair
-from ibke.editors.ibke.address import contexts, subject_of
+from ibke.editors.ibke.address import subject_of
 from ibke.frames import encode_pair
 from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
@@ -28,7 +29,7 @@ def watched_rows(
     opened: Opened,
     joint: bool,
 ) -> list[RowGroup]:
-    """Rows out of scope that an edit reaches: what is said of its subject, and of the request's own probes.
+    """A request's own probes that its edit reaches; none, where it reaches none.
 
     Args:
         part: the model, split at the edited layer.
@@ -38,24 +39,16 @@ def watched_rows(
         opened: tells where an edit is in force.
         joint: all requests are one edit, which then owns every row.
     """
-    pairs: list[Pair] = []
-    owners: list[int] = []
     probes: list[Pair] = []
     about: list[int] = []
     for owner, request in enumerate(requests):
         subject = subject_of(request.prompt, request.subject)
-        for text, frame in contexts()["watched"]:
-            pair = encode_pair(text.format(subject), "-", frame, tokenizer, subject)
-            # The first token alone: it needs no generation, and these prompts hold the subject in general.
-            pairs.append(replace(pair, answer=pair.answer[:1]))
-            owners.append(owner)
         probes += [encode_pair(probe.prompt, "-", "bare", tokenizer, subject) for probe in request.locality]
         about += [owner] * len(request.locality)
     reached = [row for row, place in enumerate(opened(probes, about)) if place is not None] if probes else []
-    if reached:
-        answers = continuations(part.model, tokenizer, [probes[row].prompt for row in reached])
-        pairs += [replace(probes[row], answer=answer) for row, answer in zip(reached, answers, strict=True)]
-        owners += [about[row] for row in reached]
-    if joint:
-        owners = [0] * len(owners)
+    if not reached:
+        return []
+    answers = continuations(part.model, tokenizer, [probes[row].prompt for row in reached])
+    pairs = [replace(probes[row], answer=answer) for row, answer in zip(reached, answers, strict=True)]
+    owners = [0 if joint else about[row] for row in reached]
     return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, prefixes=prefixes)
