@@ -67,7 +67,9 @@ def main() -> None:
     statistics = take_statistics(base, ground, drawn[0])
     episodes, validation = prepare_episodes(base, ground, statistics, drawn, lambda _: None)
     report = json.loads(args.out.read_text()) if args.out.exists() else {"points": {}}
-    report["command"] = f"python benchmarks/bottleneck.py --steps {args.steps}"
+    report["command"] = "python benchmarks/bottleneck.py " + (
+        "--only-swap" if args.only_swap else f"--steps {args.steps}"
+    )
     report["shipped"] = validate(network, ground.part, ground.site, validation)
     report["swapped"] = validate(network, ground.part, ground.site, validation, swap=True)
     for name, change in ({} if args.only_swap else points()).items():
