@@ -100,7 +100,7 @@ def losses(out):
 
 def test_the_objective_falls_and_the_editor_loads(ground, tmp_path):
     seen = []
-    folder = train(settings(ground, tmp_path / "run", steps=60, learning_rate=3e-3), seen.append)
+    folder = train(settings(ground, tmp_path / "run", steps=120, learning_rate=3e-3), seen.append)
     first, last = losses(tmp_path / "run")[0], losses(tmp_path / "run")[-1]
     assert last["sg_nats"] + last["reliability_nats"] < 0.9 * (first["sg_nats"] + first["reliability_nats"])
     assert {"rate_nats", "il_nats", "edits_per_second", "seconds_left"} <= set().union(*seen)
