@@ -225,7 +225,6 @@ def build_groups(
     groups = []
     for chosen in by_length([len(pair) for pair in pairs]):
         some = [pairs[row] for row in chosen]
-        batch = collate(some, pad_id, device)
         kind = torch.tensor([kinds[row] for row in chosen], device=device)
         owner = torch.tensor([owners[row] for row in chosen], device=device)
         outside_R = kind == OUTSIDE
@@ -240,6 +239,7 @@ def build_groups(
             hidden, batch, past = _cut(tails, hidden, past, pad_id)
             groups.append(RowGroup(hidden, batch, kind, owner, *leading, past))
             continue
+        batch = collate(some, pad_id, device)
         hidden, leading = part.prefix(batch), none
         if bool(outside_R.any()):
             alone = collate([pair for pair, out in zip(some, outside_R.tolist(), strict=True) if out], pad_id, device)
