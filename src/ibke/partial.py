@@ -46,8 +46,8 @@ class Past:
 
     Args:
         real_RT: which of them are real; rows are padded on the left.
-        layers: keys and values (R × heads × T × size) of each layer: all of them before a whole pass, and from the first
-            edited one on before a partial one.
+        layers: keys and values (R × heads × T × size) of each layer: of all before a whole pass, from the first edited
+            one on before a partial one.
     """
 
     real_RT: Tensor
