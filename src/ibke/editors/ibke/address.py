@@ -171,9 +171,11 @@ class Addresser:
         alike: float,
     ):
         self.part, self.entrance, self.tokenizer = part, entrance, tokenizer
-        self.basis_DE, self.alike = spectrum.basis_IE.cpu(), alike
+        # In double precision: small eigenvalues make of rounding in the solve what a sharp gate makes larger still.
+        self.basis_DE, self.alike = spectrum.basis_IE.cpu().double(), alike
         floor = ridge * spectrum.mean()
-        self.values_E, self.rest = spectrum.values_E.cpu() + floor, torch.tensor(spectrum.rest + floor)
+        self.values_E = spectrum.values_E.cpu().double() + floor
+        self.rest = torch.tensor(spectrum.rest + floor, dtype=torch.float64)
         self.gamma = gamma
 
     def __call__(self, requests: Sequence[tuple[str, str]]) -> Tensor:
@@ -187,7 +189,7 @@ class Addresser:
         kind_R = torch.tensor([row.kind for row in rows])
         return torch.stack(
             [self._address(keys_RD[owner_R == owner], kind_R[owner_R == owner]) for owner in range(len(requests))]
-        )
+        ).float()
 
     @cached_property
     def prefixes(self) -> Prefixes:
@@ -201,16 +203,16 @@ class Addresser:
         # Tokens may merge across the border; such a row is run as a whole.
         split = [(row.prefix, row.tail) if row.prefix in known else ((), row.prefix + row.tail) for row in rows]
         parts = [self.prefixes.inputs_of(self.entrance, split[i : i + ROWS]) for i in range(0, len(split), ROWS)]
-        return torch.cat(parts).cpu()
+        return torch.cat(parts).cpu().double()
 
     def _address(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
         answer_TD, silent_TD = keys_TD[kind_T != OTHER], keys_TD[kind_T == OTHER]
         if not len(answer_TD):
-            return torch.zeros(keys_TD.shape[1])
+            return keys_TD.new_zeros(keys_TD.shape[1])
         if len(silent_TD):
             silent_TD = silent_TD[~self._asks_the_same(keys_TD, kind_T)]
         everywhere = torch.ones(1, len(answer_TD), dtype=torch.bool)
-        weights = torch.ones(1, len(silent_TD))
+        weights = keys_TD.new_ones(1, len(silent_TD))
         columns = solve(answer_TD[None], everywhere, silent_TD[None], weights, self._pull)
         return columns[0].sum(0)
 
