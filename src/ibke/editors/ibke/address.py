@@ -185,7 +185,7 @@ class Addresser:
             mine = contexts_of(prompt, subject, self.tokenizer)
             rows += mine
             owners += [owner] * len(mine)
-        keys_RD, owner_R = self.keys(rows), torch.tensor(owners)
+        keys_RD, owner_R = self.keys(rows).double(), torch.tensor(owners)
         kind_R = torch.tensor([row.kind for row in rows])
         return torch.stack(
             [self._address(keys_RD[owner_R == owner], kind_R[owner_R == owner]) for owner in range(len(requests))]
@@ -203,7 +203,7 @@ class Addresser:
         # Tokens may merge across the border; such a row is run as a whole.
         split = [(row.prefix, row.tail) if row.prefix in known else ((), row.prefix + row.tail) for row in rows]
         parts = [self.prefixes.inputs_of(self.entrance, split[i : i + ROWS]) for i in range(0, len(split), ROWS)]
-        return torch.cat(parts).cpu().double()
+        return torch.cat(parts).cpu()
 
     def _address(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
         answer_TD, silent_TD = keys_TD[kind_T != OTHER], keys_TD[kind_T == OTHER]
