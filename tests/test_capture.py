@@ -10,7 +10,7 @@ from ibke.capture import capture
 from ibke.errors import CaptureError
 from ibke.frames import FRAMES, encode_pair
 from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
-from ibke.neurons import Site
+from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel, Prefixes, row_updates
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, frame_prefixes, merge, run_rows
 
@@ -154,7 +154,9 @@ def test_rows_cut_where_an_edit_begins_say_the_same(architecture):
     known = (None, frame_prefixes(part, lm.tokenizer))
     whole, cut = (build_groups(part, pairs, kinds, owners, 0, prefixes=prefixes) for prefixes in known)
     assert sum(group.batch.ids_RT.numel() for group in cut) < sum(group.batch.ids_RT.numel() for group in whole)
-    mine, theirs = (run_rows(part, site.modules, {}, groups) for groups in (whole, [merge(cut)]))
+    nothing = torch.zeros(1, 2, 32)
+    neurons = Neurons(nothing, nothing if site.value else None, nothing)
+    mine, theirs = (run_rows(part, site, neurons, groups) for groups in (whole, [merge(cut)]))
     order, other = (torch.argsort(terms.nll_R + 10 * terms.kind_R) for terms in (mine, theirs))
     torch.testing.assert_close(mine.nll_R[order], theirs.nll_R[other], rtol=1e-3, atol=1e-3)
     assert mine.forward_R.abs().max() < 1e-3 and theirs.forward_R.abs().max() < 1e-3

@@ -26,13 +26,17 @@ def logits(lm, text="The capital of France is"):
     return lm.model(**lm.tokenizer(text, return_tensors="pt")).logits
 
 
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def test_editing_leaves_the_model_alone(editor):
-    before, mark = logits(editor.lm), fingerprint(editor.lm.model)
+    before, mark, hung = logits(editor.lm), fingerprint(editor.lm.model), hooks(editor.lm.model)
     edit = editor.edit(FACTS[:1])
-    assert edit.factors and edit.info.method == editor.name
+    assert edit.tensors() and edit.info.method == editor.name
     assert torch.equal(logits(editor.lm), before)
     assert fingerprint(editor.lm.model) == mark
-    assert not any(module._forward_hooks for module in editor.modules.values())
+    assert hooks(editor.lm.model) == hung
 
 
 def test_an_attached_edit_changes_the_model_and_detaches_to_the_bit(editor):
@@ -44,16 +48,16 @@ def test_an_attached_edit_changes_the_model_and_detaches_to_the_bit(editor):
 
 def test_the_same_request_gives_the_same_bytes(editor):
     one, two = editor.edit(FACTS[:1]), editor.edit(FACTS[:1])
-    for name, (a_RI, b_OR) in one.factors.items():
-        assert torch.equal(a_RI, two.factors[name][0]) and torch.equal(b_OR, two.factors[name][1])
+    assert one.tensors().keys() == two.tensors().keys()
+    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
 
 
 def test_a_saved_edit_is_the_same_edit(editor, tmp_path):
     edit = editor.edit(FACTS[:1])
     back = Edit.load(edit.save(tmp_path / "edit"))
     assert back.requests == edit.requests
-    for name, pair in edit.factors.items():
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(pair, back.factors[name], strict=True))
+    assert back.tensors().keys() == edit.tensors().keys()
+    assert all(torch.equal(tensor, back.tensors()[name]) for name, tensor in edit.tensors().items())
 
 
 def test_independent_edits_in_a_batch_are_those_made_alone(editor):
@@ -62,14 +66,14 @@ def test_independent_edits_in_a_batch_are_those_made_alone(editor):
         alone = editor.edit([request])
         assert edit.requests == (request,)
         assert edit.info.achieved == alone.info.achieved
-        for name in alone.factors:
-            torch.testing.assert_close(edit.delta(name), alone.delta(name), rtol=2e-2, atol=2e-4)
+        for name, tensor in alone.tensors().items():
+            torch.testing.assert_close(edit.tensors()[name], tensor, rtol=2e-2, atol=2e-4)
 
 
 def test_several_requests_make_one_edit(editor):
     edit = editor.edit(FACTS)
     assert edit.requests == tuple(FACTS)
-    assert all(a_RI.isfinite().all() for a_RI, _ in edit.factors.values())
+    assert all(tensor.isfinite().all() for tensor in edit.tensors().values())
 
 
 def test_no_request_is_an_error(editor):

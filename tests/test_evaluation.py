@@ -11,13 +11,14 @@ from ibke.batch import Pair, collate
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor
 from ibke.errors import RequestError
-from ibke.evaluation.generate import Answer, generate, stack_edits
+from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
 from ibke.evaluation.protocols import evaluate_base, evaluate_single, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import FRAMES, encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import ARCHITECTURES, in_out, resolve, target_modules
+from ibke.neurons import Neurons
 from ibke.request import EditRequest, Probe
 from ibke.session import EditSession
 
@@ -189,12 +190,21 @@ def test_labels_are_the_answer_and_nothing_else(
 def test_stacked_edits_are_padded_with_zeros(tiny_model: Callable[..., LanguageModel]) -> None:
     lm = tiny_model("llama")
     edits = [random_edit(lm, 1, 0, layers=[1]), None, random_edit(lm, 3, 1, layers=[1, 2])]
-    stacked = stack_edits(edits, lm.device, lm.dtype)
+    stacked = stack_factors(edits)
     assert list(stacked) == target_modules(lm, lm.architecture, [1, 2])
     for name, (a_RKI, b_RKO) in stacked.items():
         for row, edit in enumerate(edits):
             wanted = edit.delta(name) if edit and name in edit.factors else torch.zeros(b_RKO.shape[2], a_RKI.shape[2])
             torch.testing.assert_close(b_RKO[row].T @ a_RKI[row], wanted)
+
+
+def test_stacked_neurons_are_filled_up_with_silent_ones() -> None:
+    one, two = (Neurons(torch.randn(count, 4), None, torch.randn(count, 4)) for count in (1, 3))
+    edits = [Edit({}, (), EditInfo("x", "f"), {"m": one}), None, Edit({}, (), EditInfo("x", "f"), {"m": two})]
+    stacked = stack_neurons(edits)["m"]
+    assert stacked.value is None and stacked.gate.shape == (3, 3, 4)
+    assert torch.equal(stacked.gate[0, :1], one.gate) and torch.equal(stacked.out[2], two.out)
+    assert not stacked.out[1].any() and not stacked.out[0, 1:].any()
 
 
 END = 2

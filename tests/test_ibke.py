@@ -15,13 +15,12 @@ from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
-from ibke.errors import FormatError, RequestError
+from ibke.errors import FormatError
 from ibke.frames import encode_pair
-from ibke.modules import in_out, target_modules, weight_OI
-from ibke.neurons import Site, moved
+from ibke.modules import in_out, target_modules
+from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.request import EditRequest, Probe
-from ibke.session import EditSession
 from ibke.training.statistics import layer_statistics, text_batches
 
 REQUESTS = [
@@ -43,8 +42,8 @@ def make_editor(refine=None, model="llama", **config):
     grads, addresses = (torch.randn(80, 32, generator=generator) for _ in range(2))
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        network = Bottleneck(settings, site.out, *in_out(site.modules[site.out]))
-    network.ground(found.spectrum, found.constant_D, found.pool_P, torch.tensor(1.0))
+        network = Bottleneck(settings, site.out, in_out(site.modules[site.out])[1])
+    network.ground(found.spectrum, found.constant_D, torch.tensor(1.0))
     network.initialise(grads, addresses)
     return IBKEEditor(lm, network.requires_grad_(False), refine or RefineSettings(steps=6, learning_rate=0.3))
 
@@ -57,8 +56,8 @@ def test_every_prior_and_key_variant_gives_a_gradient(prior, keys):
     code, _ = editor.encode(REQUESTS)
     code = network.encode(code.written)
     rates = network.rate(code)
-    factors = network.decode(code.sample(torch.Generator().manual_seed(0)), code.written, editor.site)
-    (sum((a.sum() + b.square().sum()) for a, b in factors.values()) + rates.sum()).backward()
+    neurons = network.decode(code.sample(torch.Generator().manual_seed(0)), code.written, editor.site)
+    (neurons.gate.sum() + neurons.out.square().sum() + rates.sum()).backward()
     assert rates.shape == (2,) and (rates > 0).all()
     named = dict(network.named_parameters())
     wanted = ["decoder.log_step", "encoder.mean.weight", "decoder.value.weight"] + [
@@ -81,9 +80,7 @@ def test_what_is_written_depends_on_the_code_and_where_does_not():
     editor = make_editor()
     code, _ = editor.encode(REQUESTS)
     mine, moved = (editor.network.decode(z, code.written, editor.site) for z in (code.mean, code.mean + 1.0))
-    for name in mine:
-        same = torch.equal(mine[name][0], moved[name][0]) and torch.equal(mine[name][1], moved[name][1])
-        assert same == (name != editor.site.out)
+    assert torch.equal(mine.gate, moved.gate) and not torch.equal(mine.out, moved.out)
 
 
 def test_an_address_knows_nothing_of_the_answer():
@@ -181,40 +178,11 @@ def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
 
 def test_a_joint_edit_gives_every_request_neurons_of_its_own():
     editor = make_editor(RefineSettings(steps=0))
-    joint = editor.edit(REQUESTS)
-    (taken,) = joint.info.neurons.values()
-    assert len(set(taken)) == len(taken) == 4
-    assert joint.factors[editor.site.out][0].shape[0] == 4
-    with pytest.raises(RequestError, match="more than one joint edit has room for"):
-        editor.edit([EditRequest(f"The capital of land {index} is", "Rome") for index in range(9)])
-
-
-@pytest.mark.parametrize("model", ["llama", "gpt2", "opt", "phi3", "qwen2"])
-@pytest.mark.parametrize("how", ["attach", "merge"])
-def test_an_edit_moves_out_of_anothers_way(model, how):
-    editor = make_editor(RefineSettings(steps=0), model=model)
-    lm, (one, two) = editor.lm, editor.edit_each(REQUESTS)
-    text = lm.tokenizer("The author of the play Maskenball is", return_tensors="pt")
-    ((name, mine),) = one.info.neurons.items()
-    # The second edit as if it had drawn the first one's neurons.
-    site, constant = editor.site, two.info.latent["constant"]
-    drawn = two.info.neurons[name]
-    factors = moved(site, two.factors, dict(zip(drawn, mine, strict=True)), constant, base_of(lm))
-    clashing = Edit(factors, two.requests, replace(two.info, neurons={name: mine}))
-    with pytest.raises(FormatError, match="both edits take over neuron"):
-        one.compose(clashing)
-    free = [int(neuron) for neuron in two.info.latent["spare"] if int(neuron) not in mine][:2]
-    apart = moved(site, clashing.factors, dict(zip(mine, free, strict=True)), constant, base_of(lm))
-    with EditSession(lm).attach(one).attach(Edit(apart, two.requests, replace(two.info, neurons={name: free}))):
-        wanted = lm.model(**text).logits
-    with EditSession(lm) as session:
-        getattr(session, how)(one)
-        getattr(session, how)(clashing)
-        torch.testing.assert_close(lm.model(**text).logits, wanted, rtol=1e-3, atol=1e-3)
-
-
-def base_of(lm):
-    return lambda name: weight_OI(lm.model.get_submodule(name)).clone()
+    joint, alone = editor.edit(REQUESTS), editor.edit_each(REQUESTS)
+    (neurons,) = joint.neurons.values()
+    together = Neurons.join([edit.neurons[editor.site.out] for edit in alone])
+    torch.testing.assert_close(neurons.out, together.out)
+    torch.testing.assert_close(neurons.gate, together.gate, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt", "gemma2", "falcon", "phi3"])
@@ -250,4 +218,4 @@ def test_impossible_settings_are_named():
     with pytest.raises(FormatError, match="threshold"):
         IBKEConfig(threshold=1.5)
     with pytest.raises(FormatError, match="content_dim"):
-        Bottleneck(IBKEConfig(**{**SMALL, "content_dim": 999}), "a", 64, 32)
+        Bottleneck(IBKEConfig(**{**SMALL, "content_dim": 999}), "a", 32)

@@ -1,13 +1,14 @@
-"""Neurons taken over by an edit: a step that opens at one address, in every architecture."""
+"""Neurons added by an edit: a step that opens at one address, in every architecture."""
 
 import pytest
 import torch
 from tests.conftest import make_tiny
 
-from ibke.errors import ModuleNotEditableError
-from ibke.modules import ARCHITECTURES, in_out, target_modules, weight_OI
-from ibke.neurons import Gate, Site, choose, least_used
-from ibke.partial import row_updates
+from ibke.edit import Edit, EditInfo
+from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.modules import ARCHITECTURES, in_out, parameters_of, target_modules
+from ibke.neurons import Gate, Neurons, Site, row_neurons
+from ibke.session import EditSession
 
 EVERY = sorted(ARCHITECTURES)
 GATE = Gate(threshold=0.5, sharpness=200.0, ramp=20.0)
@@ -39,33 +40,117 @@ def mlp_of(site):
     return call
 
 
-@pytest.mark.parametrize("architecture", EVERY)
-def test_a_value_is_written_at_its_address_and_nowhere_else(architecture):
-    lm = make_tiny(architecture)
-    site = site_of(lm)
-    neurons, width = in_out(site.modules[site.out])
-    generator = torch.Generator().manual_seed(0)
-    # Inputs with a constant coordinate; the edit applies at the first, the others are at right angles to its address.
-    x_TD = torch.randn(6, width, generator=generator)
+def edit_at(site, count=1, seed=0):
+    """Neurons that apply where coordinate 1 of an input is 1, coordinate 0 being 1 throughout; and what they write."""
+    width = in_out(site.entrance)[0]
+    generator = torch.Generator().manual_seed(seed)
+    constant_D, address_BD = torch.zeros(width), torch.zeros(count, width)
+    constant_D[0] = 1.0
+    address_BD[:, 1] = 1.0
+    values_BD = torch.randn(count, width, generator=generator)
+    return site.neurons(address_BD, constant_D, values_BD, GATE), values_BD
+
+
+def inputs_for(site):
+    """Six inputs of an MLP, of which only the first is at the address of :func:`edit_at`."""
+    x_TD = torch.randn(6, in_out(site.entrance)[0], generator=torch.Generator().manual_seed(1))
     x_TD[:, 0] = 1.0
     x_TD[1:, 1], x_TD[0, 1] = 0.0, 1.0
-    constant_D, address_BD = torch.zeros(width), torch.zeros(1, width)
-    constant_D[0], address_BD[0, 1] = 1.0, 1.0
-    values_BD, mine_BK = torch.randn(1, width, generator=generator), torch.tensor([[3, neurons - 2]])
-    factors = site.factors(address_BD, constant_D, values_BD, mine_BK, GATE)
-    run = mlp_of(site)
+    return x_TD
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_value_is_written_at_its_address_and_nothing_elsewhere(architecture):
+    site = site_of(make_tiny(architecture))
+    x_TD, run = inputs_for(site), mlp_of(site)
+    neurons, values_BD = edit_at(site)
     before_TD = run(x_TD[None])[0]
-    out_DI = weight_OI(site.modules[site.out]).clone()
-    hidden: list[torch.Tensor] = []
-    handle = site.modules[site.out].register_forward_pre_hook(lambda _, args: hidden.append(args[0].reshape(6, -1)))
-    run(x_TD[None])
-    handle.remove()
-    taken_TD = hidden[0][:, mine_BK[0]] @ out_DI[:, mine_BK[0]].T
-    with row_updates(site.modules, factors):
+    with row_neurons({site.out: site}, {site.out: neurons}):
         after_TD = run(x_TD[None])[0]
-    wanted_TD = before_TD - taken_TD
-    wanted_TD[0] += values_BD[0]
-    torch.testing.assert_close(after_TD, wanted_TD, rtol=1e-3, atol=1e-3)
+    assert torch.equal(after_TD[1:], before_TD[1:])
+    torch.testing.assert_close(after_TD[0], before_TD[0] + values_BD[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_widened_weights_compute_what_neurons_beside_them_do(architecture):
+    site = site_of(make_tiny(architecture))
+    x_TD, run = inputs_for(site), mlp_of(site)
+    neurons = edit_at(site)[0][0]
+    # Gates half open too, so that an activation other than the MLP's own would show.
+    neurons = Neurons(neurons.gate / 100, neurons.value, neurons.out)
+    before_TD = run(x_TD[None])[0]
+    handles = site.attach(neurons)
+    beside_TD = run(x_TD[None])[0]
+    for handle in handles:
+        handle.remove()
+    kept = {name: (parameters_of(module), in_out(module)) for name, module in site.modules.items()}
+    site.widen_(neurons)
+    within_TD = run(x_TD[None])[0]
+    assert (within_TD - before_TD).abs().max() > 1e-2
+    torch.testing.assert_close(within_TD, beside_TD, rtol=1e-4, atol=1e-4)
+    for name, module in site.modules.items():
+        assert parameters_of(module)[0] is not kept[name][0][0] and in_out(module) != kept[name][1]
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_a_session_attaches_merges_and_takes_back(architecture):
+    lm = make_tiny(architecture)
+    site = site_of(lm)
+    # Open to anything, so that every token shows it.
+    generator = torch.Generator().manual_seed(2)
+    neurons = edit_at(site)[0][0].map(lambda tensor: torch.randn(tensor.shape, generator=generator))
+    edit, twice = (Edit({}, (), EditInfo("x", lm.fingerprint), {site.out: some}) for some in (neurons, neurons))
+    state = {name: (tensor.shape, tensor.clone()) for name, tensor in lm.model.state_dict().items()}
+    base = logits(lm)
+    with EditSession(lm).attach(edit) as session:
+        attached = logits(lm)
+        both = logits(session.attach(twice).lm)
+        torch.testing.assert_close(logits(session.detach(twice).lm), attached, rtol=0, atol=0)
+    assert torch.equal(logits(lm), base)
+    with EditSession(lm).merge(edit) as session:
+        torch.testing.assert_close(logits(lm), attached, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(session.merge(twice).lm), both, rtol=1e-4, atol=1e-4)
+    with EditSession(lm).merge(edit).attach(twice):
+        torch.testing.assert_close(logits(lm), both, rtol=1e-4, atol=1e-4)
+    with EditSession(lm).attach(edit.compose(twice)):
+        torch.testing.assert_close(logits(lm), both, rtol=1e-4, atol=1e-4)
+    assert (attached - base).abs().max() > 1e-3 and (both - attached).abs().max() > 1e-3
+    assert torch.equal(logits(lm), base)
+    now = lm.model.state_dict()
+    assert all(now[name].shape == shape and torch.equal(now[name], was) for name, (shape, was) in state.items())
+
+
+def logits(lm):
+    text = lm.tokenizer("The capital of Australia is", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        return lm.model(**text).logits
+
+
+def test_every_row_has_neurons_of_its_own():
+    site = site_of(make_tiny("phi3"))
+    x_TD, run = inputs_for(site), mlp_of(site)
+    neurons, values_BD = edit_at(site, count=3)
+    with row_neurons({site.out: site}, {site.out: neurons}):
+        rows_RTD = run(x_TD.expand(3, -1, -1))
+    base_TD = run(x_TD[None])[0]
+    torch.testing.assert_close(rows_RTD[:, 0], base_TD[0] + values_BD, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rows_RTD[:, 1:], base_TD[1:].expand(3, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_neurons_that_do_not_fit_are_refused():
+    lm = make_tiny("llama")
+    site = site_of(lm)
+    good = edit_at(site)[0][0]
+    with pytest.raises(FormatError, match="do not fit"):
+        Edit({}, (), EditInfo("x", "f"), {site.out: Neurons(good.gate, good.value, good.out[:1])})
+    with pytest.raises(FormatError, match="not finite"):
+        Edit({}, (), EditInfo("x", "f"), {site.out: Neurons(good.gate, good.value, good.out * torch.nan)})
+    narrow = Neurons(*(tensor[:, :7] for tensor in (good.gate, good.value, good.out)))
+    for bad, message in ((narrow, "7 × 7, the module 32 × 32"), (Neurons(good.gate, None, good.out), "gated")):
+        edit = Edit({}, (), EditInfo("x", lm.fingerprint), {site.out: bad})
+        for put in (EditSession(lm).attach, EditSession(lm).merge):
+            with pytest.raises(FormatError, match=message):
+                put(edit)
 
 
 @pytest.mark.parametrize("architecture", EVERY)
@@ -81,12 +166,3 @@ def test_a_module_that_closes_no_mlp_is_named(module):
     lm = make_tiny("llama")
     with pytest.raises(ModuleNotEditableError, match="closes no MLP"):
         Site.find(lm.model, f"model.layers.1.{module}")
-
-
-def test_neurons_are_drawn_from_the_least_used_and_by_the_text():
-    squares, out = torch.tensor([4.0, 1.0, 9.0, 0.01]), torch.eye(4)
-    pool = least_used(squares, out)
-    assert pool.tolist() == [3, 1, 0, 2]
-    one = choose(pool, "a prompt", 2, 2)
-    assert sorted(one.tolist()) == [1, 3] and torch.equal(one, choose(pool, "a prompt", 2, 2))
-    assert len(set(choose(pool, "more", 4, 2).tolist())) == 4

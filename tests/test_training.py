@@ -162,13 +162,13 @@ def test_rows_cut_where_an_edit_begins_are_worth_what_whole_rows_are(ground, tmp
     for name, cache in (("cut", cut), ("whole", whole)):
         batch = cache.batch(range(len(cache)))
         with torch.no_grad():
-            factors = network.decode(network.encode(batch.written).mean, batch.written, base.site)
-            rows = run_rows(base.part, base.site.modules, factors, batch.groups)
+            neurons = network.decode(network.encode(batch.written).mean, batch.written, base.site)
+            rows = run_rows(base.part, base.site, neurons, batch.groups)
         order = torch.argsort(rows.kind_R * 1000 + rows.owner_R, stable=True)
         tokens = sum(group.batch.ids_RT.numel() for group in batch.groups)
         found[name] = (rows.kind_R[order], rows.nll_R[order], rows.forward_R[order], tokens)
     # Compared as sums over episodes, since prompts of one episode may change places; and loosely, since keys and values
-    # are kept in half precision and what the two neurons wrote before the edit's own token is not taken out there.
+    # are kept in half precision.
     for kind in (EDIT, INSIDE, OUTSIDE):
         one, two = ((values[0] == kind) for values in found.values())
         torch.testing.assert_close(found["cut"][1][one].sum(), found["whole"][1][two].sum(), rtol=4e-2, atol=1e-2)

@@ -1,4 +1,4 @@
-"""An Edit: low-rank updates of a model's linear modules, and where they came from.
+"""An Edit: low-rank updates of a model's linear modules, neurons added to its MLPs, and where they came from.
 
 Shape suffixes: R rank, I d_in, O d_out. An update is ΔW_OI = B_OR @ A_RI, in ``nn.Linear`` orientation.
 """
@@ -21,9 +21,10 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
+from ibke.neurons import Neurons
 from ibke.request import EditRequest
 
-FORMAT, VERSION = "ibke-edit", 1
+FORMAT, VERSION = "ibke-edit", 2
 INDEX = "edit.json"
 
 Factors = tuple[Tensor, Tensor]
@@ -43,9 +44,7 @@ class EditInfo:
         seconds: wall-clock time it took.
         nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
         nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
-        neurons: by output projection, the neurons it takes over; no two edits on a model may share one.
-        latent: tensors of the code, e.g. ``{"z": …}``, and what moving to other neurons needs: ``spare`` ones, and the
-            ``constant`` direction (see :mod:`ibke.neurons`).
+        latent: tensors of the code, e.g. ``{"z": …}``.
     """
 
     method: str
@@ -57,65 +56,85 @@ class EditInfo:
     seconds: float = 0.0
     nll_before: float | None = None
     nll_after: float | None = None
-    neurons: dict[str, list[int]] = field(default_factory=dict)
     latent: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Edit:
-    """Low-rank updates by module name.
+    """What is changed in a model: linear modules, MLPs, or both.
 
     Args:
         factors: module name to (A [R × I], B [O × R]), float32 and finite; kept on the CPU.
         requests: what was asked for.
         info: how it was made.
+        neurons: name of an MLP's output projection to the neurons added to it (K × width), float32 and finite; kept on
+            the CPU. They are low-rank updates too, of an MLP padded with empty neurons (see :mod:`ibke.neurons`).
 
     Raises:
-        FormatError: factors that do not fit each other or are not finite.
+        FormatError: factors or neurons that do not fit each other or are not finite.
     """
 
     factors: dict[str, Factors]
     requests: tuple[EditRequest, ...]
     info: EditInfo
+    neurons: dict[str, Neurons] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.requests = tuple(self.requests)
         self.factors = {name: _checked(name, *pair) for name, pair in self.factors.items()}
+        self.neurons = {name: Neurons.checked(name, some) for name, some in self.neurons.items()}
         self.info.latent = {name: tensor.detach().cpu() for name, tensor in self.info.latent.items()}
 
     @property
     def rank(self) -> int:
-        """The largest rank over the modules."""
+        """The largest rank over the updates of linear modules."""
         return max((a_RI.shape[0] for a_RI, _ in self.factors.values()), default=0)
 
     def delta(self, module: str) -> Tensor:
-        """The dense update of one module (O × I, float32).
+        """The dense update of one linear module (O × I, float32).
 
         Raises:
-            FormatError: the edit does not touch that module.
+            FormatError: the edit does not touch that module, or adds neurons to it and changes none it has.
         """
         if module not in self.factors:
-            raise FormatError("the edit does not touch this module.", module, f"It has {', '.join(self.factors)}.")
+            raise FormatError(
+                "the edit does not change this module's own weights.",
+                module,
+                f"It has {', '.join(self.factors) or 'none'}, and adds neurons to {', '.join(self.neurons) or 'none'}.",
+            )
         a_RI, b_OR = self.factors[module]
         return b_OR @ a_RI
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that goes into a model, flat: ``factors/MODULE/A`` and ``B``, ``neurons/MODULE/gate`` etc."""
+        found: dict[str, Tensor] = {}
+        for name, (a_RI, b_OR) in self.factors.items():
+            found |= {f"factors/{name}/A": a_RI, f"factors/{name}/B": b_OR}
+        for name, some in self.neurons.items():
+            found |= {f"neurons/{name}/{part}": tensor for part, tensor in some.tensors().items()}
+        return found
+
     def norm(self) -> dict[str, float]:
-        """Frobenius norm of each module's update, from the Gram matrices of its factors."""
-        norms = {}
+        """Frobenius norm of each module's update, from the Gram matrices of its factors.
+
+        Of neurons, what counts are the columns they add to the output projection.
+        """
+        norms = {name: some.out.norm().item() for name, some in self.neurons.items()}
         for name, (a_RI, b_OR) in self.factors.items():
             # ‖BA‖² = tr(BᵀB · AAᵀ): R × R products only. Float64, since terms may cancel.
             a, b = a_RI.double(), b_OR.double()
-            norms[name] = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+            square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).item()
+            norms[name] = (square + norms.get(name, 0.0) ** 2) ** 0.5
         return norms
 
     def compose(self, other: Edit) -> Edit:
-        """Both edits as one: updates add up, so factors stand side by side and ranks add.
+        """Both edits as one: updates add up, so factors and neurons stand side by side and ranks add.
 
         The result is the output of no single code, so it has none; whether both targets still come is unknown.
 
         Raises:
             FingerprintMismatchError: they were made for different models.
-            FormatError: they take over the same neuron; a session moves one of them out of the way.
+            FormatError: their shapes differ.
         """
         if self.info.fingerprint != other.info.fingerprint:
             raise FingerprintMismatchError(
@@ -131,7 +150,8 @@ class Edit:
                     raise FormatError("the edits' shapes differ.", name, "Compose edits of one model only.")
                 a_RI, b_OR = torch.cat([mine_a, a_RI]), torch.cat([mine_b, b_OR], dim=1)
             factors[name] = (a_RI, b_OR)
-        neurons = self._neurons_with(other)
+        both = [*self.neurons.items(), *other.neurons.items()]
+        neurons = {name: Neurons.join([some for at, some in both if at == name]) for name in dict(both)}
         methods = dict.fromkeys([*self.info.method.split("+"), *other.info.method.split("+")])
         info = EditInfo(
             method="+".join(methods),
@@ -140,25 +160,13 @@ class Edit:
             refine_steps=self.info.refine_steps + other.info.refine_steps,
             rate_nats=_sum(self.info.rate_nats, other.info.rate_nats),
             seconds=self.info.seconds + other.info.seconds,
-            neurons=neurons,
-            latent={key: self.info.latent[key] for key in ("spare", "constant") if key in self.info.latent},
         )
-        return Edit(factors, self.requests + other.requests, info)
-
-    def _neurons_with(self, other: Edit) -> dict[str, list[int]]:
-        both = {name: list(taken) for name, taken in self.info.neurons.items()}
-        for name, taken in other.info.neurons.items():
-            if shared := set(taken) & set(both.get(name, [])):
-                raise FormatError(
-                    f"both edits take over neuron {min(shared)}.",
-                    name,
-                    "Attach or merge them in one session, which moves one of them, or make them as one edit.",
-                )
-            both[name] = both.get(name, []) + list(taken)
-        return both
+        return Edit(factors, self.requests + other.requests, info, neurons)
 
     def compress(self, rank: int) -> tuple[Edit, float]:
-        """The nearest edit of at most this rank in each module (Eckart–Young, through QR of the factors).
+        """The nearest edit of at most this rank in each linear module (Eckart–Young, through QR of the factors).
+
+        Added neurons stay as they are: a gate is not linear, so leaving one out gives no nearby edit but another one.
 
         Args:
             rank: the largest rank allowed, at least 1.
@@ -179,7 +187,8 @@ class Edit:
             root = s[:rank].sqrt()
             factors[name] = ((root[:, None] * v[:rank] @ q_a.T).float(), (q_b @ u[:, :rank] * root).float())
             lost, total = lost + s[rank:].square().sum().item(), total + s.square().sum().item()
-        return Edit(factors, self.requests, replace(self.info)), (lost / total) ** 0.5 if total else 0.0
+        small = Edit(factors, self.requests, replace(self.info), self.neurons)
+        return small, (lost / total) ** 0.5 if total else 0.0
 
     def save(self, folder: str | Path) -> Path:
         """Write the edit as a folder of one JSON and one safetensors file.
@@ -194,9 +203,7 @@ class Edit:
             FormatError: the folder cannot be written.
         """
         folder = Path(folder)
-        tensors = {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
-        for name, (a_RI, b_OR) in self.factors.items():
-            tensors |= {f"factors/{name}/A": a_RI, f"factors/{name}/B": b_OR}
+        tensors = self.tensors() | {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
         # Copied, since safetensors refuses views and tensors that share memory.
         raw = serialise({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()})
         digest = hashlib.sha256(raw).hexdigest()
@@ -207,6 +214,7 @@ class Edit:
             "tensors": data,
             "sha256": digest,
             "modules": list(self.factors),
+            "mlps": list(self.neurons),
             "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
         }
@@ -236,9 +244,11 @@ class Edit:
         try:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
             factors = {name: (tensors[f"factors/{name}/A"], tensors[f"factors/{name}/B"]) for name in index["modules"]}
+            neurons = {name: _neurons_in(tensors, f"neurons/{name}/") for name in index["mlps"]}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
-            return cls(factors, tuple(EditRequest.from_dict(record) for record in index["requests"]), info)
+            requests = tuple(EditRequest.from_dict(record) for record in index["requests"])
+            return cls(factors, requests, info, neurons)
         except (KeyError, TypeError, AttributeError, IBKEError) as error:
             raise FormatError(f"the edit is not complete ({error}).", str(folder), "Make the edit again.") from error
 
@@ -251,6 +261,10 @@ def _checked(name: str, a_RI: Tensor, b_OR: Tensor) -> Factors:
     if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
         raise FormatError("the factors hold values that are not finite.", name, "Make the edit again, in float32.")
     return a_RI, b_OR
+
+
+def _neurons_in(tensors: Mapping[str, Tensor], at: str) -> Neurons:
+    return Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
 
 
 def _without_latent(info: EditInfo) -> dict[str, Any]:

@@ -206,6 +206,56 @@ def add_delta_(module: nn.Module, delta_OI: Tensor) -> None:
     weight.copy_(weight.float() + delta_OI.to(weight.device, torch.float32))
 
 
+@torch.no_grad()
+def insert_outputs_(module: Any, inserts: Sequence[tuple[int, Tensor]]) -> None:
+    """Give a linear module more outputs, with zero bias, under new parameters; the old ones are left as they were.
+
+    Args:
+        module: a linear module.
+        inserts: the place (an index of the outputs it has) and the rows (K × d_in) to put there, in order.
+    """
+    weight, bias = weight_OI(module), module.bias
+    rows, biases, begin = [], [], 0
+    for place, more_KI in [*inserts, (len(weight), weight[:0])]:
+        rows += [weight[begin:place], more_KI.to(weight)]
+        if bias is not None:
+            biases += [bias[begin:place], bias.new_zeros(len(more_KI))]
+        begin = place
+    set_parameters_(module, *_parameters(module, torch.cat(rows), torch.cat(biases) if bias is not None else None))
+
+
+@torch.no_grad()
+def append_inputs_(module: Any, columns_OK: Tensor) -> None:
+    """Give a linear module more inputs, under a new parameter; the old one is left as it was."""
+    weight = weight_OI(module)
+    set_parameters_(module, *_parameters(module, torch.cat([weight, columns_OK.to(weight)], dim=1), module.bias))
+
+
+def parameters_of(module: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of a linear module, as :func:`set_parameters_` takes them."""
+    return module.weight, module.bias
+
+
+def set_parameters_(module: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Put parameters in a linear module, which may change its size."""
+    module.weight, module.bias = weight, bias
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
+    else:
+        module.out_features, module.in_features = weight.shape
+
+
+def _parameters(
+    module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """As the module stores them; a bias that is a parameter already is taken as it is."""
+    learns = bool(module.weight.requires_grad)
+    stored = (weight_OI.T if isinstance(module, Conv1D) else weight_OI).contiguous()
+    if bias_O is not None and not isinstance(bias_O, nn.Parameter):
+        bias_O = nn.Parameter(bias_O, requires_grad=learns)
+    return nn.Parameter(stored, requires_grad=learns), bias_O
+
+
 def _layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 

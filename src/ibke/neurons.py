@@ -1,38 +1,98 @@
 """An edit as neurons of its own: a gate that opens at one address, and the value written behind it.
 
 An MLP is a sum of neurons, each a gate that looks at the input and a vector it writes to the output. A linear update
-W + ΔW answers every input a little; a neuron whose gate stays shut answers nothing at all. So an edit takes over two of
-the layer's least used neurons. With the gate's pre-activation s = α (a·x − θ c·x), where a·x is 1 at the edit's address
-and c·x is 1 everywhere, the difference of the two,
+W + ΔW answers every input a little; a neuron whose gate stays shut answers nothing at all. So an edit adds two neurons
+to a layer. With the gate's pre-activation s = α (a·x − θ c·x), where a·x is 1 at the edit's address and c·x is 1
+everywhere, the difference of the two,
 
     (act(s) − act(s − τ)) / τ,
 
 is a step: 0 where a·x is below θ, 1 from θ + τ/α on, for every activation that is 0 far below zero and the identity far
-above it. What that replaces in the weights is a row of each input projection and a column of the output projection: a
-low-rank update like any other, which can be merged, exported and taken back.
+above it. Seen in the weights: pad the MLP with empty neurons, which changes nothing; what the edit then puts in their
+rows of the input projections and their columns of the output projection is a low-rank update of the padded matrices.
 
-Shape suffixes: B edits, D width of the residual stream, I neurons, K neurons of one edit.
+Shape suffixes: B edits, D width of the residual stream, I neurons of the MLP, K added neurons, R rows, T tokens.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ibke.errors import ModuleNotEditableError
-from ibke.modules import in_out, resolve, resolve_any, weight_OI
+from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any
 
-PER_EDIT = 2  # neurons whose difference is one step
+# Where architectures keep the activation of an MLP, beside its projections or in the configuration.
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
+_CONFIGURED = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
-Factors = dict[str, tuple[Tensor, Tensor]]
-Weights = Callable[[str], Tensor]
+
+@dataclass(frozen=True)
+class Neurons:
+    """Neurons to be added to an MLP.
+
+    Args:
+        gate: rows of the branch that goes through the activation (K × D, or R × K × D with rows of their own).
+        value: rows of the branch the gate is multiplied with, shaped like ``gate``; None where the MLP has none.
+        out: what each neuron writes, shaped like ``gate``.
+    """
+
+    gate: Tensor
+    value: Tensor | None
+    out: Tensor
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.gate.shape[-2]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
+        """The same with every tensor changed."""
+        return Neurons(change(self.gate), None if self.value is None else change(self.value), change(self.out))
+
+    def to(self, device: torch.device) -> Neurons:
+        """The same on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, rows: Any) -> Neurons:
+        """Those of some rows (or of one), where rows have neurons of their own."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by name."""
+        found = {"gate": self.gate, "value": self.value, "out": self.out}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def join(cls, parts: Sequence[Neurons]) -> Neurons:
+        """Several sets side by side."""
+        values = [part.value for part in parts if part.value is not None]
+        gate, out = (torch.cat([getattr(part, name) for part in parts], dim=-2) for name in ("gate", "out"))
+        return cls(gate, torch.cat(values, dim=-2) if values else None, out)
+
+    @classmethod
+    def checked(cls, name: str, neurons: Neurons) -> Neurons:
+        """The same as an Edit keeps them: K × D each, float32 and finite, on the CPU.
+
+        Raises:
+            FormatError: they are not.
+        """
+        neurons = neurons.map(lambda tensor: tensor.detach().to("cpu", torch.float32))
+        shapes = {part: tuple(tensor.shape) for part, tensor in neurons.tensors().items()}
+        if neurons.gate.dim() != 2 or len(set(shapes.values())) > 1:
+            raise FormatError(f"the neurons do not fit: {shapes}.", name, "Each is [neurons, width].")
+        if not all(torch.isfinite(tensor).all() for tensor in neurons.tensors().values()):
+            raise FormatError("the neurons hold values that are not finite.", name, "Make the edit again, in float32.")
+        return neurons
 
 
 @dataclass(frozen=True)
@@ -41,11 +101,20 @@ class Branch:
 
     Args:
         name: dotted name of its linear module, which may hold several branches.
-        first: its first row there.
+        end: its last-plus-one row there.
     """
 
     name: str
-    first: int = 0
+    end: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When an edit is in force (see the module's formula): θ, α and τ."""
+
+    threshold: float
+    sharpness: float
+    ramp: float
 
 
 @dataclass(frozen=True)
@@ -57,25 +126,28 @@ class Site:
         gate: the branch that goes through the activation.
         value: the branch the gate is multiplied with, where the MLP has one.
         out: dotted name of the output projection.
+        activation: what the gate goes through.
     """
 
     model: nn.Module
     gate: Branch
     value: Branch | None
     out: str
+    activation: Callable[[Tensor], Tensor]
 
     @classmethod
     def find(cls, model: nn.Module, out: str) -> Site:
         """The MLP that a given output projection closes, known by the shapes of the linear maps beside it.
 
         Raises:
-            ModuleNotEditableError: nothing beside it leads into it.
+            ModuleNotEditableError: nothing beside it leads into it, or its activation is not known.
         """
         neurons, width = in_out(resolve(model, [out])[out])
         parent = out.rpartition(".")[0]
+        home = resolve_any(model, parent)
         beside = {
             f"{parent}.{name}" if parent else name: in_out(module)
-            for name, module in resolve_any(model, parent).named_children()
+            for name, module in home.named_children()
             if isinstance(module, nn.Linear | Conv1D)
         }
         # An MLP widens what it is fed; an attention's projections beside each other do not.
@@ -83,12 +155,12 @@ class Site:
         whole = [name for name, size in beside.items() if size == (width, neurons) and widens]
         fused = [name for name, size in beside.items() if size == (width, 2 * neurons) and widens]
         if fused:
-            return cls(model, Branch(fused[0]), Branch(fused[0], neurons), out)
+            return cls(model, Branch(fused[0], neurons), Branch(fused[0], 2 * neurons), out, _activation(home, model))
         if len(whole) == 2:
             gate, value = sorted(whole, key=lambda name: "gate" not in name.rpartition(".")[2])
-            return cls(model, Branch(gate), Branch(value), out)
+            return cls(model, Branch(gate, neurons), Branch(value, neurons), out, _activation(home, model))
         if len(whole) == 1:
-            return cls(model, Branch(whole[0]), None, out)
+            return cls(model, Branch(whole[0], neurons), None, out, _activation(home, model))
         raise ModuleNotEditableError(
             "no linear map beside this module leads into it, so it closes no MLP.",
             out,
@@ -97,7 +169,7 @@ class Site:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The linear modules an edit touches, by name."""
+        """Its linear modules, by name."""
         names = [self.gate.name, *([self.value.name] if self.value else []), self.out]
         return resolve(self.model, dict.fromkeys(names))
 
@@ -112,118 +184,83 @@ class Site:
         """The module whose input is what gates look at."""
         return self.modules[self.gate.name]
 
-    def branch(self, name: str, row: int) -> Branch:
-        """The branch that a row of an input projection belongs to."""
-        value = self.value
-        return value if value and value.name == name and row >= value.first else self.gate
-
-    def factors(
-        self, address_BD: Tensor, constant_D: Tensor, values_BD: Tensor, neurons_BK: Tensor, gate: Gate
-    ) -> Factors:
-        """Low-rank factors, A (B × R × in) and B (B × R × out) by module, that put each edit in place.
+    def neurons(self, address_BD: Tensor, constant_D: Tensor, values_BD: Tensor, gate: Gate) -> Neurons:
+        """Neurons (B × 2 × D) that put each edit in place.
 
         Args:
             address_BD: a, with a·x = 1 where the edit applies and near 0 elsewhere.
             constant_D: c, with c·x = 1 for every input.
             values_BD: what is written while the gate is open; gradients flow through it and through the address.
-            neurons_BK: the neurons taken over.
             gate: threshold, sharpness and ramp.
         """
         low_BD = gate.sharpness * (address_BD - gate.threshold * constant_D)
         rows_BKD = torch.stack([low_BD, low_BD - gate.ramp * constant_D], dim=1)
-        columns_BKD = torch.stack([values_BD, -values_BD], dim=1) / gate.ramp
-        branches = [(self.gate, rows_BKD - self._bias(self.gate, neurons_BK)[..., None] * constant_D)]
-        if self.value:
-            ones_BKD = constant_D * (1.0 - self._bias(self.value, neurons_BK)[..., None])
-            branches.append((self.value, ones_BKD))
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for branch, wanted_BKD in branches:
-            module = self.modules[branch.name]
-            place_BK = neurons_BK + branch.first
-            change_BKD = wanted_BKD - weight_OI(module).detach().float()[place_BK]
-            found.setdefault(branch.name, []).append((change_BKD, one_hot(place_BK, in_out(module)[1])))
-        out = self.modules[self.out]
-        change_BKD = columns_BKD - weight_OI(out).detach().float().T[neurons_BK]
-        found[self.out] = [(one_hot(neurons_BK, in_out(out)[0]), change_BKD)]
-        return {
-            name: (torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=1))
-            for name, pairs in found.items()
-        }
+        ones_BKD = constant_D.expand_as(rows_BKD) if self.value else None
+        return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 
-    def _bias(self, branch: Branch, neurons_BK: Tensor) -> Tensor:
-        bias = self.modules[branch.name].bias
-        if bias is None:
-            return torch.zeros(neurons_BK.shape, device=neurons_BK.device)
-        assert isinstance(bias, Tensor)
-        return bias.detach().float()[(neurons_BK + branch.first).to(bias.device)]
+    def attach(self, neurons: Neurons) -> list[RemovableHandle]:
+        """Let neurons work beside the MLP's own, computed in float32; differentiable.
 
+        Args:
+            neurons: K × D for every row of a batch, or R × K × D, row r of a batch having neurons of its own.
 
-@dataclass(frozen=True)
-class Gate:
-    """When an edit is in force (see the module's formula): θ, α and τ."""
+        Returns:
+            Handles that take them off again.
+        """
+        seen: list[Tensor] = []
 
-    threshold: float
-    sharpness: float
-    ramp: float
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[:] = [args[0]]
 
+        def add(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # Some models flatten rows and tokens before a linear module.
+            rows = (len(neurons.gate), -1) if neurons.gate.dim() == 3 else (-1,)
+            x_RTD = seen.pop().float().view(*rows, neurons.gate.shape[-1])
+            hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
+            if neurons.value is not None:
+                hidden_RTK = hidden_RTK * (x_RTD @ neurons.value.transpose(-1, -2))
+            return out + (hidden_RTK @ neurons.out).view_as(out).to(out.dtype)
 
-def one_hot(place_BK: Tensor, size: int) -> Tensor:
-    """Unit vectors (B × K × size, float32)."""
-    return F.one_hot(place_BK, size).float()
+        return [self.entrance.register_forward_pre_hook(look), self.modules[self.out].register_forward_hook(add)]
 
+    def widen_(self, neurons: Neurons) -> None:
+        """Put neurons into the weights, after the MLP's own; their biases are zero.
 
-def least_used(squares_I: Tensor, out_DI: Tensor) -> Tensor:
-    """Neurons by how little they write, least first (I).
-
-    Args:
-        squares_I: mean square of each neuron.
-        out_DI: the output projection; a neuron writes √E[h²] · ‖column‖ on average.
-    """
-    return (squares_I.clamp_min(0).sqrt() * out_DI.float().norm(dim=0)).argsort()
+        The modules get new parameters; those they had are left as they were.
+        """
+        modules, rows = self.modules, [(self.gate, neurons.gate)]
+        if self.value and neurons.value is not None:
+            rows.append((self.value, neurons.value))
+        for name in dict.fromkeys(branch.name for branch, _ in rows):
+            insert_outputs_(modules[name], [(branch.end, row) for branch, row in rows if branch.name == name])
+        append_inputs_(modules[self.out], neurons.out.T)
 
 
-def choose(pool_P: Tensor, text: str, count: int, among: int) -> Tensor:
-    """Neurons drawn from the least used ones, the same for the same text.
+@contextmanager
+def row_neurons(sites: Mapping[str, Site], neurons: Mapping[str, Neurons]) -> Iterator[None]:
+    """Give every row of the next batches neurons of its own.
 
     Args:
-        pool_P: neurons, least used first.
-        text: what decides the draw.
-        count: how many.
-        among: how many of the pool to draw from; more where ``count`` asks for it.
+        sites: MLPs by the name of their output projection.
+        neurons: for each, R × K × D; differentiable.
     """
-    among = min(max(among, count), len(pool_P))
-    return pool_P.long().cpu()[random.Random(text).sample(range(among), count)]
+    handles = [handle for name, some in neurons.items() for handle in sites[name].attach(some)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def moved(
-    site: Site, factors: Mapping[str, tuple[Tensor, Tensor]], to: Mapping[int, int], constant_D: Tensor, base: Weights
-) -> Factors:
-    """The same update at other neurons.
-
-    Args:
-        site: the edited MLP.
-        factors: A (R × in) and B (out × R) by module, as an Edit holds them.
-        to: the new neuron for each that has to move.
-        constant_D: c, with c·x = 1 for every input.
-        base: the unedited weight of a module by its name (``nn.Linear`` orientation).
-    """
-    found = {}
-    for name, (a_RI, b_OR) in factors.items():
-        a_RI, b_OR = a_RI.clone(), b_OR.clone()
-        weight_OI = base(name).detach().float().cpu()
-        if name == site.out:
-            for rank, old in enumerate(a_RI.argmax(1).tolist()):
-                if old in to:
-                    b_OR[:, rank] += weight_OI[:, old] - weight_OI[:, to[old]]
-                    a_RI[rank, old], a_RI[rank, to[old]] = 0.0, 1.0
-        else:
-            for rank, place in enumerate(b_OR.argmax(0).tolist()):
-                branch = site.branch(name, place)
-                old = place - branch.first
-                if old in to:
-                    new = to[old] + branch.first
-                    both = site._bias(branch, torch.tensor([[old, to[old]]])).cpu()[0]
-                    a_RI[rank] += weight_OI[place] - weight_OI[new] + (both[0] - both[1]) * constant_D
-                    b_OR[place, rank], b_OR[new, rank] = 0.0, 1.0
-        found[name] = (a_RI, b_OR)
-    return found
+def _activation(home: nn.Module, model: Any) -> Callable[[Tensor], Tensor]:
+    """The activation of the MLP whose projections a module holds."""
+    for name in _ACTIVATIONS:
+        if callable(found := getattr(home, name, None)):
+            return found
+    config = model.config.get_text_config()
+    for name in _CONFIGURED:
+        if (known := getattr(config, name, None)) in ACT2FN:
+            return ACT2FN[known]
+    raise ModuleNotEditableError(
+        "the activation of this MLP is not known.", type(home).__name__, f"Its configuration has none of {_CONFIGURED}."
+    )

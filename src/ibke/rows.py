@@ -8,24 +8,23 @@ Shape suffixes: R rows, T tokens, N answer positions, D hidden, V vocabulary, P 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibke.batch import Batch, Pair, collate
 from ibke.frames import FRAMES, encode_pair
-from ibke.partial import PartialModel, Past, Prefixes, join, row_updates
+from ibke.neurons import Neurons, Site, row_neurons
+from ibke.partial import PartialModel, Past, Prefixes, join
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
 GROUP_TOKENS = 256  # padded tokens computed at once: reading the weights again costs less than computing on padding
 LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
 CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -140,18 +139,15 @@ def by_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def edited_logits(part: PartialModel, modules: Mapping[str, nn.Module], factors: Factors, group: RowGroup) -> Tensor:
+def edited_logits(part: PartialModel, site: Site, neurons: Neurons, group: RowGroup) -> Tensor:
     """Logits at every answer position, each row under its own edit (N × V)."""
-    rows = {name: (a[group.owner_R], b[group.owner_R]) for name, (a, b) in factors.items()}
-    with row_updates(modules, rows):
+    with row_neurons({site.out: site}, {site.out: neurons[group.owner_R]}):
         return part.suffix(group.hidden_RTD, group.batch, group.past)
 
 
-def run_rows(
-    part: PartialModel, modules: Mapping[str, nn.Module], factors: Factors, groups: Sequence[RowGroup]
-) -> RowTerms:
-    """Run every row under its edit's factors (A: B × K × I, B: B × K × O by module name)."""
-    parts = [_terms(edited_logits(part, modules, factors, group), group) for group in groups]
+def run_rows(part: PartialModel, site: Site, neurons: Neurons, groups: Sequence[RowGroup]) -> RowTerms:
+    """Run every row under its edit's neurons (B × K × D)."""
+    parts = [_terms(edited_logits(part, site, neurons, group), group) for group in groups]
     nll, forward, backward, right = (torch.cat(values) for values in zip(*parts, strict=True))
     kind, owner = torch.cat([group.kind_R for group in groups]), torch.cat([group.owner_R for group in groups])
     return RowTerms(nll, forward, backward, right, kind, owner)

@@ -5,8 +5,7 @@ Shape suffixes: R rank, I d_in, O d_out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import torch
@@ -18,8 +17,8 @@ from ibke.edit import Edit
 from ibke.errors import FormatError, IBKEError, ModuleNotEditableError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
-from ibke.modules import add_delta_, in_out, resolve, weight_OI
-from ibke.neurons import Site, moved
+from ibke.modules import add_delta_, in_out, parameters_of, resolve, set_parameters_, weight_OI
+from ibke.neurons import Neurons, Site
 
 
 class EditSession:
@@ -40,23 +39,24 @@ class EditSession:
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
-        # Each edit as it was given, and as it is in force: moved, where another one had its neurons.
-        self._attached: list[tuple[Edit, Edit, list[RemovableHandle]]] = []
-        self._merged: list[tuple[Edit, Edit]] = []
+        self._attached: list[tuple[Edit, list[RemovableHandle]]] = []
+        self._neurons: list[RemovableHandle] = []  # of all attached edits together
+        self._merged: list[Edit] = []
         self._saved: dict[str, Tensor] = {}
+        self._narrow: dict[str, tuple[nn.Parameter, nn.Parameter | None]] = {}
 
     @property
     def attached(self) -> tuple[Edit, ...]:
         """Edits riding beside the weights, in order of attachment."""
-        return tuple(edit for edit, *_ in self._attached)
+        return tuple(edit for edit, _ in self._attached)
 
     @property
     def merged(self) -> tuple[Edit, ...]:
         """Edits folded into the weights, in order."""
-        return tuple(edit for edit, _ in self._merged)
+        return tuple(self._merged)
 
     def attach(self, edit: Edit) -> EditSession:
-        """Let an edit ride beside the weights: y ← y + (x Aᵀ) Bᵀ at each of its modules, in the model's dtype.
+        """Let an edit ride beside the weights: y ← y + (x Aᵀ) Bᵀ in the model's dtype, or neurons beside an MLP's own.
 
         Returns:
             This session, so that ``with EditSession(lm).attach(edit):`` reads as it should.
@@ -65,15 +65,19 @@ class EditSession:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: it names a module the model has not.
             FormatError: its shapes are not the module's.
-            IBKEError: it is attached already, or no neuron is left for it.
+            IBKEError: it is attached already.
         """
         if any(edit is other for other in self.attached):
             raise IBKEError("this edit is attached already.", "attach", "Detach it first.")
-        modules = self._modules(edit)
-        placed = self._placed(edit)
-        hooks = {name: _adder(modules[name], self.lm.dtype, *placed.factors[name]) for name in modules}
+        if wide := next((name for name in edit.factors if name in self._narrow), None):
+            raise IBKEError(
+                "a merged edit has added neurons to this module.", wide, "Merge this edit too, or restore first."
+            )
+        modules = self._checked(edit)
+        hooks = {name: _adder(module, self.lm.dtype, *edit.factors[name]) for name, module in modules.items()}
         handles = [module.register_forward_hook(hooks[name]) for name, module in modules.items()]
-        self._attached.append((edit, placed, handles))
+        self._attached.append((edit, handles))
+        self._attach_neurons()
         return self
 
     def detach(self, edit: Edit | None = None) -> EditSession:
@@ -86,40 +90,47 @@ class EditSession:
         if edit is not None and not leaving:
             raise IBKEError("this edit is not attached.", "detach", "See `attached` for those that are.")
         for pair in leaving:
-            for handle in pair[2]:
+            for handle in pair[1]:
                 handle.remove()
             self._attached.remove(pair)
+        self._attach_neurons()
         return self
 
     def merge(self, edit: Edit) -> EditSession:
         """Fold an edit into the weights: W ← W + BA, summed in float32 and rounded once to the weight's dtype.
 
-        Either all its modules change or none.
+        Neurons are appended to those of their MLP, which grows. Either all its modules change or none.
 
         Raises:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: a module does not exist, or its weight is packed or shared with another module.
             FormatError: its shapes are not the module's.
         """
-        modules = self._modules(edit)
-        for name, module in modules.items():
-            weight_OI(module)
-            self._refuse_shared(name, module)
-        placed = self._placed(edit)
-        self._saved |= {name: weight_OI(module).clone() for name, module in modules.items() if name not in self._saved}
+        merged, modules = list(self._merged), {}
+        self._make_narrow()
         try:
+            modules = self._checked(edit)
+            for name, module in self._touched(edit, modules).items():
+                weight_OI(module)
+                self._refuse_shared(name, module)
             for name, module in modules.items():
-                add_delta_(module, placed.delta(name))
+                self._saved.setdefault(name, weight_OI(module).clone())
+                add_delta_(module, edit.delta(name))
+            self._merged.append(edit)
+            self._widen()
         except BaseException:
+            self._merged = merged
+            self._make_narrow()
             self._rebuild(modules)
+            self._widen()
             raise
-        self._merged.append((edit, placed))
         return self
 
     def restore(self) -> EditSession:
         """Undo everything: detach all edits and put back the weights as they were before the first merge."""
         self.detach()
         self._merged = []
+        self._make_narrow()
         self._rebuild(resolve(self.lm.model, self._saved))
         self._saved = {}
         return self
@@ -132,51 +143,58 @@ class EditSession:
     ) -> None:
         self.restore()
 
-    def _modules(self, edit: Edit) -> dict[str, nn.Module]:
+    def _checked(self, edit: Edit) -> dict[str, nn.Module]:
+        """The linear modules of an edit that fits this model."""
         check_fingerprint(edit.info.fingerprint, self.lm, "this edit")
         modules = resolve(self.lm.model, edit.factors)
         for name, module in modules.items():
             a_RI, b_OR = edit.factors[name]
-            d_in, d_out = in_out(module)
-            if (a_RI.shape[1], b_OR.shape[0]) != (d_in, d_out):
-                raise FormatError(
-                    f"the update is {b_OR.shape[0]} × {a_RI.shape[1]}, the module {d_out} × {d_in}.",
-                    name,
-                    "Use the model the edit was made for.",
-                )
+            _refuse_size(name, (a_RI.shape[1], b_OR.shape[0]), in_out(module))
+        for name, some in edit.neurons.items():
+            site = Site.find(self.lm.model, name)
+            width = in_out(site.entrance)[0]
+            _refuse_size(name, (some.gate.shape[1], some.out.shape[1]), (width, width))
+            if (site.value is None) != (some.value is None):
+                raise FormatError("only one of MLP and neurons is gated.", name, "Use the model the edit was made for.")
         return modules
 
-    def _placed(self, edit: Edit) -> Edit:
-        """The edit, moved to neurons of its own where edits in force have taken some of its."""
-        in_force = [placed for _, placed, _ in self._attached] + [placed for _, placed in self._merged]
-        for name, mine in edit.info.neurons.items():
-            taken = {neuron for other in in_force for neuron in other.info.neurons.get(name, [])}
-            clash = [neuron for neuron in mine if neuron in taken]
-            if not clash:
-                continue
-            spare = [int(neuron) for neuron in edit.info.latent.get("spare", [])]
-            free = [neuron for neuron in spare if neuron not in taken and neuron not in mine]
-            if len(free) < len(clash):
-                raise IBKEError("no neuron is left for this edit.", name, "Detach an edit, or make several as one.")
-            to = dict(zip(clash, free, strict=False))
-            site = Site.find(self.lm.model, name)
-            factors = moved(site, edit.factors, to, edit.info.latent["constant"], self._base)
-            neurons = {**edit.info.neurons, name: [to.get(neuron, neuron) for neuron in mine]}
-            edit = replace(edit, factors=factors, info=replace(edit.info, neurons=neurons))
-        return edit
+    def _touched(self, edit: Edit, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Every module whose weight merging an edit changes."""
+        sites = [Site.find(self.lm.model, name) for name in edit.neurons]
+        return modules | {name: module for site in sites for name, module in site.modules.items()}
 
-    def _base(self, name: str) -> Tensor:
-        """A module's weight before the first merge."""
-        return self._saved[name] if name in self._saved else weight_OI(resolve(self.lm.model, [name])[name])
+    def _attach_neurons(self) -> None:
+        """All attached edits' neurons as one set an MLP, so that a thousand edits cost as many products as one."""
+        for handle in self._neurons:
+            handle.remove()
+        self._neurons = []
+        for name, some in _joined(self.attached).items():
+            site = Site.find(self.lm.model, name)
+            self._neurons += site.attach(some.to(next(site.entrance.parameters()).device))
+
+    def _widen(self) -> None:
+        """Append the merged edits' neurons to their MLPs."""
+        for name, some in _joined(self._merged).items():
+            site = Site.find(self.lm.model, name)
+            self._narrow |= {name: parameters_of(module) for name, module in site.modules.items()}
+            site.widen_(some)
+
+    def _make_narrow(self) -> None:
+        """Give MLPs back the parameters they had without merged neurons."""
+        for name, module in resolve(self.lm.model, self._narrow).items():
+            set_parameters_(module, *self._narrow[name])
+        self._narrow = {}
 
     @torch.no_grad()
     def _rebuild(self, modules: dict[str, nn.Module]) -> None:
         """Set weights to their saved state with the merged edits added again, in order: the same bits each time."""
         for name, module in modules.items():
+            if name not in self._saved:
+                continue
             weight_OI(module).copy_(self._saved[name])
-            for _, placed in self._merged:
-                if name in placed.factors:
-                    add_delta_(module, placed.delta(name))
+            for edit in self._merged:
+                if name in edit.factors:
+                    add_delta_(module, edit.delta(name))
 
     def _refuse_shared(self, name: str, module: nn.Module) -> None:
         for other, parameter in self.lm.model.named_parameters(remove_duplicate=False):
@@ -184,6 +202,24 @@ class EditSession:
                 raise ModuleNotEditableError(
                     f"its weight is shared with {other}.", name, "Attach the edit instead of merging it."
                 )
+
+
+def _refuse_size(name: str, mine: tuple[int, int], wanted: tuple[int, int]) -> None:
+    if mine != wanted:
+        raise FormatError(
+            f"the update is {mine[1]} × {mine[0]}, the module {wanted[1]} × {wanted[0]}.",
+            name,
+            "Use the model the edit was made for.",
+        )
+
+
+def _joined(edits: Iterable[Edit]) -> dict[str, Neurons]:
+    """The neurons of several edits, one set an MLP."""
+    found: dict[str, list[Neurons]] = {}
+    for edit in edits:
+        for name, some in edit.neurons.items():
+            found.setdefault(name, []).append(some)
+    return {name: Neurons.join(parts) for name, parts in found.items()}
 
 
 def _adder(

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.models import LanguageModel
 from ibke.modules import resolve
+from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import row_updates
 
 MAX_NEW_TOKENS = 40
 BATCH_SIZE = 96
 
+T = TypeVar("T")
 Tick = Callable[[int], None]
 
 
@@ -89,32 +92,58 @@ def edited_rows(lm: LanguageModel, edits: Sequence[Edit | None] | None) -> Itera
     if edits is None:
         yield
         return
-    factors = stack_edits(edits, lm.device, lm.dtype)
-    with row_updates(resolve(lm.model, factors), factors):
+    factors, neurons = stack_factors(edits), stack_neurons(edits)
+    factors = {name: (a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype)) for name, (a, b) in factors.items()}
+    neurons = {name: some.to(lm.device) for name, some in neurons.items()}
+    sites = {name: Site.find(lm.model, name) for name in neurons}
+    with row_updates(resolve(lm.model, factors), factors), row_neurons(sites, neurons):
         yield
 
 
-def stack_edits(
-    edits: Sequence[Edit | None], device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:
+def stack_factors(edits: Sequence[Edit | None]) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors of several edits side by side, zero-padded to the largest rank of each module.
 
     Returns:
         by module name, A (R × K × I) and B (R × K × O).
     """
-    by_row: list[Mapping[str, tuple[Tensor, Tensor]]] = [edit.factors if edit else {} for edit in edits]
     stacked = {}
-    for name in dict.fromkeys(name for factors in by_row for name in factors):
-        pairs = {row: factors[name] for row, factors in enumerate(by_row) if name in factors}
-        rank = max(a_KI.shape[0] for a_KI, _ in pairs.values())
-        any_a, any_b = next(iter(pairs.values()))
-        a_RKI = torch.zeros(len(edits), rank, any_a.shape[1])
-        b_RKO = torch.zeros(len(edits), rank, any_b.shape[0])
-        for row, (a_KI, b_OK) in pairs.items():
-            a_RKI[row, : len(a_KI)] = a_KI
-            b_RKO[row, : len(a_KI)] = b_OK.T
-        stacked[name] = (a_RKI.to(device, dtype), b_RKO.to(device, dtype))
+    for name, pairs in _by_name([edit.factors if edit else {} for edit in edits]).items():
+        a_RKI = _stack({row: a_KI for row, (a_KI, _) in pairs.items()}, len(edits))
+        stacked[name] = (a_RKI, _stack({row: b_OK.T for row, (_, b_OK) in pairs.items()}, len(edits)))
     return stacked
+
+
+def stack_neurons(edits: Sequence[Edit | None]) -> dict[str, Neurons]:
+    """Neurons of several edits side by side, filled up with ones that write nothing.
+
+    Returns:
+        by name of an MLP's output projection, neurons (R × K × D).
+    """
+    stacked = {}
+    for name, sets in _by_name([edit.neurons if edit else {} for edit in edits]).items():
+        parts = {row: some.tensors() for row, some in sets.items()}
+        keys = next(iter(parts.values()))
+        whole = {key: _stack({row: part[key] for row, part in parts.items()}, len(edits)) for key in keys}
+        stacked[name] = Neurons(whole["gate"], whole.get("value"), whole["out"])
+    return stacked
+
+
+def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, dict[int, T]]:
+    """By name, what each row that has something there has."""
+    found: dict[str, dict[int, T]] = {}
+    for row, named in enumerate(rows):
+        for name, item in named.items():
+            found.setdefault(name, {})[row] = item
+    return found
+
+
+def _stack(parts: Mapping[int, Tensor], rows: int) -> Tensor:
+    """K × D matrices of some rows as one tensor (rows × largest K × D), zero where there is nothing."""
+    any_part = next(iter(parts.values()))
+    whole = torch.zeros(rows, max(len(part) for part in parts.values()), any_part.shape[1])
+    for row, part in parts.items():
+        whole[row, : len(part)] = part
+    return whole
 
 
 class _Stops:

@@ -4,7 +4,7 @@ Gradients, addresses, the hidden states entering the edited layer, what attentio
 own, and the base's own answers out of scope are functions of the frozen model. They are written in shards, each
 complete or absent, so building can stop and go on.
 
-Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading, K neurons,
+Shape suffixes: B episodes, R rows, T tokens, N answer positions, D width of the residual stream, P leading,
 F attention keys and values of one token, all layers from the edited one on.
 """
 
@@ -26,7 +26,7 @@ from ibke.editors.ibke.address import Addresser, first_open, subject_of
 from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
-from ibke.neurons import PER_EDIT, Site, choose
+from ibke.neurons import Site
 from ibke.partial import PartialModel, Prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations, frame_prefixes
 from ibke.training.episodes import Episode
@@ -43,7 +43,6 @@ class Builder:
         part: the base split at the edited layer.
         site: the edited MLP.
         addresser: finds where an edit applies.
-        pool_P, among: neurons by use, and how many of the least used to choose from.
         threshold: response of an address from which on an edit is in force; None where addresses are learned, so that
             nobody knows yet which tokens an edit reaches.
     """
@@ -53,8 +52,6 @@ class Builder:
     part: PartialModel
     site: Site
     addresser: Addresser
-    pool_P: Tensor
-    among: int
     threshold: float | None
 
     @cached_property
@@ -96,9 +93,6 @@ class Builder:
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
         asked_about = [(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
         out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
-        out["neurons_BK"] = torch.stack(
-            [choose(self.pool_P, prompt, PER_EDIT, self.among) for prompt, _ in asked_about]
-        )
         first = self._first_reached(pairs, out["address_BD"][owner])
         kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
         tails = [self._from(pairs[row], first[row]) for row in kept]
@@ -111,10 +105,7 @@ class Builder:
         return first_open(self.part, self.site.entrance, pairs, address_RD, self.threshold)
 
     def _from(self, pair: Pair, place: int | None) -> Pair:
-        """The pair, marked where computing it again begins: before it is in force an edit changes next to nothing.
-
-        (Only what its two neurons, which are among the least used, wrote there before.)
-        """
+        """The pair, marked where computing it again begins: before it is in force an edit changes nothing."""
         begin = min(len(pair.prompt) - 1 if place is None else place, len(pair.prompt) - 1)
         return replace(pair, subject=(begin, begin + 1))
 

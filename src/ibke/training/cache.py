@@ -116,13 +116,13 @@ class EpisodeCache:
         grads, _ = self._padded(found, "grads_TD")
         role = torch.zeros(mask.shape, dtype=torch.long)
         role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "coded_start", e))] for s, e in found])
-        address, neurons, answer = (
+        address, answer = (
             torch.stack([self.shards[shard][name][episode] for shard, episode in found])
-            for name in ("address_BD", "neurons_BK", "answer_BD")
+            for name in ("address_BD", "answer_BD")
         )
         lengths = [int(self.shards[shard]["length"][row]) for shard, row, _ in rows]
         groups = [self._group([rows[item] for item in some]) for some in by_length(lengths)]
-        return EpisodeBatch(Written(keys, grads, role, mask, address, neurons, answer), groups)
+        return EpisodeBatch(Written(keys, grads, role, mask, address, answer), groups)
 
     def _group(self, rows: list[tuple[int, int, int]]) -> RowGroup:
         hidden, batch = self._rows(rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ibke.batch import Batch, Pair, collate
 from ibke.editors.ibke.statistics import KeySpectrum, key_spectrum
 from ibke.modules import weight_OI
-from ibke.neurons import Site, least_used
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 
 CHUNK = 64  # tokens of running text seen at a time
@@ -25,11 +25,10 @@ FIRST_SHARE = 0.05  # of C₀ that stands for first positions, whose keys are li
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The generic keys' spectrum, the constant, neurons by use, and the mean norm of what the MLP writes."""
+    """The generic keys' spectrum, the constant, and the mean norm of what the MLP writes."""
 
     spectrum: KeySpectrum
     constant_D: Tensor
-    pool_P: Tensor
     output_scale: Tensor
 
 
@@ -46,7 +45,7 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
     weight_DI = weight_OI(out).detach().float()
     totals: dict[str, Tensor] = {}
     count = {"word": 0, "first": 0}
-    squares, norms = torch.zeros(weight_DI.shape[1], device=weight_DI.device), []
+    norms = []
     try:
         for batch in batches:
             seen.clear()
@@ -58,9 +57,7 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
                 totals[f"{name} moment"] = totals.get(f"{name} moment", 0.0) + keys_ND.T @ keys_ND
                 totals[f"{name} sum"] = totals.get(f"{name} sum", 0.0) + keys_ND.sum(0)
                 count[name] += len(keys_ND)
-            hidden_NI = hidden_RTI[words_RT]
-            squares += hidden_NI.square().sum(0)
-            norms.append((hidden_NI @ weight_DI.T).norm(dim=-1).mean())
+            norms.append((hidden_RTI[words_RT] @ weight_DI.T).norm(dim=-1).mean())
     finally:
         handle.remove()
 
@@ -71,8 +68,7 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
     moment_DD = mixed("moment")
     floor_DD = 1e-4 * moment_DD.diagonal().mean() * torch.eye(len(moment_DD), dtype=torch.float64)
     constant_D = torch.linalg.solve(moment_DD + floor_DD, mixed("sum")).float()
-    pool = least_used(squares.cpu() / count["word"], weight_DI.cpu())
-    return LayerStatistics(key_spectrum(moment_DD, len(moment_DD)), constant_D, pool, torch.stack(norms).mean().cpu())
+    return LayerStatistics(key_spectrum(moment_DD, len(moment_DD)), constant_D, torch.stack(norms).mean().cpu())
 
 
 def text_batches(tokenizer: Any, texts: Iterable[str], tokens: int, device: torch.device) -> Iterator[Batch]:

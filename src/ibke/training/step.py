@@ -48,7 +48,7 @@ def terms(
     """All terms for one batch; z is sampled when a generator is given, its mean otherwise."""
     code = network.encode(episodes.written)
     z = code.sample(generator) if generator is not None else code.mean
-    rows = run_rows(part, site.modules, network.decode(z, code.written, site), episodes.groups)
+    rows = run_rows(part, site, network.decode(z, code.written, site), episodes.groups)
     return Terms(
         _mean(rows.nll_R[rows.kind_R == EDIT]),
         _mean(rows.nll_R[rows.kind_R == INSIDE]),

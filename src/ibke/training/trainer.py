@@ -38,7 +38,7 @@ from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
-LAYOUT = 3  # of cached shards; a new one makes old caches unseen, never misread
+LAYOUT = 4  # of cached shards; a new one makes old caches unseen, never misread
 SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
@@ -114,13 +114,11 @@ def prepare_episodes(
     address = {"gamma": config.gamma, "ridge": config.ridge, "alike": config.alike}
     addresser = Addresser(ground.part, ground.site.entrance, lm.tokenizer, statistics.spectrum, **address)
     threshold = config.threshold if config.keys == "address" else None
-    builder = Builder(
-        lm.model, lm.tokenizer, ground.part, ground.site, addresser, statistics.pool_P, config.pool, threshold
-    )
+    builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, threshold)
     caches = []
     for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
         # The folder's name tells what is in it, so another seed, model or layer never reads stale shards.
-        kept = (config.pool, threshold, settings.text, contexts())
+        kept = (threshold, settings.text, contexts())
         identity = (LAYOUT, lm.fingerprint, config.layer, address, kept, episodes)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         folder = Path(settings.cache or settings.out) / f"{name}-{digest}"
@@ -143,8 +141,8 @@ def start_network(
     if settings.start:
         return started_from(Path(settings.start), settings, ground)
     torch.manual_seed(settings.seed)
-    network = Bottleneck(settings.config, ground.site.out, *in_out(ground.site.modules[ground.site.out]))
-    network.ground(statistics.spectrum, statistics.constant_D, statistics.pool_P, statistics.output_scale)
+    network = Bottleneck(settings.config, ground.site.out, in_out(ground.site.modules[ground.site.out])[1])
+    network.ground(statistics.spectrum, statistics.constant_D, statistics.output_scale)
     network.initialise(*episodes.initial(4000))
     return network.to(ground.lm.device)
 
@@ -156,7 +154,7 @@ def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottl
         TrainingError: the editor has other sizes.
     """
     trained, _ = load_editor(folder, ground.lm)
-    network = Bottleneck(settings.config, ground.site.out, trained.d_in, trained.d_out)
+    network = Bottleneck(settings.config, ground.site.out, trained.d_out)
     try:
         network.load_state_dict(trained.state_dict())
     except RuntimeError:

@@ -39,7 +39,7 @@ def validate(
         if swap and len(code.mean) == 1:
             continue
         z = swapped_codes(code) if swap else code.mean
-        rows = run_rows(part, site.modules, network.decode(z, code.written, site), some.groups)
+        rows = run_rows(part, site, network.decode(z, code.written, site), some.groups)
         rates += network.rate(code).tolist()
         for kind, found in right.items():
             found += rows.right_R[rows.kind_R == kind].float().tolist()

@@ -1,7 +1,6 @@
-"""The whole map from a capture to low-rank factors, through the code Z.
+"""The whole map from a capture to an edit's neurons, through the code Z.
 
-Shape suffixes: B edits, T tokens, D width of the residual stream, I neurons, Z code, C content, X context, E
-eigen-directions, K neurons of one edit.
+Shape suffixes: B edits, T tokens, D width of the residual stream, Z code, C content, X context, E eigen-directions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
 from ibke.editors.ibke.statistics import KeySpectrum, direction, whitening
 from ibke.errors import FormatError
-from ibke.neurons import Factors, Gate, Site
+from ibke.neurons import Gate, Neurons, Site
 
 
 @dataclass
@@ -29,7 +28,6 @@ class Written:
         role_BT: what each token is (``ibke.batch``: ``SUBJECT``, ``LAST``, ``ANSWER``).
         mask_BT: True where a token is real.
         address_BD: where the edit applies (see :mod:`ibke.editors.ibke.address`).
-        neurons_BK: the neurons it takes over.
         answer_BD: mean input embedding of each edit's answer, which a CEB prior is conditioned on.
     """
 
@@ -38,7 +36,6 @@ class Written:
     role_BT: Tensor
     mask_BT: Tensor
     address_BD: Tensor
-    neurons_BK: Tensor
     answer_BD: Tensor
 
 
@@ -62,7 +59,6 @@ class Bottleneck(nn.Module):
     Args:
         config: settings.
         name: dotted name of the output projection of the edited MLP.
-        d_in: its number of neurons.
         d_out: width of the residual stream.
     """
 
@@ -75,11 +71,10 @@ class Bottleneck(nn.Module):
     key_basis_DE: Tensor
     key_values_E: Tensor
     constant_D: Tensor
-    pool_P: Tensor
 
-    def __init__(self, config: IBKEConfig, name: str, d_in: int, d_out: int):
+    def __init__(self, config: IBKEConfig, name: str, d_out: int):
         super().__init__()
-        self.config, self.name, self.d_in, self.d_out = config, name, d_in, d_out
+        self.config, self.name, self.d_out = config, name, d_out
         content, context = config.content_dim, config.context_dim
         if max(content, context) > d_out:
             raise FormatError(
@@ -104,24 +99,21 @@ class Bottleneck(nn.Module):
             "key_basis_DE": (d_out, d_out),
             "key_values_E": (d_out,),
             "constant_D": (d_out,),
-            "pool_P": (d_in // 4,),
         }.items():
             self.register_buffer(buffer, torch.zeros(shape))
 
     @torch.no_grad()
-    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, pool_P: Tensor, output_scale: Tensor) -> None:
+    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, output_scale: Tensor) -> None:
         """Set what belongs to the frozen layer alone.
 
         Args:
             spectrum: of the generic keys, whole.
             constant_D: c with c·x = 1 for every key.
-            pool_P: its least used neurons.
             output_scale: mean norm of what it writes.
         """
         self.key_basis_DE.copy_(spectrum.basis_IE)
         self.key_values_E.copy_(spectrum.values_E)
         self.constant_D.copy_(constant_D)
-        self.pool_P.copy_(pool_P[: len(self.pool_P)])
         self.output_scale.copy_(output_scale)
 
     @torch.no_grad()
@@ -176,22 +168,20 @@ class Bottleneck(nn.Module):
         """R of each edit in nats (B): KL( q(z|e) ‖ r(z) ), arXiv 2512.16227's bound on I(E; Z)."""
         return rate(code.mean, code.log_variance, self.prior(code.mean, code.written.answer_BD))
 
-    def decode(self, z_BZ: Tensor, written: Written, site: Site, *, joint: bool = False) -> Factors:
-        """Low-rank factors from codes: A (B × R × in) and B (B × R × out) by module name.
+    def decode(self, z_BZ: Tensor, written: Written, site: Site, *, joint: bool = False) -> Neurons:
+        """Neurons from codes (B × K × D).
 
         Args:
             z_BZ: codes.
             written: what they were made from; the address is taken from there, or from the code (``keys``).
             site: the edited MLP.
-            joint: put all edits side by side as one update (then the leading size is 1).
+            joint: put all edits side by side as one (then the leading size is 1).
         """
         basis_CD = self.content_scale_C[:, None] * self.content_basis_CD
         values_BD = self.decoder(z_BZ, basis_CD) * self.output_scale
         address_BD = written.address_BD if self.config.keys == "address" else self.decode_address(z_BZ)
-        factors = site.factors(address_BD, self.constant_D, values_BD, written.neurons_BK, self.gate)
-        if joint:
-            return {name: (a.flatten(0, 1)[None], b.flatten(0, 1)[None]) for name, (a, b) in factors.items()}
-        return factors
+        neurons = site.neurons(address_BD, self.constant_D, values_BD, self.gate)
+        return neurons.map(lambda tensor: tensor.flatten(0, 1)[None]) if joint else neurons
 
     def decode_address(self, z_BZ: Tensor) -> Tensor:
         """The address from the context part of the code by the inverse of its linear map (B × D), strict variant."""
@@ -204,7 +194,6 @@ def select(
     site: Site,
     where: tuple[Tensor, Tensor, Tensor],
     address_BD: Tensor,
-    neurons_BK: Tensor,
     answer_BD: Tensor,
 ) -> Written:
     """Gather what the editor may know of a capture.
@@ -214,7 +203,6 @@ def select(
         site: the edited MLP.
         where: positions, roles and mask from :func:`ibke.batch.coded_positions`.
         address_BD: where each edit applies.
-        neurons_BK: the neurons it takes over.
         answer_BD: mean input embedding of its answer.
     """
     position_BT, role_BT, mask_BT = where
@@ -222,7 +210,7 @@ def select(
         torch.gather(values, 1, position_BT.unsqueeze(-1).expand(-1, -1, values.shape[-1])) * mask_BT.unsqueeze(-1)
         for values in (capture.keys[site.gate.name], capture.value_grads[site.out])
     )
-    return Written(keys, grads, role_BT, mask_BT, address_BD, neurons_BK, answer_BD)
+    return Written(keys, grads, role_BT, mask_BT, address_BD, answer_BD)
 
 
 @torch.no_grad()

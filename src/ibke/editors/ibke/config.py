@@ -27,7 +27,6 @@ class IBKEConfig:
         ridge: λ in units of C₀'s mean eigenvalue.
         alike: cosine from which on a built-in question about the subject counts as asking what the request asks, and
             does not silence it (ratio 0–1).
-        pool: how many of the least used neurons an edit chooses its own from.
         prior: r(z): ``standard`` N(0, I), ``diagonal`` learned, ``ceb`` conditioned on the answer.
         beta: weight of the rate R (per nat).
         beta_schedule: ``fixed``; ``anneal`` from 0 over the first tenth of training; ``target`` steers
@@ -49,7 +48,6 @@ class IBKEConfig:
     gamma: float = 1e-3
     ridge: float = 0.01
     alike: float = 0.6
-    pool: int = 64
     prior: Literal["standard", "diagonal", "ceb"] = "standard"
     beta: float = 1e-3
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"

@@ -17,19 +17,18 @@ from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
 from ibke.editors.ibke.address import Addresser, first_open, subject_of
-from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written, answer_embedding, select
+from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import watched_rows
 from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import LanguageModel
-from ibke.neurons import PER_EDIT, Site, choose
+from ibke.neurons import Site
 from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
 from ibke.rows import EDIT, RowGroup, build_groups, frame_prefixes
 
-SPARE = 192  # neurons an edit may be moved to
 GROUP = 16  # independent edits made in one pass
 
 
@@ -54,7 +53,6 @@ class IBKEEditor(Editor):
         config = network.config
         self.part = PartialModel(lm.model, lm.architecture.layers, config.layer)
         self.site = Site.find(lm.model, network.name)
-        self.modules = self.site.modules
         self.addresser = Addresser(
             self.part,
             self.site.entrance,
@@ -111,15 +109,14 @@ class IBKEEditor(Editor):
                 progress(len(edits), len(requests))
         return edits
 
-    def encode(self, requests: Sequence[EditRequest], joint: bool = False) -> tuple[Code, Tensor]:
+    def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
         """The codes of some requests and the targets' NLL on the base (nats).
 
         Args:
             requests: the edits.
-            joint: they shall stand side by side in one update, so no two may take the same neuron.
 
         Raises:
-            RequestError: a request longer than the model's window, or more requests than one update has room for.
+            RequestError: a request longer than the model's window.
             CaptureError: a gradient is not finite.
         """
         subjects = [subject_of(request.prompt, request.subject) for request in requests]
@@ -138,72 +135,37 @@ class IBKEEditor(Editor):
                 self.site,
                 (position, role, real),
                 self.addresser(asked).to(device),
-                self.neurons([request.prompt for request in requests], joint).to(device),
                 answer_embedding(self.lm.model.get_input_embeddings(), batch.labels_N, batch.row_N, batch.rows),
             )
             return self.network.encode(written), taken.nll_B
 
-    def neurons(self, prompts: Sequence[str], joint: bool) -> Tensor:
-        """Which neurons each request takes over (B × K), drawn by its own text so that the same edit comes out again.
-
-        Raises:
-            RequestError: more requests than one update has room for.
-        """
-        pool, among = self.network.pool_P, self.network.config.pool
-        if not joint:
-            return torch.stack([choose(pool, prompt, PER_EDIT, among) for prompt in prompts])
-        if len(prompts) * PER_EDIT > len(pool):
-            raise RequestError(
-                f"{len(prompts)} requests are more than one joint edit has room for ({len(pool) // PER_EDIT}).",
-                self.network.name,
-                "Split them into several edits, each for its own session.",
-            )
-        return choose(pool, "\n".join(prompts), len(prompts) * PER_EDIT, among).view(len(prompts), PER_EDIT)
-
     def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
         began = time.perf_counter()
-        code, nll_B = self.encode(requests, joint)
+        code, nll_B = self.encode(requests)
         refined = self._refine(code, requests, joint)
         z_BZ = refined.z_BZ if refined else code.mean
         with torch.no_grad():
-            factors = self.network.decode(z_BZ, code.written, self.site, joint=joint)
+            made = self.network.decode(z_BZ, code.written, self.site, joint=joint)
             rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
         seconds = time.perf_counter() - began
-        latent = {"z": z_BZ}
-        if joint:
-            info = self._info(slice(None), refined, rate_B, nll_B, seconds, latent, code.written)
-            return [Edit({name: (a[0], b[0].T) for name, (a, b) in factors.items()}, tuple(requests), info)]
         edits = []
-        for row, request in enumerate(requests):
-            # Each edit of a batch took its share of the time.
-            mine = {name: tensor[row : row + 1] for name, tensor in latent.items()}
-            info = self._info(slice(row, row + 1), refined, rate_B, nll_B, seconds / len(requests), mine, code.written)
-            edits.append(Edit({name: (a[row], b[row].T) for name, (a, b) in factors.items()}, (request,), info))
+        for row, asked in enumerate([requests] if joint else [[request] for request in requests]):
+            mine = slice(None) if joint else slice(row, row + 1)
+            info = EditInfo(
+                method=self.name,
+                fingerprint=self.lm.fingerprint,
+                model=self.lm.name,
+                refine_steps=int(refined.steps_B[mine].max()) if refined else 0,
+                rate_nats=float(rate_B[mine].sum()),
+                achieved=bool(refined.achieved_B[mine].all()) if refined else None,
+                # Each edit of a batch took its share of the time.
+                seconds=seconds * len(asked) / len(requests),
+                nll_before=float(nll_B[mine].mean()),
+                nll_after=float(refined.nll_B[mine].mean()) if refined else None,
+                latent={"z": z_BZ[mine]},
+            )
+            edits.append(Edit({}, tuple(asked), info, {self.network.name: made[row]}))
         return edits
-
-    def _info(
-        self,
-        rows: slice,
-        refined: Refined | None,
-        rate_B: Tensor,
-        nll_B: Tensor,
-        seconds: float,
-        latent: dict[str, Tensor],
-        written: Written,
-    ) -> EditInfo:
-        return EditInfo(
-            method=self.name,
-            fingerprint=self.lm.fingerprint,
-            model=self.lm.name,
-            refine_steps=int(refined.steps_B[rows].max()) if refined else 0,
-            rate_nats=float(rate_B[rows].sum()),
-            achieved=bool(refined.achieved_B[rows].all()) if refined else None,
-            seconds=seconds,
-            nll_before=float(nll_B[rows].mean()),
-            nll_after=float(refined.nll_B[rows].mean()) if refined else None,
-            neurons={self.network.name: written.neurons_BK[rows].flatten().tolist()},
-            latent={**latent, "spare": self.network.pool_P[:SPARE].int(), "constant": self.network.constant_D},
-        )
 
     def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes

@@ -75,7 +75,7 @@ class Refiner:
         settings: RefineSettings,
         joint: bool = False,
     ):
-        self.network, self.part, self.site, self.modules = network, part, site, site.modules
+        self.network, self.part, self.site = network, part, site
         self.settings, self.joint = settings, joint
 
     def refine(self, code: Code, targets: Sequence[RowGroup], watch: Callable[[], Sequence[RowGroup]]) -> Refined:
@@ -103,7 +103,8 @@ class Refiner:
             everything += watched
         if sum(group.batch.rows for group in everything) <= FEW_ROWS:
             everything = [merge(everything)]
-        adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9))
+        # Directions whose gradient is little more than rounding would else move as far as those that matter.
+        adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9), eps=1e-3)
         spare_B = none + self.settings.extra
         for step in range(1, steps + 1):
             adam.zero_grad()
@@ -135,7 +136,7 @@ class Refiner:
         return _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], count)
 
     def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
-        return run_rows(self.part, self.modules, self.network.decode(z, written, self.site, joint=self.joint), groups)
+        return run_rows(self.part, self.site, self.network.decode(z, written, self.site, joint=self.joint), groups)
 
     def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
         inside = rows.kind_R != OUTSIDE

@@ -17,7 +17,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 2
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 3
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -31,7 +31,6 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
         "model": lm.name,
         "fingerprint": lm.fingerprint,
         "module": network.name,
-        "d_in": network.d_in,
         "d_out": network.d_out,
         "config": json.loads(network.config.to_json()),
         **about,
@@ -70,7 +69,7 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
         raise FormatError("this is not an editor of this version.", str(folder / MANIFEST), "Train it again.")
     check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")
     config = IBKEConfig.from_dict(manifest["config"])
-    network = Bottleneck(config, manifest["module"], manifest["d_in"], manifest["d_out"])
+    network = Bottleneck(config, manifest["module"], manifest["d_out"])
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
     except (SafetensorError, RuntimeError) as error:
