@@ -27,7 +27,7 @@ from ibke.training.trainer import (
 )
 from ibke.training.validation import validate
 
-BETAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+BETAS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
 def points() -> dict[str, dict]:

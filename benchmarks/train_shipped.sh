@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains the editor that ships for SmolLM2-135M-Instruct. Killed, run it again with --resume. It ships as it was at step 450,
-# validation's best: up to there exactly this command (with two neutral contexts more), then shortened to 2000 steps and
-# stopped at 900.
+# Trains the editor that ships for SmolLM2-135M-Instruct. Killed, run it again with --resume. The weights that ship are those
+# of step 450 of this command, validation's best (shortened to 2000 steps, stopped at 900), made when addresses had other
+# contexts, the gate θ = 0.62, α = 60, and the encoder no gain (now all one); docs/experiments.md compares a run of today.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test -f build/heldout-relations.jsonl || .venv/bin/python benchmarks/heldout_relations.py

@@ -39,10 +39,12 @@ def test_the_closed_form_is_the_dense_solve():
     rho = 2.5
     weight = torch.full((EDITS, CONTRAST), rho, dtype=torch.float64)
     weight[2] = 0.0
-    address = solve(keys, mask, contrast, weight.sqrt(), lambda k: inverse_times(k, basis, spectrum, rest))
+    own = torch.linspace(0.5, 3.0, EDITS * TOKENS, dtype=torch.float64).view(EDITS, TOKENS) * mask
+    address = solve(keys, own.sqrt(), contrast, weight.sqrt(), lambda k: inverse_times(k, basis, spectrum, rest))
     for row in range(EDITS):
         k, v, n = keys[row][mask[row]], values[row][mask[row]], contrast[row] * weight[row].sqrt()[:, None]
-        wanted = torch.linalg.solve(k.T @ k + n.T @ n + dense_B(basis, spectrum, rest), k.T @ v)
+        w = own[row][mask[row]].diag()
+        wanted = torch.linalg.solve(k.T @ w @ k + n.T @ n + dense_B(basis, spectrum, rest), k.T @ w @ v)
         got = address[row].T @ (values[row] * mask[row][:, None])
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 

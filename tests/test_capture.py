@@ -138,8 +138,9 @@ def test_a_prefix_run_once_changes_nothing(architecture):
     got = prefixes.inputs_of(module, rows)
     pairs = [Pair([*prefix, *tail], [2], (0, 1)) for prefix, tail in rows]
     whole = part.inputs_of(module, collate(pairs, lm.tokenizer.pad_token_id))
-    wanted = torch.stack([whole[row, len(pair.prompt) - 1] for row, pair in enumerate(pairs)])
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for row, (prefix, tail) in enumerate(rows):
+        wanted = whole[row, len(prefix) : len(prefix) + len(tail)]
+        torch.testing.assert_close(got[row], wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", EVERY)

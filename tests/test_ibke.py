@@ -7,7 +7,7 @@ import torch
 from tests.conftest import make_tiny
 
 from ibke.edit import Edit
-from ibke.editors.ibke.address import OTHER, contexts_of, first_open, guess_subject, names_the_question, subject_of
+from ibke.editors.ibke.address import OTHER, REQUEST, About, contexts_of, guess_subject, names_the_question, subject_of
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
@@ -15,6 +15,7 @@ from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
+from ibke.editors.ibke.watch import watched_rows
 from ibke.errors import FormatError
 from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules
@@ -60,7 +61,7 @@ def test_every_prior_and_key_variant_gives_a_gradient(prior, keys):
     (neurons.gate.sum() + neurons.out.square().sum() + rates.sum()).backward()
     assert rates.shape == (2,) and (rates > 0).all()
     named = dict(network.named_parameters())
-    wanted = ["decoder.log_step", "encoder.mean.weight", "decoder.value.weight"] + [
+    wanted = ["decoder.log_step", "encoder.log_gain", "encoder.mean.weight", "decoder.value.weight"] + [
         n for n in named if n.startswith("prior.mean")
     ]
     for name in wanted:
@@ -91,17 +92,23 @@ def test_an_address_knows_nothing_of_the_answer():
     assert not torch.allclose(one.mean, two.mean)
 
 
-def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_of():
-    editor = make_editor(alike=2.0)
-    address = editor.addresser([(REQUESTS[0].prompt, "Borduria")])[0]
-    rows = contexts_of(REQUESTS[0].prompt, "Borduria", editor.lm.tokenizer)
-    for row, response in zip(rows, (editor.addresser.keys(rows) @ address).tolist(), strict=True):
-        assert response == pytest.approx(0.0 if row.kind == OTHER else 1.0, abs=0.2)
+def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_of(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    editor.addresser.alike = 2.0  # no question counts as the request's own
+    about = About("The capital of Borduria is", "Borduria", ("Borduria is governed from",))
+    address = editor.addresser([about])[0]
+    rows = contexts_of(about, editor.lm.tokenizer)
+    assert sum(row.kind == REQUEST for row in rows) == 6  # three frames, the phrase as a question twice, one wording
+    for row, keys_TD in zip(rows, editor.addresser.keys(rows), strict=True):
+        *before, last = (keys_TD @ address).tolist()
+        assert last == pytest.approx(0.0 if row.kind == OTHER else 1.0, abs=0.2)
+        if row.kind == REQUEST:
+            assert max(before[0 if row.prefix else 1 :], default=0.0) < editor.network.config.threshold
 
 
 def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():
     tokenizer = make_tiny("llama").tokenizer
-    (request, *_) = contexts_of("B is the capital of", "B", tokenizer)
+    (request, *_) = contexts_of(About("B is the capital of", "B"), tokenizer)
     assert tokenizer.decode(request.tail) == tokenizer.decode(tokenizer("B is the capital of").input_ids[:2])
 
 
@@ -112,6 +119,8 @@ def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():
         ("What is the capital of Borduria?", "the capital of"),
         ("Borduria has the capital", None),
         ("The Borduria", None),
+        ("The team Borduria plays in", None),
+        ("The league which Borduria plays in is", "The league which"),
         ("In the year 1900 Borduria", None),
     ],
 )
@@ -120,7 +129,9 @@ def test_a_question_is_named_before_the_subject_or_not(prompt, phrase):
 
 
 def test_without_a_named_question_nothing_is_contrasted():
-    kinds = [row.kind for row in contexts_of("Borduria has the capital", "Borduria", make_tiny("llama").tokenizer)]
+    kinds = [
+        row.kind for row in contexts_of(About("Borduria has the capital", "Borduria"), make_tiny("llama").tokenizer)
+    ]
     assert OTHER not in kinds and len(kinds) > 5
 
 
@@ -153,10 +164,10 @@ def test_refining_lowers_the_nll_and_says_what_it_did():
 def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
     editor = make_editor(RefineSettings(steps=4, learning_rate=learning_rate))
     code, _ = editor.encode(REQUESTS)
-    targets = editor._targets(REQUESTS, joint=False)
+    targets = editor._targets(REQUESTS, editor._opened(code), joint=False)
     refiner = Refiner(editor.network, editor.part, editor.site, editor.settings)
     first, _ = refiner._judge(refiner._run(code.mean, code.written, targets), 2)
-    best = refiner.refine(code, targets, lambda: editor._watched(code, REQUESTS, joint=False))
+    best = refiner.refine(code, targets, lambda: [])
     again, _ = refiner._judge(refiner._run(best.z_BZ, code.written, targets), 2)
     assert (best.nll_B <= first).all()
     torch.testing.assert_close(again, best.nll_B, rtol=1e-4, atol=1e-4)
@@ -167,13 +178,12 @@ def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
     probes = ("I read about Myanmar and", "Seven plus five is")
     request = EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar", locality=tuple(map(Probe, probes)))
     code, _ = editor.encode([request])
-    pairs = [encode_pair(text, "-", "bare", smollm32.tokenizer) for text in probes]
-    addresses, threshold = code.written.address_BD[[0, 0]], editor.network.config.threshold
-    reached = first_open(editor.part, editor.site.entrance, pairs, addresses, threshold)
+    opened, watch = editor._opened(code), (editor.part, editor.prefixes, smollm32.tokenizer)
+    reached = opened([encode_pair(text, "-", "bare", smollm32.tokenizer) for text in probes], [0, 0])
     assert reached[0] is not None and reached[1] is None
-    without = replace(request, locality=())
-    rows = [sum(group.batch.rows for group in editor._watched(code, [some], False)) for some in (request, without)]
-    assert rows[0] == rows[1] + 1
+    (group,) = watched_rows(*watch, [request], opened, False)
+    assert group.batch.rows == 1
+    assert watched_rows(*watch, [replace(request, locality=request.locality[1:])], opened, False) == []
 
 
 def test_a_joint_edit_gives_every_request_neurons_of_its_own():

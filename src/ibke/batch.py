@@ -6,7 +6,7 @@ Shape suffixes: R rows (sequences), T tokens, N answer positions of all rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Pair:
     answer: list[int]
     span: tuple[int, int]
     subject: tuple[int, int] | None = None
+
+    def reached(self, place: int | None) -> Pair:
+        """The same, with the first token an edit reaches in the place of the subject; None is the prompt's last."""
+        begin = len(self.prompt) - 1 if place is None else min(place, len(self.prompt) - 1)
+        return replace(self, subject=(begin, begin + 1))
 
     def __len__(self) -> int:
         # The last answer token is predicted but never fed.

@@ -292,8 +292,8 @@ class Prefixes:
         )
 
     @torch.no_grad()
-    def inputs_of(self, module: nn.Module, rows: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> Tensor:
-        """What a module is fed at the last token of each row (R × its d_in, float32).
+    def inputs_of(self, module: nn.Module, rows: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> list[Tensor]:
+        """What a module is fed at the tokens after each row's prefix (T × its d_in, float32).
 
         Args:
             module: a module of the first layer an edit may change.
@@ -303,7 +303,7 @@ class Prefixes:
         batch = collate([Pair(list(tail), [0], (0, 1)) for _, tail in rows], 0, self.real_RT.device)
         fed = _fed_to(module, lambda: self.part.decoder(input_ids=batch.ids_RT, **self.part.after(past, batch)))
         fed = fed.float().reshape(*batch.ids_RT.shape, -1)
-        return fed[torch.arange(len(rows)), torch.tensor([len(tail) - 1 for _, tail in rows])]
+        return [fed_TD[: len(tail)] for fed_TD, (_, tail) in zip(fed, rows, strict=True)]
 
 
 def _fed_to(module: nn.Module, run: Callable[[], Any]) -> Tensor:

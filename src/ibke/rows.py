@@ -212,10 +212,10 @@ def build_groups(
         kinds: ``EDIT``, ``INSIDE`` or ``OUTSIDE`` for each.
         owners: the edit in force on each.
         pad_id: token to pad with.
-        prefixes: given, compute again and again only what an edit written at the subject's last token can reach: the
-            model is causal, so what stands before it is passed once, through all layers, and kept; and what stands
-            before a prompt's own words is taken from here, where it is known. For a chat turn that is most of it.
-            Rows that name no subject stay whole.
+        prefixes: given, compute again and again only what an edit in force from the subject's last token on can reach
+            (:meth:`Pair.reached` marks a pair that it reaches elsewhere): the model is causal, so what stands before it
+            is passed once, through all layers, and kept; and what stands before a prompt's own words is taken from
+            here, where it is known. For a chat turn that is most of it. Rows that name no subject stay whole.
     """
     device = next(part.model.parameters()).device
     groups = []

@@ -11,7 +11,7 @@ F attention keys and values of one token, all layers from the edited one on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
-from ibke.editors.ibke.address import Addresser, first_open, subject_of
+from ibke.editors.ibke.address import About, Addresser, first_open, subject_of
 from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
@@ -91,11 +91,12 @@ class Builder:
                 "no request names a prompt whose answer must stay.", "training data", "Give some `locality` prompts."
             )
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        asked_about = [(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+        asked_about = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
         out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
         first = self._first_reached(pairs, out["address_BD"][owner])
         kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
-        tails = [self._from(pairs[row], first[row]) for row in kept]
+        # Before it is in force an edit changes nothing, so what stands there is computed once and for all.
+        tails = [pairs[row].reached(first[row]) for row in kept]
         out |= self._rows(tails, [kinds[row] for row in kept])
         return out | {"row_kind": torch.tensor(kinds)[kept], "row_owner": torch.tensor(owner)[kept]}
 
@@ -103,11 +104,6 @@ class Builder:
         if self.threshold is None:
             return [0] * len(pairs)
         return first_open(self.part, self.site.entrance, pairs, address_RD, self.threshold)
-
-    def _from(self, pair: Pair, place: int | None) -> Pair:
-        """The pair, marked where computing it again begins: before it is in force an edit changes nothing."""
-        begin = min(len(pair.prompt) - 1 if place is None else place, len(pair.prompt) - 1)
-        return replace(pair, subject=(begin, begin + 1))
 
     def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
         keys, grads, roles, counts, answers = [], [], [], [], []

@@ -1,10 +1,11 @@
 """Where an edit applies: a direction that answers 1 at the request's subject and 0 elsewhere, in closed form.
 
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
-in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the subject behind
-words that ask something else about it. Both stand before generic keys C₀, so with all targets in K equal to 1
+in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
+that token in the request, and the subject behind words that ask something else about it. Both stand before generic keys
+C₀, so with all targets in K equal to 1 and weights W, larger for the request's own words,
 
-    a = A⁻¹ Kᵀ 1,   A = KᵀK + NᵀN + γ (C₀ + λ I).
+    a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀN + γ (C₀ + λ I).
 
 The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
 only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
@@ -22,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ from ibke.rows import by_length
 
 REQUEST, NEUTRAL, OTHER = range(3)
 ROWS = 256  # contexts run at once
+OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 # Words that begin sentences without naming anything.
@@ -48,12 +51,17 @@ _OPENERS = frozenset(
     )
 )
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
-_PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\S)\s*"
+# "The capital of …", "the league which …"; what goes with the subject without such a word ("The team …") names nothing.
+_PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\b(?:of|by|for|in|from|to|at|with|on|which|that))\s*"
 
 
 @cache
 def contexts() -> dict[str, list[tuple[str, Frame]]]:
-    """Our own contexts for a subject: ``neutral`` ones, and ``questions`` that ask something about it."""
+    """Our own contexts for a subject.
+
+    ``neutral`` ones ask nothing, ``questions`` name what they ask before it, as a phrase, and ``asking`` ones name it
+    after it, if at all.
+    """
     record = json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
     return {kind: [(text, frame) for frame, texts in record[kind].items() for text in texts] for kind in record}
 
@@ -128,12 +136,23 @@ class Context:
     tail: tuple[int, ...]
 
 
-def contexts_of(prompt: str, subject: str, tokenizer: Any) -> list[Context]:
+class About(NamedTuple):
+    """What an address is made for: a request's prompt, its subject, and other wordings given with it."""
+
+    prompt: str
+    subject: str
+    wordings: tuple[str, ...] = ()
+
+
+def contexts_of(about: About, tokenizer: Any) -> list[Context]:
     """Every context an address is made from, cut off after the subject."""
+    prompt, subject, wordings = about
     asked = [(REQUEST, prompt, frame) for frame in FRAMES]
+    asked += [(REQUEST, text, "bare") for text in wordings if subject.lower() in text.lower()]
     asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
     if phrase := names_the_question(prompt, subject):
         asked += [(REQUEST, f"What is {phrase[0].lower()}{phrase[1:]} {subject}?", frame) for frame in ("bare", "chat")]
+        asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["asking"]]
         asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
     found = []
     for kind, text, frame in asked:
@@ -178,43 +197,44 @@ class Addresser:
         self.rest = torch.tensor(spectrum.rest + floor, dtype=torch.float64)
         self.gamma = gamma
 
-    def __call__(self, requests: Sequence[tuple[str, str]]) -> Tensor:
-        """Addresses (B × D, float32) of pairs of prompt and subject."""
-        rows, owners = [], []
-        for owner, (prompt, subject) in enumerate(requests):
-            mine = contexts_of(prompt, subject, self.tokenizer)
-            rows += mine
-            owners += [owner] * len(mine)
-        keys_RD, owner_R = self.keys(rows).double(), torch.tensor(owners)
-        kind_R = torch.tensor([row.kind for row in rows])
-        return torch.stack(
-            [self._address(keys_RD[owner_R == owner], kind_R[owner_R == owner]) for owner in range(len(requests))]
-        ).float()
+    def __call__(self, requests: Sequence[About]) -> Tensor:
+        """Addresses (B × D, float32)."""
+        made = [contexts_of(about, self.tokenizer) for about in requests]
+        found = iter(self.keys([row for rows in made for row in rows]))
+        addresses = [self._address(rows, list(islice(found, len(rows)))) for rows in made]
+        return torch.stack(addresses).float()
 
     @cached_property
     def prefixes(self) -> Prefixes:
         """What every request's contexts begin with, run once."""
-        known = [row.prefix for row in contexts_of("The X of Y", "Y", self.tokenizer)]
+        known = [row.prefix for row in contexts_of(About("The X of Y", "Y"), self.tokenizer)]
         return Prefixes(self.part, known)
 
-    def keys(self, rows: Sequence[Context]) -> Tensor:
-        """What the MLP sees at the last position of each context (R × D)."""
+    def keys(self, rows: Sequence[Context]) -> list[Tensor]:
+        """What the MLP sees at the tokens of each context's tail (T × D)."""
         known = self.prefixes.index
         # Tokens may merge across the border; such a row is run as a whole.
         split = [(row.prefix, row.tail) if row.prefix in known else ((), row.prefix + row.tail) for row in rows]
         parts = [self.prefixes.inputs_of(self.entrance, split[i : i + ROWS]) for i in range(0, len(split), ROWS)]
-        return torch.cat(parts).cpu()
+        found = [keys_TD.cpu() for part in parts for keys_TD in part]
+        return [keys_TD[-len(row.tail) :] for keys_TD, row in zip(found, rows, strict=True)]
 
-    def _address(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
+    def _address(self, rows: Sequence[Context], found: Sequence[Tensor]) -> Tensor:
+        kind_T = torch.tensor([row.kind for row in rows])
+        if not (kind_T != OTHER).any():
+            return torch.zeros(len(self.basis_DE), dtype=torch.float64)
+        keys_TD = torch.stack([keys_TD[-1] for keys_TD in found]).double()
         answer_TD, silent_TD = keys_TD[kind_T != OTHER], keys_TD[kind_T == OTHER]
-        if not len(answer_TD):
-            return keys_TD.new_zeros(keys_TD.shape[1])
         if len(silent_TD):
             silent_TD = silent_TD[~self._asks_the_same(keys_TD, kind_T)]
-        everywhere = torch.ones(1, len(answer_TD), dtype=torch.bool)
-        weights = keys_TD.new_ones(1, len(silent_TD))
-        columns = solve(answer_TD[None], everywhere, silent_TD[None], weights, self._pull)
-        return columns[0].sum(0)
+        # What comes before the subject's last token, without a first position, which belongs to no word.
+        before = [
+            keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
+        ]
+        silent_TD = torch.cat([silent_TD, *(keys.double() for keys in before)])
+        root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[kind_T != OTHER]
+        ones_S = silent_TD.new_ones(len(silent_TD))
+        return solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self._pull)[0].sum(0)
 
     def _pull(self, keys_BTD: Tensor) -> Tensor:
         """B⁻¹ k with B = γ (C₀ + λ I)."""

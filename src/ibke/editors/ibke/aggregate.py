@@ -1,6 +1,6 @@
 """The closed form behind an address: ridge regression on keys.
 
-    A⁻¹ Kᵀ,   A = KᵀK + ρ NᵀN + B,   B = γ (C₀ + λ I)
+    A⁻¹ KᵀW,   A = KᵀWK + ρ NᵀN + B,   B = γ (C₀ + λ I)
 
 With far fewer keys than dimensions the push-through identity gives A⁻¹Kᵀ = B⁻¹Uᵀ (I + U B⁻¹ Uᵀ)⁻¹ [I; 0] for the stack
 U = [K; √ρ N]: only a system of the size of U to solve (as in MALMEN, Tan et al. 2023, eq. 5, with MEMIT's generic keys
@@ -25,25 +25,25 @@ def inverse_times(keys_BTI: Tensor, basis_IE: Tensor, spectrum_E: Tensor, rest: 
 
 
 def solve(
-    keys_BTI: Tensor, mask_BT: Tensor, contrast_BSI: Tensor, root_BS: Tensor, pull: Callable[[Tensor], Tensor]
+    keys_BTI: Tensor, root_BT: Tensor, contrast_BSI: Tensor, root_BS: Tensor, pull: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """A⁻¹ Kᵀ as one row a key (B × T × I), so that values V in their places give AᵀV; one independent solve per edit.
+    """A⁻¹ KᵀW as one row a key (B × T × I), so that values V in their places give AᵀV; one independent solve per edit.
 
-    Contrast keys N are places that must not answer; they enter as further rows with value zero and weight ρ, so that
-    A = KᵀK + ρ NᵀN + B, without raising the rank.
+    Contrast keys N are places that must not answer; they enter as further rows with value zero, without raising the
+    rank: A = KᵀWK + ρ NᵀN + B.
 
     Args:
-        keys_BTI: K; rows outside the mask are ignored.
-        mask_BT: True where a key is real.
+        keys_BTI: K.
+        root_BT: √W, the root of each key's weight, 0 where there is none.
         contrast_BSI: N.
         root_BS: √ρ of each contrast key, 0 where there is none.
         pull: multiplies keys by B⁻¹ (see :func:`inverse_times`).
     """
-    weight_BU = torch.cat([mask_BT.to(keys_BTI.dtype), root_BS], dim=1)
-    rows_BUI = torch.cat([keys_BTI, contrast_BSI], dim=1) * weight_BU.unsqueeze(-1)
+    root_BT = root_BT.to(keys_BTI.dtype)
+    rows_BUI = torch.cat([keys_BTI, contrast_BSI], dim=1) * torch.cat([root_BT, root_BS], dim=1).unsqueeze(-1)
     pulled_BUI = pull(rows_BUI)
     gram_BUU = rows_BUI @ pulled_BUI.transpose(1, 2)
     eye_UU = torch.eye(gram_BUU.shape[-1], dtype=gram_BUU.dtype, device=gram_BUU.device)
     # (I + K B⁻¹ Kᵀ)⁻¹ is symmetric, so its first T columns transposed weight the rows of each address.
-    pick_UT = eye_UU[:, : keys_BTI.shape[1]].expand(len(keys_BTI), -1, -1) * mask_BT.unsqueeze(1).to(keys_BTI.dtype)
+    pick_UT = eye_UU[:, : keys_BTI.shape[1]].expand(len(keys_BTI), -1, -1) * root_BT.unsqueeze(1)
     return torch.linalg.solve(gram_BUU + eye_UU, pick_UT).transpose(1, 2) @ pulled_BUI

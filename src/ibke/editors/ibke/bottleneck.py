@@ -140,7 +140,7 @@ class Bottleneck(nn.Module):
 
     def scalars(self) -> list[nn.Parameter]:
         """The few parameters that set sizes; they want larger steps than weights do."""
-        return [self.decoder.log_step]
+        return [self.decoder.log_step, self.encoder.log_gain]
 
     def start(self, written: Written) -> Tensor:
         """Whitened features of the written token, which the code begins as (B × Z)."""

@@ -42,8 +42,8 @@ class IBKEConfig:
     width: int = 384
     depth: int = 2
     keys: Literal["address", "code"] = "address"
-    threshold: float = 0.62
-    sharpness: float = 60.0
+    threshold: float = 0.58
+    sharpness: float = 200.0
     ramp: float = 6.0
     gamma: float = 1e-3
     ridge: float = 0.01

@@ -16,11 +16,11 @@ from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.address import Addresser, first_open, subject_of
+from ibke.editors.ibke.address import About, Addresser, first_open, subject_of
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
-from ibke.editors.ibke.watch import watched_rows
+from ibke.editors.ibke.watch import Opened, watched_rows
 from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import LanguageModel
@@ -127,7 +127,10 @@ class IBKEEditor(Editor):
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
         taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
-        asked = [(request.prompt, subject) for request, subject in zip(requests, subjects, strict=True)]
+        asked = [
+            About(request.prompt, subject, request.rephrase_prompts)
+            for request, subject in zip(requests, subjects, strict=True)
+        ]
         with torch.no_grad():
             position, role, real = (tensor.to(device) for tensor in coded_positions(pairs))
             written = select(
@@ -170,15 +173,15 @@ class IBKEEditor(Editor):
     def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes
             return None
-        refiner = Refiner(self.network, self.part, self.site, self.settings, joint)
+        refiner, opened = Refiner(self.network, self.part, self.site, self.settings, joint), self._opened(code)
         return refiner.refine(
             code,
-            self._targets(requests, joint),
-            lambda: self._watched(code, requests, joint),
+            self._targets(requests, opened, joint),
+            lambda: watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, opened, joint),
         )
 
-    def _watched(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
-        """What must stay while a code moves, as far as the edit reaches it."""
+    def _opened(self, code: Code) -> Opened:
+        """Tells where the edits of some codes may be in force."""
 
         def opened(pairs: Sequence[Pair], owners: Sequence[int]) -> Sequence[int | None]:
             if self.network.config.keys == "code":  # an address that moves may come to reach anything
@@ -186,20 +189,28 @@ class IBKEEditor(Editor):
             address_RD = code.written.address_BD[list(owners)]
             return first_open(self.part, self.site.entrance, pairs, address_RD, self.network.config.threshold)
 
-        return watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, opened, joint)
+        return opened
 
-    def _targets(self, requests: Sequence[EditRequest], joint: bool) -> list[RowGroup]:
+    def _targets(self, requests: Sequence[EditRequest], opened: Opened, joint: bool) -> list[RowGroup]:
         """The target in several frames of the request and in the wordings given with it."""
-        pairs: list[Pair] = []
-        owners: list[int] = []
+        asked: list[Pair] = []
+        about: list[int] = []
         for owner, request in enumerate(requests):
-            asked = [(request.prompt, frame) for frame in FRAMES]
-            asked += [(text, "bare") for text in request.rephrase_prompts]
             subject = subject_of(request.prompt, request.subject)
-            pairs += [self._pair(text, request.target_new, frame, subject) for text, frame in asked]
-            owners += [0 if joint else owner] * len(asked)
+            # An address is silent before the subject's last token of its own request, in every frame.
+            asked += [self._pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
+            about += [owner] * len(FRAMES)
+        worded = [(owner, text) for owner, request in enumerate(requests) for text in request.rephrase_prompts]
+        pairs = [self._pair(text, requests[owner].target_new, "bare") for owner, text in worded]
+        if pairs:
+            places = opened(pairs, [owner for owner, _ in worded])
+            asked += [pair.reached(place) for pair, place in zip(pairs, places, strict=True)]
+            about += [owner for owner, _ in worded]
+        if self.network.config.keys == "code":
+            asked = [pair.reached(0) for pair in asked]
+        owners = [0] * len(about) if joint else about
         pad_id = self.lm.tokenizer.pad_token_id
-        return build_groups(self.part, pairs, [EDIT] * len(pairs), owners, pad_id, prefixes=self.prefixes)
+        return build_groups(self.part, asked, [EDIT] * len(asked), owners, pad_id, prefixes=self.prefixes)
 
     def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:
         pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject)

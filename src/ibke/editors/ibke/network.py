@@ -62,6 +62,9 @@ class Encoder(nn.Module):
         self.mean = _zero(nn.Linear(width, code))
         # Start nearly deterministic (σ ≈ e⁻²), as variational bottlenecks on trained networks do best.
         self.log_variance = _zero(nn.Linear(width, code), bias=-4.0)
+        # What a dimension of the start is worth: the optimal Gaussian encoder shrinks those that pay for less than
+        # they cost, down to nothing.
+        self.log_gain = nn.Parameter(torch.zeros(code))
 
     def forward(
         self, start_BZ: Tensor, features_BTF: Tensor, role_BT: Tensor, mask_BT: Tensor
@@ -79,7 +82,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             h = block(h, mask_BT)
         h = self.norm(h[:, 0])
-        return start_BZ + self.mean(h), self.log_variance(h).clamp(-10.0, 4.0)
+        return (0.5 * self.log_gain).exp() * start_BZ + self.mean(h), self.log_variance(h).clamp(-10.0, 4.0)
 
 
 class Decoder(nn.Module):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from ibke.batch import Pair
-from ibke.editors.ibke.address import subject_of
 from ibke.frames import encode_pair
 from ibke.partial import PartialModel, Prefixes
 from ibke.request import EditRequest
@@ -42,13 +41,15 @@ def watched_rows(
     probes: list[Pair] = []
     about: list[int] = []
     for owner, request in enumerate(requests):
-        subject = subject_of(request.prompt, request.subject)
-        probes += [encode_pair(probe.prompt, "-", "bare", tokenizer, subject) for probe in request.locality]
+        probes += [encode_pair(probe.prompt, "-", "bare", tokenizer) for probe in request.locality]
         about += [owner] * len(request.locality)
-    reached = [row for row, place in enumerate(opened(probes, about)) if place is not None] if probes else []
+    places = opened(probes, about) if probes else []
+    reached = [row for row, place in enumerate(places) if place is not None]
     if not reached:
         return []
     answers = continuations(part.model, tokenizer, [probes[row].prompt for row in reached])
-    pairs = [replace(probes[row], answer=answer) for row, answer in zip(reached, answers, strict=True)]
+    pairs = [
+        replace(probes[row], answer=answer).reached(places[row]) for row, answer in zip(reached, answers, strict=True)
+    ]
     owners = [0 if joint else about[row] for row in reached]
     return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, prefixes=prefixes)
