@@ -2,8 +2,9 @@
 
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
-that token in the request, and the subject behind words that ask something else about it. Both stand before generic keys
-C₀, so with all targets in K equal to 1 and weights W, larger for the request's own words,
+that token in the request, the subject behind words that ask something else about it, and other subjects behind the
+words that the request asks with. Both stand before generic keys C₀, so with all targets in K equal to 1 and weights W,
+larger for the request's own words,
 
     a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀN + γ (C₀ + λ I).
 
@@ -37,7 +38,7 @@ from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel, Prefixes
 from ibke.rows import by_length
 
-REQUEST, NEUTRAL, OTHER = range(3)
+REQUEST, NEUTRAL, OTHER, ELSEWHERE = range(4)
 ROWS = 256  # contexts run at once
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
@@ -56,14 +57,24 @@ _PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\b(?:of|by|for|in|from|to|at|with|on|wh
 
 
 @cache
+def _own() -> dict[str, Any]:
+    return json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
+
+
+def other_subjects() -> list[str]:
+    """Subjects of several kinds, to stand where a request's own stands."""
+    return _own()["others"]
+
+
+@cache
 def contexts() -> dict[str, list[tuple[str, Frame]]]:
     """Our own contexts for a subject.
 
     ``neutral`` ones ask nothing, ``questions`` name what they ask before it, as a phrase, and ``asking`` ones name it
     after it, if at all.
     """
-    record = json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
-    return {kind: [(text, frame) for frame, texts in record[kind].items() for text in texts] for kind in record}
+    kinds = ("neutral", "asking", "questions")
+    return {kind: [(text, frame) for frame, texts in _own()[kind].items() for text in texts] for kind in kinds}
 
 
 def guess_subject(prompt: str) -> str | None:
@@ -126,7 +137,7 @@ class Context:
     """One place where a subject stands.
 
     Args:
-        kind: ``REQUEST``, ``NEUTRAL`` or ``OTHER``.
+        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question) or ``ELSEWHERE`` (the request's, about another subject).
         prefix: tokens before it that are the same for every request.
         tail: the tokens after those, up to the subject's last.
     """
@@ -151,12 +162,16 @@ def contexts_of(about: About, tokenizer: Any) -> list[Context]:
     asked += [(REQUEST, text, "bare") for text in wordings if subject.lower() in text.lower()]
     asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
     if phrase := names_the_question(prompt, subject):
-        asked += [(REQUEST, f"What is {phrase[0].lower()}{phrase[1:]} {subject}?", frame) for frame in ("bare", "chat")]
+        # "The national currency of" is also asked for as "the currency of".
+        for named in dict.fromkeys((f"{phrase[0].lower()}{phrase[1:]}", f"the {' '.join(phrase.split()[-2:])}")):
+            asked += [(REQUEST, f"What is {named} {subject}?", frame) for frame in ("bare", "chat")]
         asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["asking"]]
         asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
+        before = prompt[: prompt.lower().find(subject.lower())]
+        asked += [(ELSEWHERE, before + other, "bare") for other in other_subjects() if other.lower() != subject.lower()]
     found = []
     for kind, text, frame in asked:
-        pair = encode_pair(text, "-", frame, tokenizer, subject)
+        pair = encode_pair(text, "-", frame, tokenizer, subject if kind != ELSEWHERE else None)
         begin, end = pair.subject or pair.span
         fixed = pair.span[0] if kind == REQUEST else begin
         # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
@@ -221,18 +236,19 @@ class Addresser:
 
     def _address(self, rows: Sequence[Context], found: Sequence[Tensor]) -> Tensor:
         kind_T = torch.tensor([row.kind for row in rows])
-        if not (kind_T != OTHER).any():
+        answers_T = (kind_T == REQUEST) | (kind_T == NEUTRAL)
+        if not answers_T.any():
             return torch.zeros(len(self.basis_DE), dtype=torch.float64)
         keys_TD = torch.stack([keys_TD[-1] for keys_TD in found]).double()
-        answer_TD, silent_TD = keys_TD[kind_T != OTHER], keys_TD[kind_T == OTHER]
+        answer_TD, silent_TD = keys_TD[answers_T], keys_TD[kind_T == OTHER]
         if len(silent_TD):
             silent_TD = silent_TD[~self._asks_the_same(keys_TD, kind_T)]
         # What comes before the subject's last token, without a first position, which belongs to no word.
         before = [
             keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
         ]
-        silent_TD = torch.cat([silent_TD, *(keys.double() for keys in before)])
-        root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[kind_T != OTHER]
+        silent_TD = torch.cat([silent_TD, keys_TD[kind_T == ELSEWHERE], *(keys.double() for keys in before)])
+        root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
         ones_S = silent_TD.new_ones(len(silent_TD))
         return solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self._pull)[0].sum(0)
 
