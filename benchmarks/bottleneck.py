@@ -103,8 +103,10 @@ def draw(report: dict, path: Path) -> None:
             axes.plot(swept[0.0]["rate_nats"], swept[0.0][key], "x", color=colour)
     for beta, found in swept.items():
         label = f"β = {beta:g}" if beta else "noise without KL"
-        axes.annotate(label, (found["rate_nats"], found["locality"]), (0, 7), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="rate (nats per edit)", ylabel="share of prompts answered as they should be")
+        place = (found["rate_nats"], found["reliability"])
+        axes.annotate(label, place, (0, 7), textcoords="offset points", fontsize=7, rotation=60)
+    axes.set(xlabel="rate (nats per edit)", ylabel="share of prompts answered as they should be")
+    axes.set(xlim=(0, None), ylim=(0, 1.3 * max(found["reliability"] for found in swept.values())))
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ibke.batch import Batch
-from ibke.editors.ibke.address import Addresser, contexts
+from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
@@ -38,7 +38,7 @@ from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
-LAYOUT = 4  # of cached shards; a new one makes old caches unseen, never misread
+LAYOUT = 5  # of cached shards; a new one makes old caches unseen, never misread
 SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
@@ -118,8 +118,7 @@ def prepare_episodes(
     caches = []
     for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
         # The folder's name tells what is in it, so another seed, model or layer never reads stale shards.
-        kept = (threshold, settings.text, contexts())
-        identity = (LAYOUT, lm.fingerprint, config.layer, address, kept, episodes)
+        identity = (LAYOUT, lm.fingerprint, config.layer, addresser.identity, threshold, settings.text, episodes)
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         folder = Path(settings.cache or settings.out) / f"{name}-{digest}"
         started = time.monotonic()

@@ -58,6 +58,7 @@ _PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\b(?:of|by|for|in|from|to|at|with|on|wh
 
 @cache
 def _own() -> dict[str, Any]:
+    """What we wrote for addresses."""
     return json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
 
 
@@ -210,7 +211,12 @@ class Addresser:
         floor = ridge * spectrum.mean()
         self.values_E = spectrum.values_E.cpu().double() + floor
         self.rest = torch.tensor(spectrum.rest + floor, dtype=torch.float64)
-        self.gamma = gamma
+        self.gamma, self.ridge = gamma, ridge
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """All that decides an address but the model and the request."""
+        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, json.dumps(_own()))
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
