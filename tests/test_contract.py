@@ -67,7 +67,7 @@ def test_independent_edits_in_a_batch_are_those_made_alone(editor):
         assert edit.requests == (request,)
         assert edit.info.achieved == alone.info.achieved
         for name, tensor in alone.tensors().items():
-            torch.testing.assert_close(edit.tensors()[name], tensor, rtol=2e-2, atol=2e-4)
+            assert (edit.tensors()[name] - tensor).norm() < 2e-4 * tensor.norm(), name
 
 
 def test_several_requests_make_one_edit(editor):

@@ -102,6 +102,8 @@ def losses(out):
 def test_the_objective_falls_and_the_editor_loads(ground, tmp_path):
     seen = []
     run = settings(ground, tmp_path / "run", steps=120, learning_rate=1e-2, validate_every=120)
+    # In 32 dimensions an address can hardly tell so many keys apart; this gate opens to other wordings all the same.
+    run = replace(run, config=replace(run.config, threshold=0.3))
     folder = train(run, seen.append)
     base, drawn = prepare_ground(run), draw_episodes(run)
     statistics = take_statistics(run, base, drawn[0])
