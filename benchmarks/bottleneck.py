@@ -37,9 +37,10 @@ def points() -> dict[str, dict]:
 
 
 def settings_for(change: dict, shipped: dict, args: argparse.Namespace, start: Path, out: Path) -> TrainSettings:
-    """The shipped editor's own training settings with another β."""
-    kept = dict(shipped["training"])
-    config = IBKEConfig.from_dict({**kept.pop("config"), **change})
+    """The shipped editor's own settings with another β."""
+    # Its gate may have been set otherwise since it was trained; what it runs with is what counts.
+    config = IBKEConfig.from_dict({**shipped["config"], **change})
+    kept = {name: value for name, value in shipped["training"].items() if name != "config"}
     kept |= {"steps": args.steps, "learning_rate": 3e-4, "warmup": 20, "patience": 1000, "validate_every": args.steps}
     kept |= {"data": tuple(kept["data"]), "exclude": tuple(kept["exclude"])}
     kept |= {"start": str(start), "out": str(out), "cache": args.cache, "threads": args.threads}
