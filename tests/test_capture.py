@@ -11,8 +11,9 @@ from ibke.errors import CaptureError
 from ibke.frames import FRAMES, encode_pair
 from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
 from ibke.neurons import Neurons, Site
-from ibke.partial import PartialModel, Prefixes, row_updates
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, frame_prefixes, merge, run_rows
+from ibke.partial import PartialModel, row_updates
+from ibke.prefixes import Prefixes, Row, frame_prefixes
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, merge, run_rows
 
 EVERY = sorted(ARCHITECTURES)
 FIRST = 2
@@ -133,14 +134,18 @@ def test_a_prefix_run_once_changes_nothing(architecture):
     lm = make_tiny(architecture)
     part, modules = split(lm)
     module = modules[next(iter(modules))]
-    rows = [((5, 6, 7), (8, 9)), ((), (5, 9, 11)), ((12,), (8,)), ((5, 6, 7), (4, 4, 4))]
-    prefixes = Prefixes(part, [prefix for prefix, _ in rows])
-    got = prefixes.inputs_of(module, rows)
+    rows = [Row((5, 6, 7), (8, 9)), Row((), (5, 9, 11)), Row((12,), (8,)), Row((5, 6, 7), (4, 4, 4))]
+    prefixes = Prefixes(part, [row.prefix for row in rows])
+    # One that another begins with, one that is there twice, and one whose prefix was never run.
+    rows += [Row((), (5, 9)), Row((12,), (8,)), Row((9, 9), (4, 5))]
+    got = prefixes.read(module, rows)
     pairs = [Pair([*prefix, *tail], [2], (0, 1)) for prefix, tail in rows]
-    whole = part.inputs_of(module, collate(pairs, lm.tokenizer.pad_token_id))
+    batch = collate(pairs, lm.tokenizer.pad_token_id)
+    whole, entering = part.inputs_of(module, batch), part.prefix(batch)
     for row, (prefix, tail) in enumerate(rows):
-        wanted = whole[row, len(prefix) : len(prefix) + len(tail)]
-        torch.testing.assert_close(got[row], wanted, rtol=1e-4, atol=1e-4)
+        here = slice(len(prefix), len(prefix) + len(tail))
+        torch.testing.assert_close(got[row].fed_TI, whole[row, here], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[row].entering_TD, entering[row, here], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", EVERY)

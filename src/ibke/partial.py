@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ibke.batch import Batch, Pair, collate
+from ibke.batch import Batch
 
 
 class _Reached(Exception):
@@ -95,30 +95,20 @@ class PartialModel:
         wraps = self._wraps_output()
         self._skipped = nn.ModuleList([*(_PassThrough(wraps) for _ in range(first)), *self.layers[first:]])
 
+    @torch.no_grad()
     def prefix(self, batch: Batch) -> Tensor:
         """Hidden states entering layer ``first`` (R × T × D), without gradient."""
-        caught: list[Tensor] = []
+        with taking_input(self.layers[self.first], last=True) as taken:
+            self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        return taken[0]
 
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
-
-        handle = self.layers[self.first].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with suppress(_Reached), torch.no_grad():
-                self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0]
-
+    @torch.no_grad()
     def inputs_of(self, module: nn.Module, batch: Batch) -> Tensor:
         """What a module of the model is fed (R × T × its d_in, float32), without gradient; nothing after it is run."""
-        fed = _fed_to(
-            module,
-            lambda: self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False),
-        )
+        with taking_input(module, last=True) as taken:
+            self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
         # Some models flatten rows and tokens before a linear module.
-        return fed.float().reshape(*batch.ids_RT.shape, -1)
+        return taken[0].float().reshape(*batch.ids_RT.shape, -1)
 
     def _wraps_output(self) -> bool:
         # Some architectures return a tuple from each layer; ask the first one with a single token.
@@ -167,19 +157,11 @@ class PartialModel:
             hidden states entering layer ``first`` (R × T × D), logits at the answer positions (N × V, float32), and
             keys and values of all tokens, past ones first, for each layer from ``first`` on.
         """
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-
-        handle = self.layers[self.first].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with taking_input(self.layers[self.first]) as taken:
             out = self.decoder(input_ids=batch.ids_RT, **self.after(past, batch))
-        finally:
-            handle.remove()
         kept = [(keys, values) for keys, values, *_ in out.past_key_values][self.first :]
         real_RT = torch.cat([past.real_RT, batch.attention_RT], dim=1)
-        return caught[0], self._logits(out.last_hidden_state[batch.predicts_RT]), Past(real_RT, kept)
+        return taken[0], self._logits(out.last_hidden_state[batch.predicts_RT]), Past(real_RT, kept)
 
     def after(self, past: Past, batch: Batch) -> dict[str, Any]:
         """How to tell the decoder of what comes before a batch."""
@@ -232,95 +214,27 @@ def _replace_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-class Prefixes:
-    """Beginnings of token sequences that never change, run once; what follows them then costs its own tokens only.
+@contextmanager
+def taking_input(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]]:
+    """What a module is given in the passes run meanwhile.
 
     Args:
-        part: the model; kept are keys and values of its attention.
-        prefixes: token ids of the beginnings; an empty one is always there.
+        module: takes hidden states as its first argument, or by that name.
+        last: end a pass there; the block ends with it.
     """
+    taken: list[Tensor] = []
 
-    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]] = ()):
-        self.part = part
-        self.index: dict[tuple[int, ...], int] = {(): 0}
-        for prefix in prefixes:
-            self.index.setdefault(prefix, len(self.index))
-        self._run()
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taken.append(args[0] if args else kwargs["hidden_states"])
+        if last:
+            raise _Reached
 
-    @torch.no_grad()
-    def _run(self) -> None:
-        longest = max(map(len, self.index))
-        device = self.part.model.device
-        ids_RT = torch.zeros(len(self.index), longest, dtype=torch.long)
-        real_RT = torch.zeros_like(ids_RT)
-        for prefix, row in self.index.items():
-            if prefix:
-                ids_RT[row, longest - len(prefix) :] = torch.tensor(prefix)
-                real_RT[row, longest - len(prefix) :] = 1
-        self.real_RT = real_RT.to(device)
-        kept: list[tuple[Tensor, Tensor]] = []
-        if longest:
-            some = ids_RT[1:].to(device)
-            out = self.part.decoder(
-                input_ids=some,
-                attention_mask=self.real_RT[1:],
-                use_cache=True,
-                **self.part.positions(self.real_RT[1:], longest),
-            )
-            kept = [(keys, values) for keys, values, *_ in out.past_key_values]
-        # Padding may hold anything, not-a-numbers included, which no mask would stop; and the empty prefix is padding.
-        self.kept = [tuple(self._padded(item) for item in pair) for pair in kept]
-
-    def _padded(self, item_RHTD: Tensor) -> Tensor:
-        whole = torch.cat([torch.zeros_like(item_RHTD[:1]), item_RHTD])
-        return whole.masked_fill(~self.real_RT.bool()[:, None, :, None], 0.0)
-
-    def past(self, prefixes: Sequence[tuple[int, ...]], layers: int | None = None) -> Past:
-        """Known beginnings of some rows, padded on the left to the longest among them.
-
-        Args:
-            prefixes: one a row.
-            layers: how many layers, counted from the first; None is all.
-        """
-        chosen = torch.tensor([self.index[prefix] for prefix in prefixes], device=self.real_RT.device)
-        longest = max(map(len, prefixes))
-        begin = self.real_RT.shape[1] - longest
-        kept = self.kept[:layers] if longest else []
-        return Past(
-            self.real_RT[chosen, begin:].bool(),
-            [(keys[chosen, :, begin:], values[chosen, :, begin:]) for keys, values in kept],
-        )
-
-    @torch.no_grad()
-    def inputs_of(self, module: nn.Module, rows: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> list[Tensor]:
-        """What a module is fed at the tokens after each row's prefix (T × its d_in, float32).
-
-        Args:
-            module: a module of the first layer an edit may change.
-            rows: a known prefix and the tokens after it, at least one.
-        """
-        past = self.past([prefix for prefix, _ in rows], self.part.first + 1)
-        batch = collate([Pair(list(tail), [0], (0, 1)) for _, tail in rows], 0, self.real_RT.device)
-        fed = _fed_to(module, lambda: self.part.decoder(input_ids=batch.ids_RT, **self.part.after(past, batch)))
-        fed = fed.float().reshape(*batch.ids_RT.shape, -1)
-        return [fed_TD[: len(tail)] for fed_TD, (_, tail) in zip(fed, rows, strict=True)]
-
-
-def _fed_to(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """What a module is fed by a run that ends there."""
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(catch)
+    handle = module.register_forward_pre_hook(take, with_kwargs=True)
     try:
-        with suppress(_Reached), torch.no_grad():
-            run()
+        with suppress(_Reached):
+            yield taken
     finally:
         handle.remove()
-    return caught[0]
 
 
 @contextmanager

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibke.batch import Batch, Pair, collate
-from ibke.frames import FRAMES, encode_pair
+from ibke.batch import Batch, Pair, by_length, collate
 from ibke.neurons import Neurons, Site, row_neurons
-from ibke.partial import PartialModel, Past, Prefixes, join
+from ibke.partial import PartialModel, Past, join
+from ibke.prefixes import Prefixes
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
-GROUP_TOKENS = 256  # padded tokens computed at once: reading the weights again costs less than computing on padding
 LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
 CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
 
@@ -129,16 +128,6 @@ class RowTerms:
     owner_R: Tensor
 
 
-def by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices grouped by similar length, each group at most ``GROUP_TOKENS`` padded tokens."""
-    groups: list[list[int]] = [[]]
-    for index in sorted(range(len(lengths)), key=lambda item: lengths[item]):
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[index] > GROUP_TOKENS:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
-
-
 def edited_logits(part: PartialModel, site: Site, neurons: Neurons, group: RowGroup) -> Tensor:
     """Logits at every answer position, each row under its own edit (N × V)."""
     with row_neurons({site.out: site}, {site.out: neurons[group.owner_R]}):
@@ -219,16 +208,16 @@ def build_groups(
     """
     device = next(part.model.parameters()).device
     groups = []
-    for chosen in by_length([len(pair) for pair in pairs]):
+    known = [_known(pair, prefixes) if prefixes else () for pair in pairs]
+    for chosen in by_length([len(pair) - len(prefix) for pair, prefix in zip(pairs, known, strict=True)]):
         some = [pairs[row] for row in chosen]
         kind = torch.tensor([kinds[row] for row in chosen], device=device)
         owner = torch.tensor([owners[row] for row in chosen], device=device)
         outside_R = kind == OUTSIDE
         none = torch.zeros(0, LEADING, dtype=torch.long, device=device), torch.zeros(0, LEADING, device=device)
         if prefixes:
-            known = [_known(pair, prefixes) for pair in some]
-            before = prefixes.past(known)
-            tails = [_without(pair, len(prefix)) for pair, prefix in zip(some, known, strict=True)]
+            before = prefixes.past([known[row] for row in chosen])
+            tails = [_without(pairs[row], len(known[row])) for row in chosen]
             batch = collate(tails, pad_id, device)
             hidden, logits, past = part.whole(batch, before)
             leading = leading_tokens(logits[outside_R[batch.row_N]]) if bool(outside_R.any()) else none
@@ -242,12 +231,6 @@ def build_groups(
             leading = leading_tokens(part.suffix(hidden[outside_R][:, : alone.ids_RT.shape[1]], alone))
         groups.append(RowGroup(hidden, batch, kind, owner, *leading))
     return groups
-
-
-def frame_prefixes(part: PartialModel, tokenizer: Any) -> Prefixes:
-    """What stands before a prompt's own words in each frame, run once."""
-    framed = [encode_pair("x", "-", frame, tokenizer) for frame in FRAMES]
-    return Prefixes(part, [tuple(pair.prompt[: pair.span[0]]) for pair in framed])
 
 
 def _known(pair: Pair, prefixes: Prefixes) -> tuple[int, ...]:

@@ -27,8 +27,9 @@ from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import Site
-from ibke.partial import PartialModel, Prefixes
-from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations, frame_prefixes
+from ibke.partial import PartialModel
+from ibke.prefixes import Prefixes, frame_prefixes
+from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
@@ -153,7 +154,7 @@ class Builder:
                     begin = end
         outside = [row for row in numbers if row in leading]
         none = torch.zeros(1, 0)  # nothing out of scope that an edit reaches
-        flat_ids = [token for pair, start in zip(pairs, starts, strict=True) for token in _fed(pair)[start:]]
+        flat_ids = [token for pair, start in zip(pairs, starts, strict=True) for token in pair.fed[start:]]
         return {
             "hidden_TD": torch.cat(hidden),
             "past_TF": torch.cat(past),
@@ -166,10 +167,6 @@ class Builder:
             "base_tokens_NP": torch.cat([leading[row][0] for row in outside] or [none.int()]),
             "base_log_probs_NP": torch.cat([leading[row][1] for row in outside] or [none]),
         }
-
-
-def _fed(pair: Pair) -> list[int]:
-    return (pair.prompt + pair.answer)[: len(pair)]
 
 
 def build(

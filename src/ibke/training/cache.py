@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ibke.batch import Batch
+from ibke.batch import Batch, by_length
 from ibke.editors.ibke.bottleneck import Written
 from ibke.partial import Past
-from ibke.rows import OUTSIDE, RowGroup, by_length
+from ibke.rows import OUTSIDE, RowGroup
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
 ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "past_TF", "base_tokens_NP", "base_log_probs_NP")

@@ -31,15 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibke.batch import Pair, collate
+from ibke.batch import Pair, by_length, collate
 from ibke.editors.ibke.aggregate import inverse_times, solve
 from ibke.editors.ibke.statistics import KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
-from ibke.partial import PartialModel, Prefixes
-from ibke.rows import by_length
+from ibke.partial import PartialModel
+from ibke.prefixes import Prefixes, Reading, Row
 
 REQUEST, NEUTRAL, OTHER, ELSEWHERE = range(4)
-ROWS = 256  # contexts run at once
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
@@ -220,25 +219,28 @@ class Addresser:
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
+        return self.beside((), requests)[0]
+
+    def beside(self, pairs: Sequence[Pair], requests: Sequence[About]) -> tuple[Tensor, list[Reading]]:
+        """Addresses (B × D, float32), made in the same passes in which some pairs are read.
+
+        Args:
+            pairs: the requests themselves, say: contexts that they begin with are not run again.
+            requests: what addresses are made for.
+        """
         made = [contexts_of(about, self.tokenizer) for about in requests]
-        found = iter(self.keys([row for rows in made for row in rows]))
-        addresses = [self._address(rows, list(islice(found, len(rows)))) for rows in made]
-        return torch.stack(addresses).float()
+        rows = [Row((), tuple(pair.fed)) for pair in pairs]
+        rows += [Row(context.prefix, context.tail) for contexts in made for context in contexts]
+        found = self.prefixes.read(self.entrance, rows)
+        keys = iter(reading.fed_TI.cpu() for reading in found[len(pairs) :])
+        addresses = [self._address(contexts, list(islice(keys, len(contexts)))) for contexts in made]
+        return torch.stack(addresses).float(), found[: len(pairs)]
 
     @cached_property
     def prefixes(self) -> Prefixes:
         """What every request's contexts begin with, run once."""
         known = [row.prefix for row in contexts_of(About("The X of Y", "Y"), self.tokenizer)]
         return Prefixes(self.part, known)
-
-    def keys(self, rows: Sequence[Context]) -> list[Tensor]:
-        """What the MLP sees at the tokens of each context's tail (T × D)."""
-        known = self.prefixes.index
-        # Tokens may merge across the border; such a row is run as a whole.
-        split = [(row.prefix, row.tail) if row.prefix in known else ((), row.prefix + row.tail) for row in rows]
-        parts = [self.prefixes.inputs_of(self.entrance, split[i : i + ROWS]) for i in range(0, len(split), ROWS)]
-        found = [keys_TD.cpu() for part in parts for keys_TD in part]
-        return [keys_TD[-len(row.tail) :] for keys_TD, row in zip(found, rows, strict=True)]
 
     def _address(self, rows: Sequence[Context], found: Sequence[Tensor]) -> Tensor:
         kind_T = torch.tensor([row.kind for row in rows])

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
@@ -25,9 +26,10 @@ from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.neurons import Site
-from ibke.partial import PartialModel, Prefixes
+from ibke.partial import PartialModel
+from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest
-from ibke.rows import EDIT, RowGroup, build_groups, frame_prefixes
+from ibke.rows import EDIT, RowGroup, build_groups
 
 GROUP = 16  # independent edits made in one pass
 
@@ -126,18 +128,20 @@ class IBKEEditor(Editor):
         ]
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
-        taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
         asked = [
             About(request.prompt, subject, request.rephrase_prompts)
             for request, subject in zip(requests, subjects, strict=True)
         ]
+        address_BD, read = self.addresser.beside(pairs, asked)
+        hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
+        taken = capture(self.part, self.site.ends, hidden_BTD, batch)
         with torch.no_grad():
             position, role, real = (tensor.to(device) for tensor in coded_positions(pairs))
             written = select(
                 taken,
                 self.site,
                 (position, role, real),
-                self.addresser(asked).to(device),
+                address_BD.to(device),
                 answer_embedding(self.lm.model.get_input_embeddings(), batch.labels_N, batch.row_N, batch.rows),
             )
             return self.network.encode(written), taken.nll_B

@@ -12,7 +12,8 @@ from typing import Any
 
 from ibke.batch import Pair
 from ibke.frames import encode_pair
-from ibke.partial import PartialModel, Prefixes
+from ibke.partial import PartialModel
+from ibke.prefixes import Prefixes
 from ibke.request import EditRequest
 from ibke.rows import OUTSIDE, RowGroup, build_groups, continuations
 

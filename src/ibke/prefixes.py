@@ -1,0 +1,152 @@
+"""Beginnings that many token sequences share, run once.
+
+Shape suffixes: R rows, T tokens, H heads, D size; I a module's d_in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ibke.batch import Pair, by_length, collate
+from ibke.frames import FRAMES, encode_pair
+from ibke.partial import PartialModel, Past, taking_input
+
+
+class Row(NamedTuple):
+    """Tokens after a known beginning (at least one)."""
+
+    prefix: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+class Reading(NamedTuple):
+    """What was seen at the tokens of a row's tail.
+
+    Args:
+        entering_TD: states entering the first layer that an edit may change.
+        fed_TI: what a module of that layer is fed (float32).
+    """
+
+    entering_TD: Tensor
+    fed_TI: Tensor
+
+
+class Prefixes:
+    """Beginnings of token sequences that never change, run once; what follows them then costs its own tokens only.
+
+    Args:
+        part: the model; kept are keys and values of its attention.
+        prefixes: token ids of the beginnings; an empty one is always there.
+    """
+
+    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]] = ()):
+        self.part = part
+        self.index: dict[tuple[int, ...], int] = {(): 0}
+        for prefix in prefixes:
+            self.index.setdefault(prefix, len(self.index))
+        self._run()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        longest = max(map(len, self.index))
+        device = self.part.model.device
+        ids_RT = torch.zeros(len(self.index), longest, dtype=torch.long)
+        real_RT = torch.zeros_like(ids_RT)
+        for prefix, row in self.index.items():
+            if prefix:
+                ids_RT[row, longest - len(prefix) :] = torch.tensor(prefix)
+                real_RT[row, longest - len(prefix) :] = 1
+        self.real_RT = real_RT.to(device)
+        kept: list[tuple[Tensor, Tensor]] = []
+        if longest:
+            some = ids_RT[1:].to(device)
+            out = self.part.decoder(
+                input_ids=some,
+                attention_mask=self.real_RT[1:],
+                use_cache=True,
+                **self.part.positions(self.real_RT[1:], longest),
+            )
+            kept = [(keys, values) for keys, values, *_ in out.past_key_values]
+        # Padding may hold anything, not-a-numbers included, which no mask would stop; and the empty prefix is padding.
+        self.kept = [tuple(self._padded(item) for item in pair) for pair in kept]
+
+    def _padded(self, item_RHTD: Tensor) -> Tensor:
+        whole = torch.cat([torch.zeros_like(item_RHTD[:1]), item_RHTD])
+        return whole.masked_fill(~self.real_RT.bool()[:, None, :, None], 0.0)
+
+    def past(self, prefixes: Sequence[tuple[int, ...]], layers: int | None = None) -> Past:
+        """Known beginnings of some rows, padded on the left to the longest among them.
+
+        Args:
+            prefixes: one a row.
+            layers: how many layers, counted from the first; None is all.
+        """
+        chosen = torch.tensor([self.index[prefix] for prefix in prefixes], device=self.real_RT.device)
+        longest = max(map(len, prefixes))
+        begin = self.real_RT.shape[1] - longest
+        kept = self.kept[:layers] if longest else []
+        return Past(
+            self.real_RT[chosen, begin:].bool(),
+            [(keys[chosen, :, begin:], values[chosen, :, begin:]) for keys, values in kept],
+        )
+
+    @torch.no_grad()
+    def read(self, module: nn.Module, rows: Sequence[Row]) -> list[Reading]:
+        """What a module is fed at the tokens of each row, and what enters its layer; nothing after it is run.
+
+        A row that another one begins with is read there. A row whose prefix is not known is run as a whole.
+
+        Args:
+            module: a module of the first layer that an edit may change.
+            rows: a beginning and the tokens after it.
+        """
+        split = [row if row.prefix in self.index else Row((), row.prefix + row.tail) for row in rows]
+        source = _longest_of_same_beginning(split)
+        run = sorted(set(source))
+        got: dict[int, Reading] = {}
+        for chosen in by_length([len(split[row].tail) for row in run]):
+            numbers = [run[place] for place in chosen]
+            got |= dict(zip(numbers, self._read(module, [split[row] for row in numbers]), strict=True))
+        found = []
+        for row, known, place in zip(rows, split, source, strict=True):
+            # What is read of a row ends with it, and begins where its own tail does.
+            begin, end = len(known.tail) - len(row.tail), len(known.tail)
+            found.append(Reading(*(values[begin:end] for values in got[place])))
+        return found
+
+    def _read(self, module: nn.Module, rows: Sequence[Row]) -> list[Reading]:
+        part, past = self.part, self.past([row.prefix for row in rows], self.part.first + 1)
+        batch = collate([Pair(list(row.tail), [0], (0, 1)) for row in rows], 0, self.real_RT.device)
+        with taking_input(part.layers[part.first]) as entering, taking_input(module, last=True) as fed:
+            part.decoder(input_ids=batch.ids_RT, **part.after(past, batch))
+        shape = (*batch.ids_RT.shape, -1)  # some models flatten rows and tokens before a linear module
+        return [
+            Reading(entering_TD[: len(row.tail)], fed_TI[: len(row.tail)])
+            for row, entering_TD, fed_TI in zip(
+                rows, entering[0].reshape(shape), fed[0].float().reshape(shape), strict=True
+            )
+        ]
+
+
+def _longest_of_same_beginning(rows: Sequence[Row]) -> list[int]:
+    """For each row the number of the longest one that begins with it, which it is read from."""
+    source = list(range(len(rows)))
+    order = sorted(source, key=lambda row: len(rows[row].tail), reverse=True)
+    begun: dict[Row, int] = {}
+    for row in order:
+        prefix, tail = rows[row]
+        source[row] = begun.get(rows[row], row)
+        if source[row] == row:
+            for end in range(1, len(tail) + 1):
+                begun.setdefault(Row(prefix, tail[:end]), row)
+    return source
+
+
+def frame_prefixes(part: PartialModel, tokenizer: Any) -> Prefixes:
+    """What stands before a prompt's own words in each frame, run once."""
+    framed = [encode_pair("x", "-", frame, tokenizer) for frame in FRAMES]
+    return Prefixes(part, [tuple(pair.prompt[: pair.span[0]]) for pair in framed])
