@@ -43,6 +43,7 @@ class EditRequest:
         rephrase_prompts: other wordings that must give the new answer too.
         locality: probes whose answers must stay as they are.
         portability: probes whose answers must follow from the new fact.
+        case: what requests that belong together have in common; they stand in the order in which they are to be made.
 
     Raises:
         RequestError: empty prompt or target, or a subject that does not occur in the prompt.
@@ -55,6 +56,7 @@ class EditRequest:
     rephrase_prompts: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = field(default=())
     portability: tuple[Probe, ...] = field(default=())
+    case: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target_new"):
@@ -90,7 +92,7 @@ class EditRequest:
         if missing:
             raise RequestError(f"field {sorted(missing)[0]!r} is missing.", "edit request", EXPECTED)
         values = dict(record)
-        for name in ("subject", "target_true"):
+        for name in ("subject", "target_true", "case"):
             if not isinstance(values.get(name), str | None):
                 raise RequestError(f"`{name}` must be a text.", "edit request", EXPECTED)
         rephrases = values.get("rephrase_prompts") or ()
@@ -104,7 +106,7 @@ class EditRequest:
 
 EXPECTED = (
     "A request has `prompt`, `target_new`, and optionally `subject`, `target_true`, `rephrase_prompts`, "
-    "`locality`, `portability`."
+    "`locality`, `portability`, `case`."
 )
 
 

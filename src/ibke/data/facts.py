@@ -68,11 +68,12 @@ def generate(
     seed: int,
     limit: int | None = None,
     per_relation: int | None = None,
+    true_targets: float = TRUE_TARGETS,
     skips: Skips | None = None,
 ) -> Iterator[FactRequest]:
     """Stream edit requests made from facts, relation by relation in turn.
 
-    About one request in ten has the true object as its target and no ``target_true``. Each has three rephrase
+    A share of the requests has the true object as its target and no ``target_true``. Each has three rephrase
     prompts; two locality prompts of the family ``same_relation``, two of ``same_subject``, one ``unrelated``; and
     ``one_hop`` portability prompts where the new object is itself a known subject.
 
@@ -82,6 +83,7 @@ def generate(
         seed: what decides every choice; requests do not depend on ``limit``.
         limit: most requests in all.
         per_relation: most requests of one relation.
+        true_targets: that share (ratio).
         skips: where facts without a request are counted: no wordings for the relation, or no other object in it.
 
     Raises:
@@ -92,7 +94,7 @@ def generate(
     for triple in table.in_turn(seed, per_relation):
         if limit is not None and made >= limit:
             return
-        request = _Maker(table, triple, random.Random("|".join((str(seed), *triple[:3])))).make()
+        request = _Maker(table, triple, random.Random("|".join((str(seed), *triple[:3])))).make(true_targets)
         if request is None:
             leave_out(skips, f"no other object in relation {triple.relation}", f"{triple.subject} ({triple.source})")
         else:
@@ -108,10 +110,10 @@ class _Maker:
         self.relation = table.wordings[triple.relation]
         self.kinds: dict[str, Kind] = {}
 
-    def make(self) -> FactRequest | None:
+    def make(self, true_targets: float) -> FactRequest | None:
         """The request, or None where the relation has no other object."""
         triple = self.triple
-        is_true = self.rng.random() < TRUE_TARGETS
+        is_true = self.rng.random() < true_targets
         target = triple.obj if is_true else self._other_object()
         if target is None:
             return None

@@ -118,7 +118,7 @@ def read_entityquestions(data_dir: str | Path, split: str = "train", skips: Skip
     """
     for path in _matching(Path(data_dir), f"entityquestions/{split}/P*.{split}.json"):
         records = _json(path)
-        prefix, suffix = _shared_ends([record["question"] for record in records if _asks(record)])
+        prefix, suffix = shared_ends([record["question"] for record in records if _asks(record)])
 
         def parse(
             record: Any, relation: str = path.name.split(".")[0], prefix: str = prefix, suffix: str = suffix
@@ -190,7 +190,7 @@ def _asks(record: Any) -> bool:
     return isinstance(record, dict) and isinstance(record.get("question"), str)
 
 
-def _shared_ends(questions: list[str], share: float = 0.98) -> tuple[str, str]:
+def shared_ends(questions: list[str], share: float = 0.98) -> tuple[str, str]:
     """Longest beginning (up to a space) and longest end that at least ``share`` of the questions have in common."""
     prefix = _shared_start(questions, share)
     prefix = prefix[: prefix.rfind(" ") + 1]
