@@ -1,86 +1,37 @@
 """Benchmark files become edit requests, and nothing of them is lost without being named."""
 
+from __future__ import annotations
+
 import json
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.reader_records import RECORDS, query, ripple_test
 
-from ibke.data.readers import READERS, Skipped, question_form, read
+from ibke.data.readers import READERS, Skipped, count_reasons, files, read, titles
+from ibke.data.readers.knowedit import question_form
+from ibke.data.readers.rippleedits import rippleedits
 from ibke.errors import RequestError
-from ibke.request import Probe
+from ibke.request import EditRequest, Probe
 
-COUNTERFACT = {
-    "prompt": "The capital of Freedonia is",
-    "target_new": "Lisbon",
-    "subject": "Freedonia",
-    "ground_truth": "Fredville",
-    "rephrase_prompt": "Freedonia is governed from",
-    "locality_prompt": "The capital of Sylvania is",
-    "locality_ground_truth": "Bela",
-}
-ZSRE = {
-    "subject": "Freedonia",
-    "src": "What is the capital of Freedonia?",
-    "pred": "Bela",
-    "rephrase": "Which city is Freedonia's capital?",
-    "alt": "Lisbon",
-    "answers": ["Fredville", "Fred Town"],
-    "loc": "nq question: who sang the anthem",
-    "loc_ans": "A choir",
-}
-KNOWEDIT = {
-    "subject": "Freedonia",
-    "prompt": "The name of the capital city of Freedonia is",
-    "target_new": "Lisbon",
-    "ground_truth": "Fredville",
-    "portability": {
-        "Reasoning": [{"prompt": "The river of Freedonia's capital is", "ground_truth": [["Tagus", "Tejo"]]}],
-        "Subject_Aliasing": [
-            {"prompt": "The name of the capital city of Free Land is", "ground_truth": [["lisbon"]]},
-            {"prompt": "The largest town of Free Land is", "ground_truth": "Porto"},
-        ],
-    },
-    "locality": {
-        "Relation_Specificity": [{"prompt": "The anthem of Freedonia is", "ground_truth": [[]]}],
-        "Forgetfulness": [{"prompt": "A capital of Freedonia that is not Lisbon is", "ground_truth": "Fredville"}],
-    },
-}
+ZSRE = RECORDS["zsre"]["MEND"]
 
 
-def write(folder: Path, records: Any) -> Path:
-    path = folder / "data.json"
-    path.write_text(json.dumps(records), encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs" / "data.md"
+
+
+def write(folder: Path, text: str, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def test_counterfact_fields(tmp_path: Path) -> None:
-    (request,) = read(write(tmp_path, [COUNTERFACT]), "counterfact")
-    assert (request.prompt, request.target_new, request.target_true) == (COUNTERFACT["prompt"], "Lisbon", "Fredville")
-    assert request.rephrase_prompts == ("Freedonia is governed from",)
-    assert request.locality == (Probe("The capital of Sylvania is", "Bela", "same_relation"),)
-
-
-def test_zsre_query_loses_its_prefix_and_gains_a_question_mark(tmp_path: Path) -> None:
-    (request,) = read(write(tmp_path, [ZSRE]), "zsre")
-    assert request.locality == (Probe("who sang the anthem?", "A choir", "unrelated"),)
-    assert (request.target_new, request.target_true) == ("Lisbon", "Fredville")
-
-
-def test_knowedit_families_aliases_and_first_answers(tmp_path: Path) -> None:
-    (request,) = read(write(tmp_path, [KNOWEDIT]), "knowedit")
-    assert request.rephrase_prompts == ("The name of the capital city of Free Land is",)
-    assert [(p.family, p.target) for p in request.portability] == [
-        ("one_hop", "Tagus"),
-        ("alias", "lisbon"),
-        ("alias", "Porto"),
-    ]
-    assert [(p.family, p.target) for p in request.locality] == [("same_subject", None), ("forgetfulness", "Fredville")]
-
-
-def test_knowedit_without_alias_is_asked_as_a_question(tmp_path: Path) -> None:
-    (request,) = read(write(tmp_path, [{**KNOWEDIT, "portability": {}}]), "knowedit")
-    assert request.rephrase_prompts == ("What is the name of the capital city of Freedonia?",)
+# --- records and what is wrong with them
 
 
 @pytest.mark.parametrize(
@@ -97,75 +48,271 @@ def test_question_form(statement: str, question: str | None) -> None:
     assert question_form(statement) == question
 
 
-FAULTS = [
-    ("alt is blank", {**ZSRE, "alt": " "}, "`alt` is empty."),
-    ("src is missing", {k: v for k, v in ZSRE.items() if k != "src"}, "`src` is missing."),
-    ("rephrase is a list", {**ZSRE, "rephrase": ["a"]}, "`rephrase` is no text but list."),
-    ("subject is elsewhere", {**ZSRE, "subject": "Sylvania"}, "the subject 'Sylvania' does not occur"),
-    ("no object", 7, "`record` is no object but int."),
-]
-
-
-@pytest.mark.parametrize(("record", "why"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
-def test_a_faulty_record_is_named_and_the_others_are_kept(tmp_path: Path, record: Any, why: str) -> None:
-    path = write(tmp_path, [ZSRE, record, ZSRE])
+def test_faults_are_named_and_counted_by_what_is_wrong(tmp_path: Path) -> None:
+    faulty = [
+        {**ZSRE, "alt": " "},
+        {**ZSRE, "subject": "Sylvania"},
+        7,
+        {**ZSRE, "alt": ""},
+        {**ZSRE, "rephrase": ["a"]},
+    ]
+    path = write(tmp_path, json.dumps([ZSRE, *faulty, ZSRE]))
     skipped: list[Skipped] = []
     assert len(list(read(path, "zsre", skipped))) == 2
-    assert [item.where for item in skipped] == [f"{path}, record 1"]
-    assert skipped[0].why.startswith(why)
-    with pytest.raises(RequestError, match="record 1"):
+    assert skipped[1] == (f"{path}, record 2", "subject", "`subject` does not occur in the prompt.")
+    assert count_reasons(skipped) == {
+        "`alt` is empty.": 2,
+        "`subject` does not occur in the prompt.": 1,
+        "`rephrase` is no text but list.": 1,
+        "`record` is no object but int.": 1,
+    }
+    with pytest.raises(RequestError, match="record 1: `alt` is empty"):
         list(read(path, "zsre"))
 
 
-def test_faulty_knowedit_groups_are_named(tmp_path: Path) -> None:
-    for portability in (["text"], {"Reasoning": {"a": 1}}, {"Guess": []}, {"Reasoning": ["a"]}, {"Reasoning": [{}]}):
-        skipped: list[Skipped] = []
-        records = [KNOWEDIT, {**KNOWEDIT, "portability": portability}]
-        requests = list(read(write(tmp_path, records), "knowedit", skipped))
-        assert (len(requests), len(skipped)) == (1, 1), portability
+@pytest.mark.parametrize(
+    ("portability", "field"),
+    [
+        (["text"], "portability"),
+        ({"Reasoning": {"a": 1}}, "portability.Reasoning"),
+        ({"Guess": []}, "portability.Guess"),
+        ({"Reasoning": ["a"]}, "portability.Reasoning"),
+        ({"Reasoning": [{}]}, "portability.Reasoning.prompt"),
+    ],
+)
+def test_faulty_knowedit_groups_are_named(tmp_path: Path, portability: Any, field: str) -> None:
+    good = RECORDS["knowedit"]["WikiData"]
+    skipped: list[Skipped] = []
+    path = write(tmp_path, json.dumps([good, {**good, "portability": portability}]))
+    assert len(list(read(path, "knowedit", skipped))) == 1
+    assert [item.field for item in skipped] == [field]
+
+
+def test_a_question_that_nothing_can_answer_is_left_out_by_name(tmp_path: Path) -> None:
+    unanswered = {"Reasoning": [{"prompt": "The river of Freedonia's capital is", "ground_truth": [[]]}]}
+    path = write(tmp_path, json.dumps([{**RECORDS["knowedit"]["WikiData"], "portability": unanswered}]))
+    skipped: list[Skipped] = []
+    (request,) = read(path, "knowedit", skipped)
+    assert request.portability == ()
+    assert request.rephrase_prompts == ("What is the name of the capital city of Freedonia?",)
+    assert [item.field for item in skipped] == ["portability.Reasoning"]
+
+
+# --- files
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "no list of records"), ("[]", "no list of records"), ("[{]", "not valid JSON"), ("[1, 2]", "no record")],
+    [
+        ("{}", "holds no record"),
+        ("[]", "holds no record"),
+        ("", "no list of records"),
+        ("7", "no list of records"),
+        ("[{]", "not valid JSON from record 0"),
+        ('[{"a": 1}, {"a"', "not valid JSON from record 1"),
+        ('[{"a": 1} {"a": 1}]', "not valid JSON from record 1"),
+        ('{"a": {}, 7: {}}', "not valid JSON from record 1"),
+        ("[1, 2]", "no record has the shape"),
+        ('[{"a": 1}]', "no record has the shape"),
+    ],
 )
 def test_a_file_of_another_shape_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "data.json"
-    path.write_text(content)
-    for name in ("counterfact", "zsre", "knowedit"):
+    path = write(tmp_path, content)
+    for name in RECORDS:
         with pytest.raises(RequestError, match=message):
             list(read(path, name, []))
 
 
-def test_missing_file_and_unknown_format(tmp_path: Path) -> None:
+def test_missing_files_unknown_formats_and_empty_folders(tmp_path: Path) -> None:
     for name in READERS:
         with pytest.raises(RequestError, match="cannot be read"):
             list(read(tmp_path / "none", name))
     with pytest.raises(RequestError, match="Did you mean 'zsre'"):
         read(tmp_path / "none", "zsrre")
+    with pytest.raises(RequestError, match="has no file"):
+        list(read(tmp_path, "zsre"))
+    (tmp_path / "latin.json").write_bytes(b'[{"src": "\xe9"}]')
+    with pytest.raises(RequestError, match="not UTF-8"):
+        list(read(tmp_path / "latin.json", "zsre"))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_json_lines_of_a_benchmark(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, f"{json.dumps(ZSRE)}\n\nno JSON\n{json.dumps(ZSRE)}\n", name)
+    skipped: list[Skipped] = []
+    assert len(list(read(path, "zsre", skipped))) == 2
+    assert skipped == [(f"{path}, line 3", "line", "`line` is not valid JSON.")]
+
+
+@given(
+    values=st.lists(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner)), min_size=1),
+    keyed=st.booleans(),
+    indent=st.sampled_from([None, 1]),
+    chunk=st.integers(1, 40),
+)
+def test_records_are_the_same_however_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], keyed: bool, indent: int | None, chunk: int
+) -> None:
+    content = {f"k{i} {{": value for i, value in enumerate(values)} if keyed else values
+    path = write(tmp_path_factory.mktemp("cut"), json.dumps(content, indent=indent, ensure_ascii=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK", chunk)
+        found = [(place.key, value) for place, value in files.records(path)]
+    assert found == (list(content.items()) if isinstance(content, dict) else list(enumerate(values)))
+
+
+def test_a_long_array_is_read_a_record_at_a_time(tmp_path: Path) -> None:
+    path, record = tmp_path / "data.json", json.dumps({**ZSRE, "cond": "x" * 2000})
+    with path.open("w") as out:
+        out.write("[" + ",".join([record] * 8000) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in read(path, "zsre"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 8000
+    assert peak < path.stat().st_size / 2  # 18 MB of file; a few chunks of a million characters in memory
+
+
+# --- people's own files
 
 
 def test_jsonl_names_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "requests.jsonl"
-    path.write_text('{"prompt": "A", "target_new": "B"}\n{"prompt": "A"}\n')
+    path = write(tmp_path, '{"prompt": "A", "target_new": "B", "case": "c"}\n{"prompt": "A"}\n', "requests.jsonl")
     requests = read(path, "jsonl")
-    assert next(requests).target_new == "B"
+    first = next(requests)
+    assert (first.target_new, first.case, first.to_dict()["case"]) == ("B", "c", "c")
     with pytest.raises(RequestError, match=r"line 2.*'target_new' is missing"):
         next(requests)
+
+
+CSV = """\ufeffprompt,target_new,subject,rephrase_prompts,locality,portability
+The capital of Freedonia is,Lisbon,Freedonia,Freedonia is governed from | Its capital is,The capital of Sylvania is,
+"Freedonia's anthem,",Hail,,"[""One, two"", ""3 | 4""]","[{""prompt"": ""P"", ""target"": ""T"", ""family"": ""F""}]",
+"""
+
+
+def test_the_examples_of_the_documentation_can_be_read(tmp_path: Path) -> None:
+    blocks = dict(re.findall(r"```(json|csv)\n(.+?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL))
+    (one,) = read(write(tmp_path, blocks["json"].replace("\n", " "), "requests.jsonl"), "jsonl")
+    same, anthem = read(write(tmp_path, blocks["csv"], "requests.csv"), "csv")
+    assert one.prompt == same.prompt and one.rephrase_prompts == same.rephrase_prompts[:1]
+    assert len(same.rephrase_prompts) == 2 and anthem.locality[0].family == "same_subject"
+
+
+def test_csv_fields_and_lists(tmp_path: Path) -> None:
+    first, second = read(write(tmp_path, CSV, "requests.csv"), "csv")
+    assert (first.prompt, first.target_new, first.subject) == ("The capital of Freedonia is", "Lisbon", "Freedonia")
+    assert first.rephrase_prompts == ("Freedonia is governed from", "Its capital is")
+    assert first.locality == (Probe("The capital of Sylvania is"),)
+    assert second.subject is None and second.portability == ()
+    assert second.rephrase_prompts == ("One, two", "3 | 4")
+    assert second.locality == (Probe("P", "T", "F"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,target\nA,B\n", "unknown column 'target'.*Known: prompt, target_new"),
+        ("prompt,target_new\nA,B\nA,\n", "row 3: field 'target_new' is missing"),
+        ("prompt,target_new\nA,B,C\n", "row 2: has more cells"),
+        ("prompt,target_new,locality\nA,B,[1\n", "row 2: `locality` is not a valid JSON array"),
+        ("prompt,target_new,locality\nA,B,[1]\n", "row 2: an entry of `locality`"),
+        ("prompt,target_new,subject\nA,B,C\n", "row 2: the subject 'C' does not occur"),
+        ('prompt,target_new\n"A,B\n', "cannot be read"),
+    ],
+)
+def test_csv_names_row_and_field(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        list(read(write(tmp_path, content, "requests.csv"), "csv"))
+
+
+# --- EntityQuestions
+
+NAMES = ("Freedonia", "Sylvania", "Florin", "Guilder", "Ruritania", "Genovia", "Lilliput", "Brobdingnag")
+CAPITALS = {name: f"Port {name[:3]}" for name in NAMES}
+
+
+def test_entityquestions_gives_every_subject_anothers_answer(tmp_path: Path) -> None:
+    records = [{"question": f"What is the capital of {name}?", "answers": [city]} for name, city in CAPITALS.items()]
+    twice = {"question": "What is the capital of Florin?", "answers": ["Port Gui"]}
+    path = write(tmp_path, json.dumps([*records, twice, {"question": "Who?"}, 7]), "P36.dev.json")
+    write(tmp_path, json.dumps([{"question": f"Which Q of {r}?", "answers": ["S"]} for r in "RT"]), "P99999.dev.json")
+    write(tmp_path, "[]", "other.json")
+    skipped: list[Skipped] = []
+    requests = list(read(tmp_path, "entityquestions", skipped))
+    assert {request.subject: request.target_true for request in requests} == CAPITALS
+    for request in requests:
+        assert request.prompt == f"What is the capital of {request.subject}?"
+        assert request.target_new in CAPITALS.values() and request.target_new != request.target_true
+        assert len(request.rephrase_prompts) == 4 and request.prompt not in request.rephrase_prompts
+        assert [probe.family for probe in request.locality][:2] == ["same_relation"] * 2
+    # The first answer of the first record is the old one; every answer of a subject counts as true.
+    assert next(item for item in requests if item.subject == "Florin").target_new != "Port Gui"
+    assert {(item.where.split(", ")[1], item.field): item.why for item in skipped if "P36" in item.where} == {
+        ("record 8", "question"): "`question` is asked twice.",
+        ("record 9", "answers"): "`answers` is missing.",
+        ("record 10", "record"): "`record` is no object but int.",
+    }
+    assert sum("without wordings" in item.why for item in skipped) == 2
+    # The seed is fixed.
+    assert list(read(path, "entityquestions", [])) == list(read(path, "entityquestions", []))
+
+
+@pytest.mark.parametrize("content", ["[]", '[{"question": "Who?"}]', "[{}]"])
+def test_entityquestions_without_a_fact(tmp_path: Path, content: str) -> None:
+    with pytest.raises(RequestError, match="no record"):
+        list(read(write(tmp_path, content, "P36.json"), "entityquestions", []))
+
+
+# --- all of them
+
+
+def test_every_format_has_a_line_and_a_row_in_the_documentation() -> None:
+    page = DOCS.read_text(encoding="utf-8")
+    for name, title in titles().items():
+        assert len(title) > 20 and title.endswith("."), name
+        assert f"| `{name}` |" in page, name
 
 
 @pytest.mark.parametrize(
     ("name", "file", "kept", "lost"),
     [
+        ("counterfact", "counterfact/counterfact-train.json", 10_000, 0),
         ("counterfact", "counterfact/counterfact-val.json", 1919, 0),
         ("zsre", "zsre/zsre_mend_train-1k.json", 998, 2),
         ("knowedit", "knowedit/recent_train.json", 570, 0),
         ("knowedit", "knowedit/train_cf.json", 1428, 0),
+        ("knowedit", "knowedit/wikibio-train-all.json", 464, 0),
+        ("mquake", "mquake/lofit_mquake_train.jsonl", 134, 0),
+        ("conflictedit", "conflictedit/coverage_edit.json", 5000, 0),
+        ("conflictedit", "conflictedit/easy.json", 5000, 0),
+        ("entityquestions", "entityquestions/dev/P36.dev.json", 877, 8),
     ],
 )
 def test_the_public_files_are_read_whole(data_folder: Path, name: str, file: str, kept: int, lost: int) -> None:
     skipped: list[Skipped] = []
     requests = list(read(data_folder / file, name, skipped))
     assert (len(requests), len(skipped)) == (kept, lost)
-    # Every record can be scored for generality; what a record has no probe for is not scored for locality.
-    assert all(request.rephrase_prompts for request in requests)
+    # Every record can be scored for generality, but WikiBio's; what has no probe is not scored for locality.
+    assert all(request.rephrase_prompts for request in requests) or "wikibio" in file
+
+
+@pytest.mark.parametrize(("file", "found"), [("train_cf.json", 1244), ("recent_train.json", 401)])
+def test_facts_of_rippleedits_are_taken_apart_as_in_knowedit(data_folder: Path, file: str, found: int) -> None:
+    """KnowEdit's facts come from RippleEdits; where the object begins and what the subject is, only KnowEdit says."""
+    records = json.loads((data_folder / "knowedit" / file).read_text(encoding="utf-8"))
+    subjects = 0
+    for record in records:
+        about = [item["prompt"] for item in record["locality"].get("Relation_Specificity") or []]
+        edit = {"prompt": f"{record['prompt']} {record['target_new']}.", "subject_id": "Q9"}
+        old = record.get("ground_truth")
+        if isinstance(old, str) and old:
+            edit["original_fact"] = {"prompt": f"{record['prompt']} {old}."}
+        tests = [ripple_test(query(prompt, "A")) for prompt in about]
+        request = next(rippleedits({"edit": edit, "Relation_Specificity": tests}))
+        assert isinstance(request, EditRequest)
+        assert (request.prompt, request.target_new) == (record["prompt"], record["target_new"])
+        subjects += request.subject == record["subject"]
+        # Without another prompt about it nothing tells what the subject is.
+        assert (request.subject is None) == (not about)
+    assert subjects == found

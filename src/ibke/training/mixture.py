@@ -2,8 +2,9 @@
 
 A source is written ``name``, ``name:PATH`` and optionally ``=SHARE``: ``facts``, ``pararel``, ``lre``,
 ``entityquestions`` (tables turned into requests by our wordings), ``csv:PATH`` or ``csv:PATH+WORDINGS`` (anybody's own
-table, with wordings of its relations as JSON), or a file of requests ``counterfact:PATH``, ``zsre:PATH``,
-``knowedit:PATH``, ``jsonl:PATH``. Paths are looked for as they are, then under the folder of data sets.
+table, with wordings of its relations as JSON), or a file of requests ``FORMAT:PATH`` in a format of
+:mod:`ibke.data.readers`, such as ``counterfact`` or ``jsonl``; a name that is both is the table. Paths are looked for
+as they are, then under the folder of data sets.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Source:
         """
         match = re.fullmatch(r"([a-z]+)(?::(.+?))?(?:=([0-9.]+))?", text)
         if not match or match[1] not in (*TABLES, *READERS):
-            known = ", ".join((*TABLES, *READERS))
+            known = ", ".join(dict.fromkeys((*TABLES, *READERS)))
             raise TrainingError(f"unknown data source {text!r}.", "training data", f"Known: {known}.")
         share = float(match[3] or 1)
         if share <= 0:
