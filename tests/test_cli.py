@@ -297,6 +297,11 @@ def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
     printed = json.loads(run("eval", "--data", file, "--method", "idle", "--limit", 1, "--json", "-").stdout)
     assert (printed["n"], printed["metrics"]["generation"]["locality"]["mean"]) == (1, 1.0)
     refused(run(*command[:-1], "chats"), "'chats'")
+    file = tmp_path / "benchmark.json"
+    file.write_text(json.dumps([{"prompt": PROMPT, "target_new": NEW, "subject": "Turkey"}, {"prompt": PROMPT}]))
+    result = run("eval", "--data", file, "--format", "knowedit", "--method", "idle", "--json", "-")
+    assert json.loads(result.stdout)["config"]["skipped_reasons"] == {"`target_new` is missing.": 1}
+    assert "1 × `target_new` is missing." in result.stderr and f"{file}, record 1" in result.stderr.replace("\n", "")
 
 
 # --- with an editor trained here

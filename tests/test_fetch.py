@@ -141,6 +141,17 @@ def test_command(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "Did you mean 'small'?" in unknown.stderr
 
 
+def test_formats_are_listed_alone_and_below_the_data_sets():
+    run = CliRunner()
+    rows = json.loads(run.invoke(app, ["ls", "formats", "--json"]).stdout)
+    assert [row["format"] for row in rows] == list(READERS)
+    listed = run.invoke(app, ["ls", "data"]).stdout
+    for row in rows:
+        assert row["format"] in listed and row["what"].split(":")[0] in listed
+    help_text = run.invoke(app, ["eval", "--help"], terminal_width=200).stdout
+    assert all(name in help_text for name in READERS)
+
+
 def test_command_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IBKE_DATA", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")

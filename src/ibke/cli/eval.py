@@ -22,12 +22,12 @@ from ibke.cli.console import (
     load_for_editing,
 )
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
+from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.errors import IBKEError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ibke.data.readers import Skipped
     from ibke.request import EditRequest
 
 PROTOCOLS = ("single",)
@@ -35,8 +35,8 @@ SHOWN = 3  # unusable records named on the screen
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="File of edit requests or of a benchmark.")],
-    format: Annotated[str, typer.Option(help="counterfact, zsre, knowedit or jsonl.")] = "jsonl",
+    data: Annotated[Path, typer.Option(help="File of edit requests or of a benchmark, or a folder of such files.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(READERS)} (`ibke ls formats`).")] = "jsonl",
     protocol: Annotated[str, typer.Option(help="single: each edit alone on the pristine model.")] = "single",
     limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many edits.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
@@ -69,8 +69,14 @@ def evaluate(
     from ibke.frames import Frame
 
     wanted = tuple(cast(Frame, name.strip()) for name in frames.split(","))
-    config = {"data": data.name, "format": format, "limit": limit, "seed": seed, "refine": not no_refine}
-    config |= {"editor": editor, "skipped": len(skipped)}
+    config: dict[str, Any] = {
+        "data": data.name,
+        "format": format,
+        "limit": limit,
+        "seed": seed,
+        "refine": not no_refine,
+    }
+    config |= {"editor": editor, "skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
     with Bars() as tick:
         report = evaluate_single(
             lm,
@@ -90,8 +96,6 @@ def evaluate(
 
 
 def _read(data: Path, format: str) -> tuple[list[EditRequest], list[Skipped]]:
-    from ibke.data.readers import read
-
     skipped: list[Skipped] = []
     requests = list(read(data, format, skipped))
     if not requests:
@@ -101,7 +105,9 @@ def _read(data: Path, format: str) -> tuple[list[EditRequest], list[Skipped]]:
 
 def _name_skipped(skipped: list[Skipped], console: Console) -> None:
     if skipped:
-        console.print(f"{len(skipped)} records cannot be used:", style="yellow")
+        console.print(f"{len(skipped)} records, or parts of them, cannot be used:", style="yellow")
+        for reason, count in count_reasons(skipped).items():
+            console.print(f"  {count} × {reason}", style="yellow", markup=False)
         for fault in skipped[:SHOWN]:
             console.print(f"  {fault.where}: {fault.why}", style="yellow", markup=False)
 

@@ -1,4 +1,4 @@
-"""``ibke ls``: the models, methods and data sets known by name."""
+"""``ibke ls``: the models, methods, data sets and data formats known by name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ class Kind(StrEnum):
     models = "models"
     methods = "methods"
     data = "data"
+    formats = "formats"
 
 
 def ls(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: JSON = False) -> None:
-    """List models, methods or data sets known by name."""
-    rows, footer = {Kind.models: _models, Kind.methods: _methods, Kind.data: _data}[kind]()
+    """List models, methods, data sets or data formats known by name."""
+    listings = {Kind.models: _models, Kind.methods: _methods, Kind.data: _data, Kind.formats: _formats}
+    rows, footer = listings[kind]()
     if as_json:
         print_json(rows)
         return
+    _print(rows, footer)
+    if kind == Kind.data:
+        _print(*_formats())
+
+
+def _print(rows: list[dict[str, Any]], footer: str) -> None:
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     shown = [name for name in rows[0] if name != "folder"]
     for name in shown:
@@ -80,12 +88,20 @@ def _data() -> Listing:
             "what": source.title,
             "mb": source.bytes / 1e6,
             "licence": source.licence,
+            "format": source.format or "",
             "here": not source.missing(root),
             "folder": str(root / source.folder),
         }
         for source in load_sources().values()
     ]
     return rows, f"Kept in {root}. Fetch one with `ibke data fetch NAME`."
+
+
+def _formats() -> Listing:
+    from ibke.data.readers import titles
+
+    rows = [{"format": name, "what": title} for name, title in titles().items()]
+    return rows, "Choose one with `ibke eval --format`. Files in these formats are read from anywhere."
 
 
 def _cell(value: Any) -> str:
