@@ -13,9 +13,7 @@ from ibke.editors.ibke.address import (
     REQUEST,
     About,
     contexts_of,
-    guess_subject,
     names_the_question,
-    subject_of,
 )
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
@@ -146,21 +144,6 @@ def test_without_a_named_question_nothing_is_contrasted():
         row.kind for row in contexts_of(About("Borduria has the capital", "Borduria"), make_tiny("llama").tokenizer)
     ]
     assert OTHER not in kinds and len(kinds) > 5
-
-
-@pytest.mark.parametrize(
-    ("prompt", "subject"),
-    [
-        ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux"),
-        ("Who is the author of The Wind in the Willows?", "Wind in the Willows"),
-        ("What is the capital of France?", "France"),
-        ("the colour of grass is", None),
-    ],
-)
-def test_a_subject_is_guessed_from_capitals(prompt, subject):
-    assert guess_subject(prompt) == subject
-    assert subject_of(prompt, None) == (subject or prompt)
-    assert subject_of(prompt, "Borduria") == (subject or prompt)
 
 
 def test_refining_lowers_the_nll_and_says_what_it_did():

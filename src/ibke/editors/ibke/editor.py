@@ -17,7 +17,7 @@ from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.address import About, Addresser, first_open, subject_of
+from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
@@ -30,6 +30,7 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest
 from ibke.rows import EDIT, RowGroup, build_groups
+from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
 
