@@ -23,6 +23,7 @@ from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
+from ibke.editors.key_statistics import text_batches
 from ibke.errors import FormatError
 from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules
@@ -30,7 +31,7 @@ from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Row
 from ibke.request import EditRequest, Probe
-from ibke.training.statistics import layer_statistics, text_batches
+from ibke.training.statistics import layer_statistics
 
 REQUESTS = [
     EditRequest("The capital of Borduria is", "Rome", subject="Borduria"),

@@ -20,6 +20,7 @@ from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
+from ibke.editors.key_statistics import pair_batches, text_batches
 from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
 from ibke.files import find_file
@@ -34,7 +35,7 @@ from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_jso
 from ibke.training.episodes import Episode
 from ibke.training.mixture import Source, Split, mixture
 from ibke.training.settings import TrainSettings
-from ibke.training.statistics import LayerStatistics, layer_statistics, pair_batches, text_batches
+from ibke.training.statistics import LayerStatistics, layer_statistics
 from ibke.training.step import terms
 from ibke.training.validation import validate
 
