@@ -37,7 +37,7 @@ class EditInfo:
         method: name of the editing method.
         fingerprint: of the model it was made for.
         model: name of that model.
-        refine_steps: steps taken to refine the code after the first guess.
+        refine_steps: steps taken to refine the code after the first guess, or to find what is to be written.
         rate_nats: nats the code carries, summed over the requests; None where the method has no code.
         achieved: whether the edited model generates every target; None where nobody asked.
         seconds: wall-clock time it took.
