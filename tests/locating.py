@@ -8,9 +8,8 @@ import torch
 from tests.conftest import make_tiny
 from torch import Tensor
 
-from ibke.editors import locate
 from ibke.editors.alphaedit import AlphaEditEditor, AlphaEditSettings
-from ibke.editors.locate import FLOOR
+from ibke.editors.locate import FLOOR, LocateEditor
 from ibke.editors.memit import MEMITEditor, MEMITSettings
 from ibke.editors.rome import ROMEEditor, ROMESettings
 from ibke.partial import taking_input
@@ -39,16 +38,16 @@ def floored(moment_II):
 
 
 def noted_values(monkeypatch):
-    """A list that every δ found from now on is put into."""
+    """A list that the δ of every edit made from now on are put into (requests × width)."""
     deltas: list[Tensor] = []
-    optimise = locate.optimise_values
+    look = LocateEditor._values
 
     def note(*arguments):
-        values = optimise(*arguments)
+        values = look(*arguments)
         deltas.append(values.delta_BO)
         return values
 
-    monkeypatch.setattr(locate, "optimise_values", note)
+    monkeypatch.setattr(LocateEditor, "_values", note)
     return deltas
 
 

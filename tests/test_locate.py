@@ -243,6 +243,7 @@ def test_bad_input(method):
         ({"steps": 0}, "`steps` is below 1"),
         ({"clamp": 0.0}, "`clamp` is not positive"),
         ({"kl_weight": -1.0}, "`kl_weight` is below 0"),
+        ({"bare_share": 1.5}, "`bare_share` is not between 0 and 1"),
         ({"tokens": 3}, "not even one row"),
     ):
         with pytest.raises(IBKEError, match=message):

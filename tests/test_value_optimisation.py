@@ -11,6 +11,7 @@ from tests.locating import EDITORS, FAST, REQUESTS, close, key_at_subject, make_
 from ibke.editors import locate, value_optimisation
 from ibke.editors.value_optimisation import adding_at_first
 from ibke.modules import resolve, target_modules, weight_OI
+from ibke.request import EditRequest
 
 pytestmark = pytest.mark.usefixtures("statistics_folder")
 
@@ -69,18 +70,23 @@ def test_values_are_clamped(method, monkeypatch):
 
     monkeypatch.setattr(locate, "optimise_values", note)
     make_editor(method, clamp=0.01, stop_below=0.0).edit(REQUESTS[:2])
-    ((start_BO, delta_BO),) = found if method != "rome" else found[:1]
-    torch.testing.assert_close(delta_BO.norm(dim=-1), 0.01 * start_BO.norm(dim=-1))
+    assert found
+    for start_BO, delta_BO in found:
+        torch.testing.assert_close(delta_BO.norm(dim=-1), 0.01 * start_BO.norm(dim=-1))
 
 
 def test_values_of_requests_together_are_those_of_each_alone(monkeypatch):
-    editor = make_editor("memit", stop_below=5.3)
-    deltas = noted_values(monkeypatch)
-    editor.edit(REQUESTS)
-    for request in REQUESTS:
-        editor.edit([request])
-    together, *alone = deltas
-    close(together, torch.cat(alone), 1e-3)
+    editor = make_editor("memit", stop_below=6.05, steps=8)
+    found, passes = noted_values(monkeypatch), []
+    optimise = locate.optimise_values
+    monkeypatch.setattr(locate, "optimise_values", lambda *given: passes.append(given) or optimise(*given))
+    # Of much the same length, so that they are looked for in one pass.
+    requests = [EditRequest("The capital of Borduria is", target, "Borduria") for target in ("Rom", "Ann", "Xyz")]
+    editor.edit(requests)
+    assert len(passes) == 1
+    steps = [editor.edit([request]).info.refine_steps for request in requests]
+    close(found[0], torch.cat(found[1:]), 1e-3)
+    assert min(steps) < max(steps) == editor.settings.steps - 1
 
 
 def test_a_request_that_is_done_takes_no_further_step(monkeypatch):

@@ -44,7 +44,6 @@ from ibke.subjects import subject_of
 
 Tap = Callable[[], AbstractContextManager[list[Tensor]]]
 
-GROUP = 16  # requests whose values are looked for at once
 FLOOR = 1e-4  # of C₀'s mean eigenvalue, added to its diagonal: a short text leaves directions without a key
 
 
@@ -63,6 +62,11 @@ class LocateSettings(ValueSettings):
     bare_share: float = 0.5
     text: str = ""
     tokens: int = 50_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.bare_share <= 1:
+            raise IBKEError("`bare_share` is not between 0 and 1.", "settings", "It is 0.5 if left out.")
 
 
 def by_depth(lm: LanguageModel, published: Sequence[int], of: int) -> tuple[int, ...]:
@@ -92,6 +96,12 @@ class Located:
 
     asked: list[Pair]
     about: Pair
+
+    @property
+    def reached(self) -> int:
+        """Tokens that an edit can reach, all rows as long as the longest."""
+        rows = [*self.asked, self.about]
+        return len(rows) * max(len(pair) - pair.place for pair in rows)
 
 
 @dataclass(frozen=True)
@@ -261,14 +271,14 @@ class LocateEditor(Editor):
         return [torch.cat(part)[order].unflatten(0, (-1, contexts)) for part in parts]
 
     def _values(self, located: Sequence[Located], start_BO: Tensor) -> Values:
-        found = []
-        for begin in range(0, len(located), GROUP):
-            some = located[begin : begin + GROUP]
-            asked, about = [one.asked for one in some], [one.about for one in some]
+        delta_BO = torch.zeros_like(start_BO)
+        steps_B = torch.zeros(len(located), dtype=torch.long, device=start_BO.device)
+        for numbers in by_length([one.reached for one in located]):
+            asked, about = zip(*((located[number].asked, located[number].about) for number in numbers), strict=True)
             group = value_rows(self.upper, asked, about, self.lm.tokenizer.pad_token_id)
-            start = start_BO[begin : begin + GROUP]
-            found.append(optimise_values(self.upper, self.place, group, start, self.settings))
-        return Values(*(torch.cat([getattr(one, name) for one in found]) for name in ("delta_BO", "steps_B")))
+            found = optimise_values(self.upper, self.place, group, start_BO[numbers], self.settings)
+            delta_BO[numbers], steps_B[numbers] = found.delta_BO, found.steps_B
+        return Values(delta_BO, steps_B)
 
     @torch.no_grad()
     def outcome(self, located: Sequence[Located]) -> tuple[Tensor, Tensor]:
