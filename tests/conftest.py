@@ -118,6 +118,13 @@ def smollm32() -> LanguageModel:
     return load_model("smollm2-135m", dtype="float32", device="cpu")
 
 
+@pytest.fixture
+def statistics_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's key statistics are kept; the user's cache folder holds none of tiny models."""
+    monkeypatch.setattr("ibke.editors.key_statistics.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "statistics"
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Where the benchmark data sets are; skips without them."""

@@ -198,6 +198,24 @@ def test_train_overrides_reach_the_settings():
     assert (config.layer, config.noise, config.prior, config.beta) == (4, False, "ceb", 0.5)
 
 
+def test_settings_are_of_the_kind_that_their_fields_are():
+    from ibke.cli.settings import parse
+    from ibke.editors.memit import MEMITSettings
+    from ibke.editors.rome import ROMESettings
+
+    rome, memit = parse(["layer=3", "layers=4, 5", "clamp=2", "text=a=b.txt"], ROMESettings, MEMITSettings)
+    assert (rome, memit) == ({"layer": 3, "clamp": 2.0, "text": "a=b.txt"}, {"layers": (4, 5)})
+    assert parse(["layer=none", "contexts=One.,Two."], ROMESettings) == [{"layer": None, "contexts": ("One.", "Two.")}]
+    assert parse([]) == []
+
+
+def test_settings_of_a_method(run: Run):
+    refused(run("edit", PROMPT, NEW, "--method", "rome", "--set", "step=3"), "'step'", "Did you mean 'steps'?")
+    refused(run("edit", PROMPT, NEW, "--method", "memit", "--set", "layers=4,five"), "'4,five'", "'layers'")
+    refused(run("edit", PROMPT, NEW, "--method", "gradient", "--set", "steps=3"), "'steps'", "Known: none.")
+    refused(run("edit", PROMPT, NEW, "--method", "rome", "--set", "steps=0"), "`steps` is below 1")
+
+
 # --- on the real model
 
 
@@ -237,6 +255,13 @@ def test_edit_that_takes(run: Run, tmp_path: Path):
     assert document["seconds"] > 0
     assert Edit.load(document["folder"]).requests[0].target_new == NEW
     assert NEW in result.stderr  # the table for people
+
+
+def test_edit_with_settings(run: Run):
+    result = run("edit", PROMPT, NEW, "--method", "rome", "--set", "steps=3", "--set", "layer=4", "--json")
+    document = json.loads(result.stdout)
+    assert document["method"] == "rome" and document["refine_steps"] == 2
+    assert document["nll_after"] < document["nll_before"]
 
 
 def test_edit_that_does_not_take(run: Run, tmp_path: Path):

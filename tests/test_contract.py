@@ -19,7 +19,8 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
 def editor(request, smollm32):
-    return method_class(request.param).for_model(smollm32)
+    kind = method_class(request.param)
+    return kind.for_model(smollm32, **kind.quick)
 
 
 def logits(lm, text="The capital of France is"):

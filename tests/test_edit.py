@@ -60,7 +60,7 @@ def test_interrupted_save_keeps_the_old_edit(tmp_path, monkeypatch):
     def fail(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ibke.edit.os.fsync", fail)
+    monkeypatch.setattr("ibke.files.os.fsync", fail)
     with pytest.raises(KeyboardInterrupt):
         make_edit(seed=1).save(tmp_path)
     assert torch.equal(Edit.load(tmp_path).delta("a.down"), old.delta("a.down"))

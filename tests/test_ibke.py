@@ -13,9 +13,7 @@ from ibke.editors.ibke.address import (
     REQUEST,
     About,
     contexts_of,
-    guess_subject,
     names_the_question,
-    subject_of,
 )
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
@@ -25,6 +23,7 @@ from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
+from ibke.editors.key_statistics import text_batches
 from ibke.errors import FormatError
 from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules
@@ -32,7 +31,7 @@ from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Row
 from ibke.request import EditRequest, Probe
-from ibke.training.statistics import layer_statistics, text_batches
+from ibke.training.statistics import layer_statistics
 
 REQUESTS = [
     EditRequest("The capital of Borduria is", "Rome", subject="Borduria"),
@@ -146,21 +145,6 @@ def test_without_a_named_question_nothing_is_contrasted():
         row.kind for row in contexts_of(About("Borduria has the capital", "Borduria"), make_tiny("llama").tokenizer)
     ]
     assert OTHER not in kinds and len(kinds) > 5
-
-
-@pytest.mark.parametrize(
-    ("prompt", "subject"),
-    [
-        ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux"),
-        ("Who is the author of The Wind in the Willows?", "Wind in the Willows"),
-        ("What is the capital of France?", "France"),
-        ("the colour of grass is", None),
-    ],
-)
-def test_a_subject_is_guessed_from_capitals(prompt, subject):
-    assert guess_subject(prompt) == subject
-    assert subject_of(prompt, None) == (subject or prompt)
-    assert subject_of(prompt, "Borduria") == (subject or prompt)
 
 
 def test_refining_lowers_the_nll_and_says_what_it_did():

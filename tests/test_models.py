@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf, write_wheel
 
-from ibke.bundled import BUNDLED, MANIFEST, cache_folder, ensure
+from ibke.bundled import BUNDLED, MANIFEST, ensure
 from ibke.errors import FingerprintMismatchError, ModelError, ModuleNotEditableError
+from ibke.files import cache_folder
 from ibke.fingerprint import check_fingerprint, fingerprint
 from ibke.gguf import read_gguf
 from ibke.models import load_model

@@ -29,6 +29,14 @@ class Pair:
     span: tuple[int, int]
     subject: tuple[int, int] | None = None
 
+    @property
+    def place(self) -> int:
+        """The token that is written: the subject's last; where no subject is known the prompt's own last word.
+
+        It is never a first position, whose activation belongs to no word.
+        """
+        return min(max((self.subject or self.span)[1] - 1, 1), len(self.prompt) - 1)
+
     def reached(self, place: int | None) -> Pair:
         """The same, with the first token an edit reaches in the place of the subject; None is the prompt's last."""
         begin = len(self.prompt) - 1 if place is None else min(place, len(self.prompt) - 1)
@@ -135,9 +143,7 @@ def coded_positions(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
     rows: list[list[tuple[int, int]]] = []
     for pair in pairs:
         end = len(pair.prompt) - 1
-        # Nothing is written at a first position, whose activation belongs to no word.
-        written = min(max((pair.subject or pair.span)[1] - 1, 1), end)
-        row = [(written, SUBJECT)] + ([(end, LAST)] if end != written else [])
+        row = [(pair.place, SUBJECT)] + ([(end, LAST)] if end != pair.place else [])
         rows.append(row + [(position, ANSWER) for position in range(end + 1, len(pair))])
     longest = max(len(row) for row in rows)
     padded = torch.tensor([row + [(0, 0)] * (longest - len(row)) for row in rows])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ibke.errors import ModelError
+from ibke.files import cache_folder
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is done (bytes)."""
@@ -65,14 +66,6 @@ BUNDLED = {
         disk_bytes=900_000_000,
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where models are kept: ``IBKE_CACHE``, else ``XDG_CACHE_HOME/ibke``, else ``~/.cache/ibke``."""
-    if folder := os.environ.get("IBKE_CACHE"):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ibke"
 
 
 def ensure(spec: BundledModel, progress: Progress | None = None) -> Path:

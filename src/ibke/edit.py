@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
+from ibke.files import write_atomically
 from ibke.neurons import Neurons
 from ibke.request import EditRequest
 
@@ -38,7 +37,7 @@ class EditInfo:
         method: name of the editing method.
         fingerprint: of the model it was made for.
         model: name of that model.
-        refine_steps: steps taken to refine the code after the first guess.
+        refine_steps: steps taken to refine the code after the first guess, or to find what is to be written.
         rate_nats: nats the code carries, summed over the requests; None where the method has no code.
         achieved: whether the edited model generates every target; None where nobody asked.
         seconds: wall-clock time it took.
@@ -220,8 +219,8 @@ class Edit:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / data, raw)
-            _write(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+            write_atomically(folder / data, raw)
+            write_atomically(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
             for old in folder.glob("edit-*.safetensors"):
                 if old.name != data:
                     old.unlink()
@@ -275,19 +274,6 @@ def _without_latent(info: EditInfo) -> dict[str, Any]:
 
 def _sum(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first + second
-
-
-def _write(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _read_index(folder: Path) -> Mapping[str, Any]:

@@ -28,7 +28,9 @@ def render(prompt: str, frame: Frame, tokenizer: Any) -> tuple[str, str]:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), ""
 
 
-def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any, subject: str | None = None) -> Pair:
+def encode_pair(
+    prompt: str, target: str, frame: Frame, tokenizer: Any, subject: str | None = None, context: str = ""
+) -> Pair:
     """Tokenise a framed prompt and its answer, closed by the end-of-turn token so that free generation stops there.
 
     Args:
@@ -37,8 +39,10 @@ def encode_pair(prompt: str, target: str, frame: Frame, tokenizer: Any, subject:
         frame: how the prompt is put to the model.
         tokenizer: a fast tokenizer (it must tell where each token stands in the text).
         subject: what the fact is about, to be marked among the tokens; ignored where it does not occur.
+        context: running text that stands before it all.
     """
     text, joiner = render(prompt, frame, tokenizer)
+    text = f"{context} {text}" if context else text
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]
     begin = text.rfind(prompt.strip())

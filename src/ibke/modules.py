@@ -109,7 +109,7 @@ def target_modules(
         ModuleNotEditableError: the architecture is unknown and no modules are named, or a layer does not exist.
     """
     if arch.modules:
-        return [name for name in arch.modules if layers is None or _layer_index(name) in layers]
+        return [name for name in arch.modules if layers is None or layer_index(name) in layers]
     suffix = getattr(arch, kind)
     if not suffix:
         raise ModuleNotEditableError(
@@ -256,7 +256,8 @@ def _parameters(
     return nn.Parameter(stored, requires_grad=learns), bias_O
 
 
-def _layer_index(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
+    """The layer a module is in: the first number in its dotted name; None where there is none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 

@@ -238,6 +238,29 @@ def taking_input(module: nn.Module, *, last: bool = False) -> Iterator[list[Tens
 
 
 @contextmanager
+def taking_output(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]]:
+    """What a module returns in the passes run meanwhile; of several things the first, as hidden states are.
+
+    Args:
+        module: any.
+        last: end a pass there; the block ends with it.
+    """
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, __: Any, out: Any) -> None:
+        taken.append(out[0] if isinstance(out, tuple) else out)
+        if last:
+            raise _Reached
+
+    handle = module.register_forward_hook(take)
+    try:
+        with suppress(_Reached):
+            yield taken
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def row_updates(modules: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Give every row of the next batches a low-rank update of its own: y_r += (x_r A_rᵀ) B_r.
 

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ibke.bundled import BUNDLED
+from ibke.cli.settings import parse
 from ibke.errors import IBKEError, ModelError
 
 if TYPE_CHECKING:
@@ -117,11 +119,20 @@ class ModelChoice:
             )
 
 
-def load_for_editing(choice: ModelChoice, method: str, path: str | None, refine: bool) -> tuple[LanguageModel, Editor]:
+def load_for_editing(
+    choice: ModelChoice, method: str, path: str | None, refine: bool, settings: Sequence[str] = ()
+) -> tuple[LanguageModel, Editor]:
     """A model and the editor of a method for it.
 
+    Args:
+        choice: the model.
+        method: name of the method.
+        path: folder of a trained editor.
+        refine: whether the editor's first guess may be refined.
+        settings: of the method, each as NAME=VALUE.
+
     Raises:
-        IBKEError: no such method, or one that does not refine was told not to.
+        IBKEError: no such method, one that does not refine was told not to, or a setting that the method has not.
         ModelError: the model cannot be had.
     """
     with Bars() as tick:
@@ -131,10 +142,13 @@ def load_for_editing(choice: ModelChoice, method: str, path: str | None, refine:
         kind = method_class(method)
         if not refine and "refine" not in inspect.signature(kind).parameters:
             raise IBKEError(f"the method {method!r} has nothing to refine.", "--no-refine", "Leave it out.")
+        given: dict[str, Any] = {}
+        for some in parse(settings, *([kind.Settings] if kind.Settings else [])):
+            given |= some
     lm = choice.load()
     with Bars() as tick:
         tick(f"Loading the {method} editor", 0, None)
-        return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}))
+        return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}), **given)
 
 
 class _TimeLeft(TimeRemainingColumn):

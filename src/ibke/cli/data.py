@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ibke.cli.console import JSON, Bars
 from ibke.cli.output import print_json, screen
+from ibke.files import data_folder
 
 app = typer.Typer(no_args_is_help=True, help="Fetch benchmarks and tables of facts.")
-
-
-def data_folder() -> Path:
-    """Where data sets are kept: ``IBKE_DATA``, else ``data`` in the cache folder."""
-    from ibke.bundled import cache_folder
-
-    folder = os.environ.get("IBKE_DATA")
-    return Path(folder).expanduser() if folder else cache_folder() / "data"
 
 
 @app.command()

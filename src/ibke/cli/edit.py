@@ -27,6 +27,7 @@ from ibke.cli.console import (
 )
 from ibke.cli.correction import Correction, asked_by, correct, figures, render
 from ibke.cli.output import print_json, screen, shorten
+from ibke.cli.settings import Settings
 from ibke.errors import RequestError
 from ibke.request import EditRequest, Probe, read_requests
 
@@ -50,6 +51,7 @@ def edit(
     method: Method = "ibke",
     editor: EditorPath = None,
     no_refine: NoRefine = False,
+    settings: Settings = None,
     module: Modules = None,
     device: Device = ModelChoice.device,
     dtype: Dtype = ModelChoice.dtype,
@@ -67,7 +69,7 @@ def edit(
     if requests is None:
         probes = tuple(Probe(text) for text in keep or ())
         request = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), probes)
-        lm, editing = load_for_editing(chosen, method, editor, not no_refine)
+        lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
         code = _one(lm, editing, request, out, force, as_json)
     elif single:
         raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
@@ -77,7 +79,7 @@ def edit(
         count = sum(1 for _ in read_requests(requests))  # every line is checked before anything is computed
         if not count:
             raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
-        lm, editing = load_for_editing(chosen, method, editor, not no_refine)
+        lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
         code = _many(lm, editing, requests, count, out, force, as_json)
     raise typer.Exit(code)
 

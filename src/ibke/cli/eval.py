@@ -23,6 +23,7 @@ from ibke.cli.console import (
 )
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
 from ibke.data.readers import READERS, Skipped, count_reasons, read
+from ibke.cli.settings import Settings
 from ibke.errors import IBKEError, RequestError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def evaluate(
     method: Method = "ibke",
     editor: EditorPath = None,
     no_refine: NoRefine = False,
+    settings: Settings = None,
     module: Modules = None,
     device: Device = ModelChoice.device,
     dtype: Dtype = "float32",  # in bfloat16 rounding alone changes long answers, and locality would measure that
@@ -64,19 +66,14 @@ def evaluate(
     asked, skipped = _read(data, format)
     _name_skipped(skipped, console)
     choice = ModelChoice(model, device, dtype, tuple(module or ()))
-    lm, editing = load_for_editing(choice, method, editor, not no_refine)
+    lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     from ibke.evaluation.protocols import EditFrame, evaluate_single, sample
     from ibke.frames import Frame
 
     wanted = tuple(cast(Frame, name.strip()) for name in frames.split(","))
-    config: dict[str, Any] = {
-        "data": data.name,
-        "format": format,
-        "limit": limit,
-        "seed": seed,
-        "refine": not no_refine,
-    }
-    config |= {"editor": editor, "skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
+    config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed}
+    config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
+    config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
     with Bars() as tick:
         report = evaluate_single(
             lm,

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from ibke.cli.console import JSON, Bars
-from ibke.cli.data import data_folder
 from ibke.cli.output import print_json, screen
+from ibke.files import cache_folder, data_folder
 
 
 class Kind(StrEnum):
@@ -52,7 +52,7 @@ Listing = tuple[list[dict[str, Any]], str]
 
 
 def _models() -> Listing:
-    from ibke.bundled import BUNDLED, MANIFEST, cache_folder
+    from ibke.bundled import BUNDLED, MANIFEST
 
     root = cache_folder()
     rows = [

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ibke.cli.console import JSON, Bars, Dtype, ModelChoice, ModelName
 from ibke.cli.output import print_json, screen
-from ibke.errors import IBKEError
+from ibke.cli.settings import Settings, parse
 
 if TYPE_CHECKING:
     from ibke.editors.ibke.config import IBKEConfig
@@ -35,10 +33,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the cosine schedule.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = None,
     dtype: Dtype = ModelChoice.dtype,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Another setting, as in beta=0.01. Repeat."),
-    ] = None,
+    settings: Settings = None,
     as_json: JSON = False,
 ) -> None:
     """Train an editor for a model.
@@ -95,33 +90,5 @@ def _overrides(settings: list[str]) -> tuple[dict[str, Any], IBKEConfig]:
     from ibke.editors.ibke.config import IBKEConfig
     from ibke.training.settings import TrainSettings
 
-    of_run = {item.name: item.default for item in fields(TrainSettings) if item.default is not MISSING}
-    of_editor = {item.name: item.default for item in fields(IBKEConfig)}
-    hints = {**get_type_hints(TrainSettings), **get_type_hints(IBKEConfig)}
-    run: dict[str, Any] = {}
-    editor: dict[str, Any] = {}
-    for text in settings:
-        name, _, value = text.partition("=")
-        if name not in {**of_run, **of_editor}:
-            near = difflib.get_close_matches(name, [*of_run, *of_editor], n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            known = ", ".join([*of_run, *of_editor])
-            raise IBKEError(f"there is no setting {name!r}.", "--set", f"{hint}Known: {known}.")
-        chosen, defaults = (run, of_run) if name in of_run else (editor, of_editor)
-        chosen[name] = _value(name, value, defaults[name], hints[name])
-    return run, IBKEConfig(**editor)
-
-
-def _value(name: str, text: str, default: Any, hint: Any) -> Any:
-    """A setting's value, of the kind its default is."""
-    if get_origin(hint) is Literal and text not in get_args(hint):
-        raise IBKEError(f"{text!r} is no value for {name!r}.", "--set", f"Known: {', '.join(get_args(hint))}.")
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, tuple):
-            parts = [part.strip() for part in text.split(",") if part.strip()]
-            return tuple(int(part) if part.isdecimal() else part for part in parts)
-        return type(default)(text)
-    except (KeyError, ValueError):
-        raise IBKEError(f"{text!r} is no value for {name!r}.", "--set", f"It is {default!r} if left out.") from None
+    of_run, of_editor = parse(settings, TrainSettings, IBKEConfig)
+    return of_run, IBKEConfig(**of_editor)

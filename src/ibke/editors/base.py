@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ibke.errors import IBKEError
+from ibke.errors import IBKEError, RequestError
 
 if TYPE_CHECKING:
+    from ibke.batch import Pair
     from ibke.edit import Edit
+    from ibke.frames import Frame
     from ibke.models import LanguageModel
     from ibke.request import EditRequest
 
 # One line a method: its name and where its class is. Nothing is imported until it is asked for.
 METHODS: dict[str, str] = {
     "ibke": "ibke.editors.ibke.editor:IBKEEditor",
+    "rome": "ibke.editors.rome:ROMEEditor",
+    "memit": "ibke.editors.memit:MEMITEditor",
+    "alphaedit": "ibke.editors.alphaedit:AlphaEditEditor",
 }
 
 Progress = Callable[[int, int], None]
@@ -31,6 +37,10 @@ class Editor(ABC):
     """
 
     name: ClassVar[str]
+    Settings: ClassVar[type | None] = None
+    """Dataclass of the method's settings, of which the constructor takes one; the command line's ``--set`` reads it."""
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which the method is rough and fast, for tests of what holds whatever the settings are."""
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
@@ -43,13 +53,30 @@ class Editor(ABC):
             lm: the model.
             path: folder of trained weights, for methods that have them; None takes what ships for this model.
             settings: method settings that differ from the defaults.
+
+        Raises:
+            IBKEError: a setting that the method has not; names the nearest one.
         """
         del path
-        return cls(lm, **settings)
+        return cls(lm, **settings) if cls.Settings is None else cls(lm, cls._settings(settings))  # type: ignore[call-arg]
+
+    @classmethod
+    def _settings(cls, given: Mapping[str, Any]) -> Any:
+        assert cls.Settings is not None
+        known = [item.name for item in fields(cls.Settings)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise IBKEError(f"there is no setting {name!r}.", cls.name, f"{hint}Known: {', '.join(known)}.")
+        return cls.Settings(**given)
 
     @abstractmethod
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together.
+
+        The model is taken as it is, edits that are attached to it included, so a sequence is: edit, attach or merge,
+        :meth:`after`, and again.
 
         Raises:
             RequestError: no request, or one that does not fit the model's window.
@@ -63,6 +90,41 @@ class Editor(ABC):
             if progress:
                 progress(index + 1, len(requests))
         return edits
+
+    def after(self, edit: Edit) -> Editor:
+        """The editor for what follows, once an edit is in force on the model to stay (attached or merged).
+
+        Methods that have to know of earlier edits return one that does, and are themselves as before; for all others
+        nothing changes::
+
+            with EditSession(lm) as session:
+                for group in groups:
+                    edit = editor.edit(group)
+                    session.attach(edit)
+                    editor = editor.after(edit)
+        """
+        del edit
+        return self
+
+    def pair(
+        self, prompt: str, target: str, frame: Frame = "bare", subject: str | None = None, context: str = ""
+    ) -> Pair:
+        """Tokenise a prompt and its answer as :func:`~ibke.frames.encode_pair` does.
+
+        Raises:
+            RequestError: they do not fit the model's window.
+        """
+        from ibke.frames import encode_pair
+
+        pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject, context)
+        window = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
+        if window and len(pair) > window:
+            raise RequestError(
+                f"prompt and target are {len(pair)} tokens, the model's window is {window}.",
+                f"prompt {prompt[:60]!r}…",
+                "Shorten the prompt.",
+            )
+        return pair
 
 
 def method_class(name: str) -> type[Editor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
-from ibke.editors.ibke.address import About, Addresser, first_open, subject_of
+from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import answer_embedding
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
@@ -30,6 +30,7 @@ from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
+from ibke.subjects import subject_of
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes

@@ -10,20 +10,18 @@ as they are, then under the folder of data sets.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from ibke.bundled import cache_folder
 from ibke.data.facts import generate
 from ibke.data.readers import READERS, Skipped, read
 from ibke.data.relations import load_wordings
 from ibke.data.triples import Skips, Triple, read_csv, read_entityquestions, read_facts, read_lre, read_pararel
 from ibke.errors import TrainingError
+from ibke.files import data_folder, find_file
 from ibke.request import EditRequest
 from ibke.training.episodes import Episode, EpisodeMaker
 
@@ -90,16 +88,6 @@ def held_out(relation: str, share: float) -> bool:
     return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
-def data_folder() -> Path:
-    """Where the public tables are: ``IBKE_DATA``, or else where ``ibke data fetch`` puts them."""
-    return Path(os.environ.get("IBKE_DATA") or cache_folder() / "data")
-
-
-def resolve_path(path: str) -> Path:
-    """A file named as it is, or relative to :func:`data_folder`."""
-    return Path(path) if Path(path).exists() else data_folder() / path
-
-
 def triples(source: Source, share_held_out: float, *, want_held_out: bool = False) -> Iterator[Triple]:
     """Facts of a table, from relations in training or from those held out."""
     skips = Skips()
@@ -108,7 +96,7 @@ def triples(source: Source, share_held_out: float, *, want_held_out: bool = Fals
         "pararel": lambda: read_pararel(data_folder(), skips),
         "lre": lambda: read_lre(data_folder(), skips),
         "entityquestions": lambda: read_entityquestions(data_folder(), source.path or "train", skips),
-        "csv": lambda: read_csv(resolve_path(source.path.split("+")[0]), skips),
+        "csv": lambda: read_csv(find_file(source.path.split("+")[0]), skips),
     }
     for triple in readers[source.name]():
         if source.name == "csv" or held_out(triple.relation, share_held_out) == want_held_out:
@@ -122,14 +110,14 @@ def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tu
         pool = [item for item in triples(source, split.relations) if not split.excludes(item.subject)]
         # Locality is drawn from the table handed over; a bounded one keeps memory and time bounded too.
         rng.shuffle(pool)
-        own = [resolve_path(path) for path in source.path.split("+")[1:]] if source.name == "csv" else []
+        own = [find_file(path) for path in source.path.split("+")[1:]] if source.name == "csv" else []
         wordings = load_wordings(*own, templates_from=None if source.name == "csv" else data_folder())
         made = generate(pool[: max(20 * count, 20_000)], wordings, seed=seed, limit=count, skips=Skips())
         for item in made:
             yield item.request, dict(item.kinds)
         return
     skipped: list[Skipped] = []
-    everything = list(read(resolve_path(source.path), source.name, skipped))
+    everything = list(read(find_file(source.path), source.name, skipped))
     rng.shuffle(everything)
     # Other files are people's own, of no known relation.
     nameless = source.name == "counterfact"
@@ -152,7 +140,7 @@ class Split:
         for text in excluded:
             source = Source.parse(text)
             skipped: list[Skipped] = []
-            for request in read(resolve_path(source.path), source.name, skipped):
+            for request in read(find_file(source.path), source.name, skipped):
                 self.words.add(request.prompt.lower())
                 self.words.add((request.subject or request.prompt).lower())
         self._known: dict[tuple[str, str], set[str]] | None = None

@@ -20,8 +20,10 @@ from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
+from ibke.editors.key_statistics import pair_batches, text_batches
 from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
+from ibke.files import find_file
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, target_modules
@@ -31,9 +33,9 @@ from ibke.training.building import Builder, build
 from ibke.training.cache import EpisodeCache
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from ibke.training.episodes import Episode
-from ibke.training.mixture import Source, Split, mixture, resolve_path
+from ibke.training.mixture import Source, Split, mixture
 from ibke.training.settings import TrainSettings
-from ibke.training.statistics import LayerStatistics, layer_statistics, pair_batches, text_batches
+from ibke.training.statistics import LayerStatistics, layer_statistics
 from ibke.training.step import terms
 from ibke.training.validation import validate
 
@@ -93,7 +95,7 @@ def take_statistics(settings: TrainSettings, ground: Ground, episodes: Sequence[
 
     def batches() -> Iterator[Batch]:
         if settings.text:
-            with resolve_path(settings.text).open(encoding="utf-8") as lines:
+            with find_file(settings.text).open(encoding="utf-8") as lines:
                 yield from text_batches(lm.tokenizer, lines, 20_000, lm.device)
         asked = [item for episode in episodes[:256] for item in (episode.edit, *episode.inside, *episode.outside)]
         pairs = [encode_pair(item.prompt, item.target or "-", item.frame, lm.tokenizer) for item in asked]

@@ -42,14 +42,6 @@ REQUEST, NEUTRAL, OTHER, ELSEWHERE = range(4)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
-# Words that begin sentences without naming anything.
-_OPENERS = frozenset(
-    re.findall(
-        r"\w+",
-        "The A An In On At Of For From To By With Who What Which Where When Why How Is Are Was Were Do Does Did Can "
-        "Could Will Would Should Tell Name Give Question Please I It Its He She They We You My Our Their This That",
-    )
-)
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
 # "The capital of …", "the league which …"; what goes with the subject without such a word ("The team …") names nothing.
 _PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\b(?:of|by|for|in|from|to|at|with|on|which|that))\s*"
@@ -75,28 +67,6 @@ def contexts() -> dict[str, list[tuple[str, Frame]]]:
     """
     kinds = ("neutral", "asking", "questions")
     return {kind: [(text, frame) for frame, texts in _own()[kind].items() for text in texts] for kind in kinds}
-
-
-def guess_subject(prompt: str) -> str | None:
-    """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
-    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
-    named = []
-    for run in runs:
-        words = run.split()
-        while words and words[0] in _OPENERS:
-            words.pop(0)
-        while words and words[-1].islower():
-            words.pop()
-        if words:
-            named.append(" ".join(words).rstrip(".'’-"))
-    return max(named, key=len, default=None) or None
-
-
-def subject_of(prompt: str, subject: str | None) -> str:
-    """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt."""
-    if subject and subject.lower() in prompt.lower():
-        return subject
-    return guess_subject(prompt) or prompt.strip().rstrip("?!. ")
 
 
 def names_the_question(prompt: str, subject: str) -> str | None:

@@ -17,19 +17,20 @@ from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.address import About, Addresser, first_open, subject_of
+from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
 from ibke.errors import RequestError
-from ibke.frames import FRAMES, Frame, encode_pair
+from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
 from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest
 from ibke.rows import EDIT, RowGroup, build_groups
+from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
 
@@ -45,6 +46,7 @@ class IBKEEditor(Editor):
     """
 
     name: ClassVar[str] = "ibke"
+    Settings: ClassVar[type | None] = RefineSettings
 
     def __init__(
         self, lm: LanguageModel, network: Bottleneck, refine: RefineSettings | None = None, frame: Frame = "bare"
@@ -123,7 +125,7 @@ class IBKEEditor(Editor):
         """
         subjects = [subject_of(request.prompt, request.subject) for request in requests]
         pairs = [
-            self._pair(request.prompt, request.target_new, self.frame, subject)
+            self.pair(request.prompt, request.target_new, self.frame, subject)
             for request, subject in zip(requests, subjects, strict=True)
         ]
         device = self.lm.device
@@ -202,10 +204,10 @@ class IBKEEditor(Editor):
         for owner, request in enumerate(requests):
             subject = subject_of(request.prompt, request.subject)
             # An address is silent before the subject's last token of its own request, in every frame.
-            asked += [self._pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
+            asked += [self.pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
             about += [owner] * len(FRAMES)
         worded = [(owner, text) for owner, request in enumerate(requests) for text in request.rephrase_prompts]
-        pairs = [self._pair(text, requests[owner].target_new, "bare") for owner, text in worded]
+        pairs = [self.pair(text, requests[owner].target_new, "bare") for owner, text in worded]
         if pairs:
             places = opened(pairs, [owner for owner, _ in worded])
             asked += [pair.reached(place) for pair, place in zip(pairs, places, strict=True)]
@@ -215,14 +217,3 @@ class IBKEEditor(Editor):
         owners = [0] * len(about) if joint else about
         pad_id = self.lm.tokenizer.pad_token_id
         return build_groups(self.part, asked, [EDIT] * len(asked), owners, pad_id, prefixes=self.prefixes)
-
-    def _pair(self, prompt: str, target: str, frame: Frame, subject: str | None = None) -> Pair:
-        pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject)
-        window = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
-        if window and len(pair) > window:
-            raise RequestError(
-                f"prompt and target are {len(pair)} tokens, the model's window is {window}.",
-                f"prompt {prompt[:60]!r}…",
-                "Shorten the prompt.",
-            )
-        return pair

@@ -1,0 +1,44 @@
+"""Where the package keeps files of its own and looks for the user's, and how it writes them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where models and statistics are kept: ``IBKE_CACHE``, else ``XDG_CACHE_HOME/ibke``, else ``~/.cache/ibke``."""
+    if folder := os.environ.get("IBKE_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ibke"
+
+
+def data_folder() -> Path:
+    """Where data sets are kept: ``IBKE_DATA``, else ``data`` in the cache folder."""
+    folder = os.environ.get("IBKE_DATA")
+    return Path(folder).expanduser() if folder else cache_folder() / "data"
+
+
+def find_file(path: str) -> Path:
+    """A file named as it is, or relative to :func:`data_folder`; it need not exist."""
+    return Path(path) if Path(path).exists() else data_folder() / path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file in one step: whoever looks sees the old one or the new one, also after an interruption.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

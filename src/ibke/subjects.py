@@ -1,0 +1,36 @@
+"""What a request is about, where nobody says it."""
+
+from __future__ import annotations
+
+import re
+
+# Words that begin sentences without naming anything.
+_OPENERS = frozenset(
+    re.findall(
+        r"\w+",
+        "The A An In On At Of For From To By With Who What Which Where When Why How Is Are Was Were Do Does Did Can "
+        "Could Will Would Should Tell Name Give Question Please I It Its He She They We You My Our Their This That",
+    )
+)
+
+
+def guess_subject(prompt: str) -> str | None:
+    """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
+    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
+    named = []
+    for run in runs:
+        words = run.split()
+        while words and words[0] in _OPENERS:
+            words.pop(0)
+        while words and words[-1].islower():
+            words.pop()
+        if words:
+            named.append(" ".join(words).rstrip(".'’-"))
+    return max(named, key=len, default=None) or None
+
+
+def subject_of(prompt: str, subject: str | None) -> str:
+    """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt."""
+    if subject and subject.lower() in prompt.lower():
+        return subject
+    return guess_subject(prompt) or prompt.strip().rstrip("?!. ")
