@@ -20,7 +20,7 @@ from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
-from ibke.editors.ibke.refine import Refiner, RefineSettings
+from ibke.editors.ibke.refine import RELAY_MOST, Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
 from ibke.editors.key_statistics import text_batches
@@ -31,13 +31,15 @@ from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Row
 from ibke.request import EditRequest, Probe
+from ibke.rows import run_rows
+from ibke.session import EditSession
 from ibke.training.statistics import layer_statistics
 
 REQUESTS = [
     EditRequest("The capital of Borduria is", "Rome", subject="Borduria"),
     EditRequest("Who wrote the play Maskenball?", "Ann", subject="Maskenball"),
 ]
-SMALL = {"layer": 1, "content_dim": 10, "context_dim": 6, "width": 16, "depth": 1}
+SMALL = {"layer": 1, "relay_layer": 2, "content_dim": 10, "context_dim": 6, "width": 16, "depth": 1}
 TEXT = ["The capital of France is Paris. Who wrote the play? Answer: the author of the play is known to all. " * 9]
 
 
@@ -45,9 +47,13 @@ def make_editor(refine=None, model="llama", **config):
     """An editor that was never trained, on a tiny model."""
     lm = make_tiny(model)
     settings = IBKEConfig(**{**SMALL, **config})
-    part = PartialModel(lm.model, lm.architecture.layers, settings.layer)
-    site = Site.find(lm.model, target_modules(lm, lm.architecture, [settings.layer])[0])
-    found = layer_statistics(part, site, text_batches(lm.tokenizer, TEXT, 1000, lm.device))
+
+    def seen(layer):
+        part = PartialModel(lm.model, lm.architecture.layers, layer)
+        site = Site.find(lm.model, target_modules(lm, lm.architecture, [layer])[0])
+        return site, layer_statistics(part, site, text_batches(lm.tokenizer, TEXT, 1000, lm.device))
+
+    site, found = seen(settings.layer)
     generator = torch.Generator().manual_seed(5)
     grads, addresses = (torch.randn(80, 32, generator=generator) for _ in range(2))
     with torch.random.fork_rng():
@@ -55,6 +61,9 @@ def make_editor(refine=None, model="llama", **config):
         network = Bottleneck(settings, site.out, in_out(site.modules[site.out])[1])
     network.ground(found.spectrum, found.constant_D, torch.tensor(1.0))
     network.initialise(grads, addresses)
+    if network.relay is not None:
+        later = seen(settings.relay_layer)[1]
+        network.relay.ground(later.spectrum, later.constant_D, torch.tensor(1.0))
     return IBKEEditor(lm, network.requires_grad_(False), refine or RefineSettings(steps=6, learning_rate=0.3))
 
 
@@ -152,22 +161,31 @@ def test_refining_lowers_the_nll_and_says_what_it_did():
         make_editor(RefineSettings(steps=steps, learning_rate=0.3)).edit(REQUESTS[:1]) for steps in (0, 6)
     )
     assert plain.info.achieved is None and plain.info.refine_steps == 0 and plain.info.nll_after is None
-    assert 1 <= refined.info.refine_steps <= 6
+    assert 1 <= refined.info.refine_steps <= 6 + RELAY_MOST
     assert refined.info.nll_after < refined.info.nll_before
-    assert refined.info.latent["z"].shape == (1, IBKEConfig(**SMALL).code_dim)
+    assert refined.info.latent["z"].shape == (1, IBKEConfig(**SMALL).code_dim + 32)  # and the relay's
 
 
 @pytest.mark.parametrize("learning_rate", [0.05, 1e4])
 def test_refining_never_accepts_a_step_that_raises_the_nll(learning_rate):
     editor = make_editor(RefineSettings(steps=4, learning_rate=learning_rate))
     code, _ = editor.encode(REQUESTS)
-    targets = editor._targets(REQUESTS, editor._opened(code), joint=False)
-    refiner = Refiner(editor.network, editor.part, editor.site, editor.settings)
-    first, _ = refiner._judge(refiner._run(code.mean, code.written, targets), 2)
-    best = refiner.refine(code, targets, lambda: [])
-    again, _ = refiner._judge(refiner._run(best.z_BZ, code.written, targets), 2)
-    assert (best.nll_B <= first).all()
-    torch.testing.assert_close(again, best.nll_B, rtol=1e-4, atol=1e-4)
+    targets = editor._targets(REQUESTS, editor._opened(code))
+
+    def nll(z_BZ):
+        neurons = editor.network.decode(z_BZ, code.written, editor.site)
+        rows = run_rows(editor.part, editor.site, neurons, targets)
+        return torch.zeros(2).index_add(0, rows.owner_R, rows.nll_R) / 3  # frames
+
+    alone, relayed = (
+        Refiner(editor.network, editor.part, editor.site, editor.settings, listening=listening).refine(
+            code, targets, lambda: []
+        )
+        for listening in (None, editor.listening)
+    )
+    assert (alone.nll_B <= nll(code.mean)).all()
+    torch.testing.assert_close(nll(alone.z_BZ), alone.nll_B, rtol=1e-4, atol=1e-4)
+    assert torch.equal(relayed.z_BZ, alone.z_BZ) and (relayed.nll_B <= alone.nll_B * (1 + 1e-4)).all()
 
 
 def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
@@ -178,9 +196,44 @@ def test_only_probes_that_an_edit_reaches_are_watched(smollm32):
     opened, watch = editor._opened(code), (editor.part, editor.prefixes, smollm32.tokenizer)
     reached = opened([encode_pair(text, "-", "bare", smollm32.tokenizer) for text in probes], [0, 0])
     assert reached[0] is not None and reached[1] is None
-    (group,) = watched_rows(*watch, [request], opened, False)
+    (group,) = watched_rows(*watch, [request], opened)
     assert group.batch.rows == 1
-    assert watched_rows(*watch, [replace(request, locality=request.locality[1:])], opened, False) == []
+    assert watched_rows(*watch, [replace(request, locality=request.locality[1:])], opened) == []
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_relay_answers_to_the_first_write_alone(joint):
+    relay, generator = make_editor().network.relay, torch.Generator().manual_seed(3)
+    edited_TD, base_TD = (torch.randn(4, 32, generator=generator) for _ in range(2))
+    owner_T = torch.tensor([0, 0, 1, 1])
+    relay.key_values_E.mul_(1e-6)  # so few keys are met exactly where generic ones weigh nothing
+    addresses = relay.addresses(edited_TD, base_TD, owner_T, 2, joint=joint)
+    for edit, address_D in enumerate(addresses):
+        mine = owner_T == edit
+        torch.testing.assert_close(edited_TD[mine] @ address_D, torch.ones(2), rtol=1e-2, atol=1e-2)
+        assert (base_TD[mine] @ address_D).abs().max() < 1e-2
+        if joint:  # nor to another request of the same edit
+            assert (edited_TD[~mine] @ address_D).abs().max() < 1e-2
+    values_E, basis_DE = relay.key_values_E.double(), relay.key_basis_DE.double()
+    generic_DD = (basis_DE * (values_E + relay.config.ridge * values_E.mean())) @ basis_DE.T
+    rows_TD, silent_TD = (keys_TD.double() if joint else keys_TD[:2].double() for keys_TD in (edited_TD, base_TD))
+    moment_DD = rows_TD.T @ rows_TD + silent_TD.T @ silent_TD + relay.config.relay_gamma * generic_DD
+    wanted_D = torch.linalg.solve(moment_DD, rows_TD[:2].sum(0)).float()
+    torch.testing.assert_close(addresses[0], wanted_D, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relay_is_silent_where_nothing_was_written(smollm32):
+    editor, tokenizer = IBKEEditor.for_model(smollm32), smollm32.tokenizer
+    edit = editor.edit([EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar")])
+    first, second = edit.neurons
+    assert second == editor.listening.site.out
+    alone = Edit({}, edit.requests, edit.info, {second: edit.neurons[second]})
+    for text in ("The capital of Myanmar is", "The capital of Thailand is", "Seven plus five is"):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            base = smollm32.model(ids).logits
+            with EditSession(smollm32).attach(alone):
+                assert torch.equal(smollm32.model(ids).logits, base)
 
 
 def test_a_joint_edit_gives_every_request_neurons_of_its_own():
@@ -222,6 +275,8 @@ def test_beta_is_fixed_annealed_or_steered():
 def test_impossible_settings_are_named():
     with pytest.raises(FormatError, match="layer -1"):
         IBKEConfig(layer=-1)
+    with pytest.raises(FormatError, match="relay's layer 16"):
+        IBKEConfig(relay_layer=16)
     with pytest.raises(FormatError, match="threshold"):
         IBKEConfig(threshold=1.5)
     with pytest.raises(FormatError, match="content_dim"):

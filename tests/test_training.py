@@ -73,7 +73,7 @@ def ground(tmp_path_factory):
 
 
 def settings(ground, out, **changes):
-    config = IBKEConfig(layer=1, content_dim=12, context_dim=6, width=16, depth=1, beta=1e-4)
+    config = IBKEConfig(layer=1, relay_layer=2, content_dim=12, context_dim=6, width=16, depth=1, beta=1e-4)
     values = {
         "model": str(ground / "model"),
         "data": (f"jsonl:{ground / 'facts.jsonl'}",),

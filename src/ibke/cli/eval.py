@@ -22,8 +22,8 @@ from ibke.cli.console import (
     load_for_editing,
 )
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
-from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.cli.settings import Settings
+from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.errors import IBKEError, RequestError
 
 if TYPE_CHECKING:

@@ -53,6 +53,22 @@ class Ground:
     site: Site
 
 
+def ground_at(lm: LanguageModel, layer: int) -> Ground:
+    """A base split at a layer.
+
+    Raises:
+        TrainingError: modules were named, but none in that layer.
+    """
+    names = target_modules(lm, lm.architecture, [layer])
+    if not names:
+        raise TrainingError(
+            f"none of the named modules is in layer {layer}.",
+            "modules",
+            "Set `layer` (and `relay_layer`, or 0 for no relay) to those of the modules to edit.",
+        )
+    return Ground(lm, PartialModel(lm.model, lm.architecture.layers, layer), Site.find(lm.model, names[0]))
+
+
 def prepare_ground(settings: TrainSettings) -> Ground:
     """Load the base and split it at the edited layer.
 
@@ -60,15 +76,7 @@ def prepare_ground(settings: TrainSettings) -> Ground:
         TrainingError: modules were named, but none in the edited layer.
     """
     lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
-    names = target_modules(lm, lm.architecture, [settings.config.layer])
-    if not names:
-        raise TrainingError(
-            f"none of the named modules is in layer {settings.config.layer}.",
-            "modules",
-            "Set `layer` to that of the module to edit.",
-        )
-    part = PartialModel(lm.model, lm.architecture.layers, settings.config.layer)
-    return Ground(lm, part, Site.find(lm.model, names[0]))
+    return ground_at(lm, settings.config.layer)
 
 
 def draw_episodes(settings: TrainSettings) -> tuple[list[Episode], list[Episode]]:
@@ -146,6 +154,13 @@ def start_network(
     network.ground(statistics.spectrum, statistics.constant_D, statistics.output_scale)
     network.initialise(*episodes.initial(4000))
     return network.to(ground.lm.device)
+
+
+def ground_relay(network: Bottleneck, settings: TrainSettings, lm: LanguageModel, drawn: Sequence[Episode]) -> None:
+    """Give the relay, if there is one, what belongs to its layer."""
+    if network.relay is not None:
+        found = take_statistics(settings, ground_at(lm, settings.config.relay_layer), drawn)
+        network.relay.ground(found.spectrum, found.constant_D, found.output_scale)
 
 
 def started_from(folder: Path, settings: TrainSettings, ground: Ground) -> Bottleneck:
@@ -344,6 +359,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     statistics = take_statistics(settings, ground, drawn[0])
     episodes, validation = prepare_episodes(settings, ground, statistics, drawn, report)
     network = start_network(settings, ground, statistics, episodes)
+    ground_relay(network, settings, ground.lm, drawn[0])
     trainer = Trainer(settings, ground, network, report)
     if resume and trainer.checkpoint.exists():
         trainer.resume()

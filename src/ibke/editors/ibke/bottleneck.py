@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ibke.capture import Capture
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
+from ibke.editors.ibke.relay import Relay
 from ibke.editors.ibke.statistics import KeySpectrum, direction, whitening
 from ibke.errors import FormatError
 from ibke.neurons import Gate, Neurons, Site
@@ -89,6 +90,7 @@ class Bottleneck(nn.Module):
             "diagonal": lambda: DiagonalPrior(config),
             "ceb": lambda: AnswerPrior(config, d_out),
         }[config.prior]()
+        self.relay = Relay(config, d_out) if config.relay_layer else None
         for buffer, shape in {
             "output_scale": (),
             "content_basis_CD": (content, d_out),

@@ -27,6 +27,9 @@ class IBKEConfig:
         ridge: λ in units of C₀'s mean eigenvalue.
         alike: cosine from which on a built-in question about the subject counts as asking what the request asks, and
             does not silence it (ratio 0–1).
+        relay_layer: the later layer that repeats the edit where it is read (see ``relay.py``); 0 is none.
+        relay_threshold: response from which on the relay writes (ratio 0–1).
+        relay_gamma: weight of generic keys in the relay's closed form.
         prior: r(z): ``standard`` N(0, I), ``diagonal`` learned, ``ceb`` conditioned on the answer.
         beta: weight of the rate R (per nat).
         beta_schedule: ``fixed``; ``anneal`` from 0 over the first tenth of training; ``target`` steers
@@ -48,6 +51,9 @@ class IBKEConfig:
     gamma: float = 1e-3
     ridge: float = 0.01
     alike: float = 0.6
+    relay_layer: int = 20
+    relay_threshold: float = 0.4
+    relay_gamma: float = 0.1
     prior: Literal["standard", "diagonal", "ceb"] = "standard"
     beta: float = 1e-3
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"
@@ -58,7 +64,13 @@ class IBKEConfig:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise FormatError(f"layer {self.layer} does not exist.", "IBKE config", "Layers are counted from 0.")
-        if not 0 < self.threshold < 1 or self.sharpness <= 0 or self.ramp <= 0:
+        if self.relay_layer and self.relay_layer <= self.layer:
+            raise FormatError(
+                f"the relay's layer {self.relay_layer} is not after the edited layer {self.layer}.",
+                "IBKE config",
+                "Choose a later one, or 0 for no relay.",
+            )
+        if not (0 < self.threshold < 1 and 0 < self.relay_threshold < 1) or self.sharpness <= 0 or self.ramp <= 0:
             raise FormatError(
                 "the gate needs a threshold between 0 and 1 and a positive sharpness and ramp.",
                 "IBKE config",

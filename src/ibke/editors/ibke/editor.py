@@ -20,11 +20,13 @@ from ibke.editors.base import Editor, Progress
 from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
+from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
 from ibke.errors import RequestError
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
+from ibke.modules import target_modules
 from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
@@ -66,6 +68,15 @@ class IBKEEditor(Editor):
             ridge=config.ridge,
             alike=config.alike,
         )
+
+    @cached_property
+    def listening(self) -> Listening | None:
+        """The relay in its place, where the network has one."""
+        if self.network.relay is None:
+            return None
+        layer = self.network.config.relay_layer
+        site = Site.find(self.lm.model, target_modules(self.lm, self.lm.architecture, [layer])[0])
+        return Listening(self.network.relay, PartialModel(self.lm.model, self.lm.architecture.layers, layer), site)
 
     @cached_property
     def prefixes(self) -> Prefixes:
@@ -156,6 +167,13 @@ class IBKEEditor(Editor):
         with torch.no_grad():
             made = self.network.decode(z_BZ, code.written, self.site, joint=joint)
             rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
+            sets = {self.network.name: made}
+            if refined and refined.relay_BD is not None and refined.listens_BD is not None and self.listening:
+                listening = self.listening
+                made = listening.neurons(refined.relay_BD, refined.listens_BD, joint=joint)
+                sets[listening.site.out] = made
+                rate_B = rate_B + relay_rate(refined.relay_BD)
+                z_BZ = torch.cat([z_BZ, refined.relay_BD], dim=-1)
         seconds = time.perf_counter() - began
         edits = []
         for row, asked in enumerate([requests] if joint else [[request] for request in requests]):
@@ -173,17 +191,18 @@ class IBKEEditor(Editor):
                 nll_after=float(refined.nll_B[mine].mean()) if refined else None,
                 latent={"z": z_BZ[mine]},
             )
-            edits.append(Edit({}, tuple(asked), info, {self.network.name: made[row]}))
+            edits.append(Edit({}, tuple(asked), info, {name: some[row] for name, some in sets.items()}))
         return edits
 
     def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes
             return None
-        refiner, opened = Refiner(self.network, self.part, self.site, self.settings, joint), self._opened(code)
+        opened = self._opened(code)
+        refiner = Refiner(self.network, self.part, self.site, self.settings, joint, self.listening)
         return refiner.refine(
             code,
-            self._targets(requests, opened, joint),
-            lambda: watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, opened, joint),
+            self._targets(requests, opened),
+            lambda: watched_rows(self.part, self.prefixes, self.lm.tokenizer, requests, opened),
         )
 
     def _opened(self, code: Code) -> Opened:
@@ -197,7 +216,7 @@ class IBKEEditor(Editor):
 
         return opened
 
-    def _targets(self, requests: Sequence[EditRequest], opened: Opened, joint: bool) -> list[RowGroup]:
+    def _targets(self, requests: Sequence[EditRequest], opened: Opened) -> list[RowGroup]:
         """The target in several frames of the request and in the wordings given with it."""
         asked: list[Pair] = []
         about: list[int] = []
@@ -214,6 +233,5 @@ class IBKEEditor(Editor):
             about += [owner for owner, _ in worded]
         if self.network.config.keys == "code":
             asked = [pair.reached(0) for pair in asked]
-        owners = [0] * len(about) if joint else about
         pad_id = self.lm.tokenizer.pad_token_id
-        return build_groups(self.part, asked, [EDIT] * len(asked), owners, pad_id, prefixes=self.prefixes)
+        return build_groups(self.part, asked, [EDIT] * len(asked), about, pad_id, prefixes=self.prefixes)

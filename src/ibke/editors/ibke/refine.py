@@ -10,16 +10,19 @@ Shape suffixes: B edits, Z code, R rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ibke.editors.ibke.bottleneck import Bottleneck, Code, Written
-from ibke.neurons import Site
+from ibke.editors.ibke.bottleneck import Bottleneck, Code
+from ibke.editors.ibke.relay import Listening, relay_rate
+from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
 
+RELAY_MOST = 8  # steps of the relay
 FEW_ROWS = 64  # up to here reading the weights costs more than computing on padding
 
 
@@ -33,13 +36,17 @@ class RefineSettings:
         lambda_il: weight of KL(base‖edited) on the prompts watched.
         beta: weight of the code's rate.
         extra: steps taken after the target is first generated, for margin.
+        relay_steps: fewest steps in which the relay is found, else as many as the first write took; 0 for no relay.
+        relay_learning_rate: of Adam for the relay at first, in units of its code.
     """
 
     steps: int = 40
     learning_rate: float = 0.3
     lambda_il: float = 0.1
     beta: float = 1e-3
-    extra: int = 2
+    extra: int = 0
+    relay_steps: int = 2
+    relay_learning_rate: float = 2.0
 
 
 @dataclass
@@ -47,13 +54,31 @@ class Refined:
     """What refining led to, by edit (B).
 
     ``z_BZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
-    in every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames).
+    in every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames). Of the relay, where there is one,
+    ``relay_BD`` is its part of the code and ``listens_BD`` its address.
     """
 
     z_BZ: Tensor
     steps_B: Tensor
     achieved_B: Tensor
     nll_B: Tensor
+    relay_BD: Tensor | None = None
+    listens_BD: Tensor | None = None
+
+
+@dataclass
+class _Write:
+    """One of the two writes while its part of the code moves.
+
+    ``run`` gives rows under a code, ``rate`` each edit's nats (B); ``learning_rate`` and ``eps`` are those of Adam.
+    """
+
+    run: Callable[[Tensor, Sequence[RowGroup]], RowTerms]
+    rate: Callable[[Tensor], Tensor]
+    learning_rate: float
+    eps: float
+    decay: float = 1.0
+    whole_steps: bool = False
 
 
 class Refiner:
@@ -65,6 +90,7 @@ class Refiner:
         site: the edited MLP.
         settings: how far and how.
         joint: all edits are one update, solved together, instead of one each.
+        listening: the relay, if there is one.
     """
 
     def __init__(
@@ -74,44 +100,107 @@ class Refiner:
         site: Site,
         settings: RefineSettings,
         joint: bool = False,
+        listening: Listening | None = None,
     ):
         self.network, self.part, self.site = network, part, site
-        self.settings, self.joint = settings, joint
+        self.settings, self.joint, self.listening = settings, joint, listening
 
     def refine(self, code: Code, targets: Sequence[RowGroup], watch: Callable[[], Sequence[RowGroup]]) -> Refined:
-        """Check every edit's target and move the codes of those that do not come.
+        """Check every edit's target and move the codes of those that do not come; then move the relay's.
 
         Args:
             code: the encoder's codes.
             targets: rows in scope, owned by edit index.
             watch: gives rows out of scope, owned by edit index; called only if a code has to move.
         """
+        settings = self.settings
+        watched = cache(watch)
+        write = _Write(
+            lambda z, groups: run_rows(self.part, self.site, self._neurons(z, code), groups),
+            lambda z: self.network.rate(Code(z, code.log_variance, code.written)),
+            settings.learning_rate,
+            # Directions whose gradient is little more than rounding would else move as far as those that matter.
+            eps=1e-3,
+        )
+        extra_B = torch.full((1 if self.joint else len(code.mean),), settings.extra, device=code.mean.device)
+        first = self._descend(code.mean, write, targets, watched, settings.steps, extra_B)
+        if self.listening is None or not settings.relay_steps or not settings.steps:
+            return first
+        return self._relayed(self.listening, first, code, targets, watched)
+
+    def _relayed(
+        self,
+        listening: Listening,
+        first: Refined,
+        code: Code,
+        targets: Sequence[RowGroup],
+        watch: Callable[[], Sequence[RowGroup]],
+    ) -> Refined:
+        """Find what the relay writes, the first write being as it is."""
+        settings, count, relay = self.settings, len(first.z_BZ), listening.relay
+        with torch.no_grad():
+            neurons = self._neurons(first.z_BZ, code)
+        _, base_TD, _ = listening.heard(self.part, self.site, None, targets)
+        onward, edited_TD, owner_T = listening.heard(self.part, self.site, neurons, targets)
+        address_BD = relay.addresses(edited_TD, base_TD, owner_T, count, joint=self.joint)
+
+        def run(z_BD: Tensor, groups: Sequence[RowGroup]) -> RowTerms:
+            made = self._shared(relay.decode(z_BD, address_BD, listening.site))
+            return run_rows(listening.part, listening.site, made, groups)
+
+        def watched() -> list[RowGroup]:
+            rows = watch()
+            return listening.heard(self.part, self.site, neurons, rows)[0] if rows else []
+
+        # Every step at its full length, however small the gradient has become: what the request has plenty of, other
+        # wordings of it are short of.
+        write = _Write(run, relay_rate, settings.relay_learning_rate, eps=1.0, decay=0.8, whole_steps=True)
+        start_BD = torch.zeros_like(address_BD)
+        # An edit that was hard to make needs more of the relay too.
+        wanted_B = first.steps_B.clamp(settings.relay_steps, max(settings.relay_steps, RELAY_MOST))
+        found = self._descend(start_BD, write, onward, watched, int(wanted_B.max()), wanted_B - 1, anyway=True)
+        steps_B = first.steps_B + found.steps_B
+        return replace(found, z_BZ=first.z_BZ, steps_B=steps_B, relay_BD=found.z_BZ, listens_BD=address_BD)
+
+    def _descend(
+        self,
+        start: Tensor,
+        write: _Write,
+        targets: Sequence[RowGroup],
+        watch: Callable[[], Sequence[RowGroup]],
+        steps: int,
+        extra_B: Tensor,
+        anyway: bool = False,
+    ) -> Refined:
+        """Adam on one write's code, ``extra_B`` steps on once a target comes; ``anyway`` even if it comes at once."""
         # Edits solved together are one update: its NLL falls or rises, and its targets come, as a whole.
-        count, steps = 1 if self.joint else code.mean.shape[0], self.settings.steps
-        z = code.mean.detach().clone().requires_grad_()
+        count = 1 if self.joint else len(start)
+        z = start.detach().clone().requires_grad_()
         # The first look is the first step's forward pass too, so an edit that comes at once costs no second one.
         with torch.set_grad_enabled(steps > 0):
-            total_B, nll_B, achieved_B = self._objective(z, code, targets, count)
+            total_B, nll_B, achieved_B = self._objective(z, write, targets, count)
         none = torch.zeros(count, dtype=torch.long, device=z.device)
         best = Refined(z.detach().clone(), none.clone(), achieved_B, nll_B)
-        open_B = ~achieved_B
+        open_B = ~achieved_B | anyway
         if not open_B.any() or steps == 0:
             return best
         everything, watched = list(targets), watch()
         if watched:
-            total_B = total_B + self.settings.lambda_il * self._divergence(self._run(z, code.written, watched), count)
+            total_B = total_B + self.settings.lambda_il * self._divergence(write.run(z, watched), count)
             everything += watched
         if sum(group.batch.rows for group in everything) <= FEW_ROWS:
             everything = [merge(everything)]
-        # Directions whose gradient is little more than rounding would else move as far as those that matter.
-        adam = torch.optim.Adam([z], lr=self.settings.learning_rate, betas=(0.9, 0.9), eps=1e-3)
-        spare_B = none + self.settings.extra
+        adam = torch.optim.Adam([z], lr=write.learning_rate, betas=(0.9, 0.9), eps=write.eps)
+        spare_B = extra_B.clone()
         for step in range(1, steps + 1):
+            adam.param_groups[0]["lr"] = write.learning_rate * write.decay ** (step - 1)
             adam.zero_grad()
             total_B[open_B].sum().backward()
+            if write.whole_steps and z.grad is not None:
+                z.grad /= z.grad.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-20)
             adam.step()
             with torch.set_grad_enabled(step < steps):
-                total_B, nll_B, achieved_B = self._objective(z, code, _owned(everything, open_B), count)
+                total_B, nll_B, achieved_B = self._objective(z, write, self._owned(everything, open_B), count)
             self._accept(best, z, nll_B, achieved_B, open_B, step)
             spare_B -= (best.achieved_B & open_B).long()
             open_B = open_B & ~(best.achieved_B & (spare_B < 0))
@@ -120,12 +209,12 @@ class Refiner:
         return best
 
     def _objective(
-        self, z: Tensor, code: Code, groups: Sequence[RowGroup], count: int
+        self, z: Tensor, write: _Write, groups: Sequence[RowGroup], count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The objective, the targets' NLL and whether they come, by edit (``count``)."""
-        rows = self._run(z, code.written, groups)
+        rows = write.run(z, groups)
         nll_B, achieved_B = self._judge(rows, count)
-        rate_B = self.network.rate(Code(z, code.log_variance, code.written))
+        rate_B = write.rate(z)
         rate_B = rate_B.sum(0, keepdim=True) if self.joint else rate_B
         total_B = nll_B + self.settings.lambda_il * self._divergence(rows, count) + self.settings.beta * rate_B
         return total_B, nll_B.detach(), achieved_B
@@ -133,16 +222,39 @@ class Refiner:
     def _divergence(self, rows: RowTerms, count: int) -> Tensor:
         """KL(base‖edited) on what is watched (nats, mean over its rows)."""
         outside = rows.kind_R == OUTSIDE
-        return _mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], count)
+        return _mean_by_owner(rows.forward_R[outside], self._owner(rows)[outside], count)
 
-    def _run(self, z: Tensor, written: Written, groups: Sequence[RowGroup]) -> RowTerms:
-        return run_rows(self.part, self.site, self.network.decode(z, written, self.site, joint=self.joint), groups)
+    def _neurons(self, z: Tensor, code: Code) -> Neurons:
+        """The first write's neurons of every edit."""
+        return self._shared(self.network.decode(z, code.written, self.site))
+
+    def _shared(self, neurons: Neurons) -> Neurons:
+        """All edits' neurons for each of them, where they are one update."""
+        if not self.joint:
+            return neurons
+        count = len(neurons.gate)
+        return neurons.map(lambda tensor: tensor.flatten(0, 1).expand(count, -1, -1))
+
+    def _owner(self, rows: RowTerms) -> Tensor:
+        return torch.zeros_like(rows.owner_R) if self.joint else rows.owner_R
 
     def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
         inside = rows.kind_R != OUTSIDE
-        nll_B = _mean_by_owner(rows.nll_R[inside], rows.owner_R[inside], count)
-        right_B = _mean_by_owner(rows.right_R[inside].float(), rows.owner_R[inside], count)
+        owner_R = self._owner(rows)[inside]
+        nll_B = _mean_by_owner(rows.nll_R[inside], owner_R, count)
+        right_B = _mean_by_owner(rows.right_R[inside].float(), owner_R, count)
         return nll_B, right_B == 1.0
+
+    def _owned(self, groups: Sequence[RowGroup], open_B: Tensor) -> list[RowGroup]:
+        """Only the rows of edits that are still open; finished edits cost nothing more."""
+        if self.joint or bool(open_B.all()):
+            return list(groups)
+        kept = []
+        for group in groups:
+            rows_R = open_B[group.owner_R]
+            if rows_R.any():
+                kept.append(group.select(rows_R))
+        return kept
 
     def _accept(self, best: Refined, z: Tensor, nll_B: Tensor, achieved_B: Tensor, open_B: Tensor, step: int) -> None:
         # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
@@ -158,15 +270,3 @@ def _mean_by_owner(values_R: Tensor, owner_R: Tensor, count: int) -> Tensor:
     zeros = torch.zeros(count, dtype=values_R.dtype, device=values_R.device)
     number = zeros.index_add(0, owner_R, torch.ones_like(values_R)).clamp_min(1.0)
     return zeros.index_add(0, owner_R, values_R) / number
-
-
-def _owned(groups: Sequence[RowGroup], open_B: Tensor) -> list[RowGroup]:
-    """Only the rows of edits that are still open; finished edits cost nothing more."""
-    if bool(open_B.all()):
-        return list(groups)
-    kept = []
-    for group in groups:
-        rows_R = open_B[group.owner_R]
-        if rows_R.any():
-            kept.append(group.select(rows_R))
-    return kept

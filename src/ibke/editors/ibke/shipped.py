@@ -17,7 +17,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 3
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 4
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -47,7 +47,7 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     # Spectra span more orders of magnitude than half precision holds, and their basis has to be orthonormal; the
     # network's matrices are what takes the space.
-    half = tensor.dim() >= 2 and name != "key_basis_DE"
+    half = tensor.dim() >= 2 and not name.endswith("key_basis_DE")
     return tensor.half().contiguous() if half else tensor.float().contiguous()
 
 

@@ -27,7 +27,6 @@ def watched_rows(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     opened: Opened,
-    joint: bool,
 ) -> list[RowGroup]:
     """A request's own probes that its edit reaches; none, where it reaches none.
 
@@ -37,7 +36,6 @@ def watched_rows(
         tokenizer: the model's.
         requests: the edits.
         opened: tells where an edit is in force.
-        joint: all requests are one edit, which then owns every row.
     """
     probes: list[Pair] = []
     about: list[int] = []
@@ -52,5 +50,5 @@ def watched_rows(
     pairs = [
         replace(probes[row], answer=answer).reached(places[row]) for row, answer in zip(reached, answers, strict=True)
     ]
-    owners = [0 if joint else about[row] for row in reached]
+    owners = [about[row] for row in reached]
     return build_groups(part, pairs, [OUTSIDE] * len(pairs), owners, tokenizer.pad_token_id, prefixes=prefixes)

@@ -1,0 +1,151 @@
+"""The relay: a second write, where the first one is read.
+
+What is written at the subject reaches the prompt's last position through the attention of the layers after it, and is
+recognised there with a wide margin (docs/experiments.md). So a second pair of neurons in a later layer listens for it:
+its address answers 1 at what the first write makes of the request's last position and 0 at what the base has there,
+
+    a = A⁻¹ Kᵀ1,   A = KᵀK + NᵀN + γ (C₀ + λ I),   K edited, N base, in every frame of the request.
+
+Where no subject was written to, nothing is heard, so what the first gate leaves alone the relay does too. What the
+relay writes is decoded from further dimensions of the code, which begin at zero and are found by refining.
+
+Shape suffixes: B edits, R rows, T tokens, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.statistics import KeySpectrum
+from ibke.neurons import Gate, Neurons, Site, row_neurons
+from ibke.partial import PartialModel, Past, taking_input
+from ibke.rows import OUTSIDE, RowGroup
+
+
+class Relay(nn.Module):
+    """What the relay has to know of its layer, and the neurons made of it.
+
+    Args:
+        config: settings.
+        d_out: width of the residual stream.
+    """
+
+    output_scale: Tensor
+    key_basis_DE: Tensor
+    key_values_E: Tensor
+    constant_D: Tensor
+
+    def __init__(self, config: IBKEConfig, d_out: int):
+        super().__init__()
+        self.config, self.d_out = config, d_out
+        shapes = {"output_scale": (), "key_basis_DE": (d_out, d_out), "key_values_E": (d_out,), "constant_D": (d_out,)}
+        for buffer, shape in shapes.items():
+            self.register_buffer(buffer, torch.zeros(shape))
+
+    @torch.no_grad()
+    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, output_scale: Tensor) -> None:
+        """Set what belongs to the frozen layer (see :meth:`Bottleneck.ground`)."""
+        self.key_basis_DE.copy_(spectrum.basis_IE)
+        self.key_values_E.copy_(spectrum.values_E)
+        self.constant_D.copy_(constant_D)
+        self.output_scale.copy_(output_scale)
+
+    def addresses(self, edited_TD: Tensor, base_TD: Tensor, owner_T: Tensor, count: int, *, joint: bool) -> Tensor:
+        """Where each edit is to be heard (B × D, float32).
+
+        Args:
+            edited_TD: what the MLP sees at the last positions of the requests, the first write in force.
+            base_TD: the same without it.
+            owner_T: the edit each belongs to.
+            count: B.
+            joint: edits that share a model must not answer for each other, so they are solved together.
+        """
+        if joint:
+            rows_TD = self._solved(edited_TD, base_TD)
+            return rows_TD.new_zeros(count, self.d_out).index_add(0, owner_T, rows_TD).float()
+        mine = [owner_T == edit for edit in range(count)]
+        return torch.stack([self._solved(edited_TD[own], base_TD[own]).sum(0) for own in mine]).float()
+
+    def _solved(self, edited_TD: Tensor, base_TD: Tensor) -> Tensor:
+        values_E = self.key_values_E.double()
+        floor = self.config.ridge * values_E.mean()
+        gamma, basis_DE = self.config.relay_gamma, self.key_basis_DE.double()
+
+        def pull(keys_BTD: Tensor) -> Tensor:
+            return inverse_times(keys_BTD, basis_DE, gamma * (values_E + floor), gamma * (values_E[-1] + floor))
+
+        ones_T = edited_TD.new_ones(1, len(edited_TD), dtype=torch.float64)
+        return solve(edited_TD[None].double(), ones_T, base_TD[None].double(), ones_T, pull)[0]
+
+    def decode(self, z_BD: Tensor, address_BD: Tensor, site: Site) -> Neurons:
+        """Neurons (B × 2 × D) from the relay's part of the code (B × D)."""
+        values_BD = z_BD * (self.output_scale / self.d_out**0.5)
+        gate = Gate(self.config.relay_threshold, self.config.sharpness, self.config.ramp)
+        return site.neurons(address_BD, self.constant_D, values_BD, gate)
+
+
+def relay_rate(z_BD: Tensor) -> Tensor:
+    """Nats of the relay's part of the code (B): KL( N(z, I) ‖ N(0, I) ) = ½‖z‖²."""
+    return 0.5 * z_BD.square().sum(-1)
+
+
+@dataclass
+class Listening:
+    """A relay in its place in a model.
+
+    Args:
+        relay: what it is made of.
+        part: the model, split at the relay's layer.
+        site: the MLP it is added to.
+    """
+
+    relay: Relay
+    part: PartialModel
+    site: Site
+
+    def neurons(self, z_BD: Tensor, address_BD: Tensor, *, joint: bool) -> Neurons:
+        """As :meth:`Relay.decode`; ``joint`` puts all edits side by side as one."""
+        neurons = self.relay.decode(z_BD, address_BD, self.site)
+        return neurons.map(lambda tensor: tensor.flatten(0, 1)[None]) if joint else neurons
+
+    @torch.no_grad()
+    def heard(
+        self, part: PartialModel, site: Site, neurons: Neurons | None, groups: Sequence[RowGroup]
+    ) -> tuple[list[RowGroup], Tensor, Tensor]:
+        """Rows brought as far as the relay's layer under the first write's neurons, or without any.
+
+        Args:
+            part: the model, split at the first write's layer.
+            site: the MLP that writes first.
+            neurons: one set an edit (B × K × D).
+            groups: rows, owned by edit.
+
+        Returns:
+            the rows from the relay's layer on; what its MLP sees at the last positions of the prompts in scope
+            (R × D); and the edit each of these belongs to.
+        """
+        onward, keys, owners = [], [], []
+        for group in groups:
+            chosen = {site.out: neurons[group.owner_R]} if neurons else {}
+            layer = self.part.layers[self.part.first]
+            with (
+                taking_input(layer) as entering,
+                taking_input(self.site.entrance, last=True) as fed,
+                row_neurons({site.out: site}, chosen),
+            ):
+                part.states(group.hidden_RTD, group.batch, group.past)
+            # Some models flatten rows and tokens before a linear module.
+            fed_RTD = fed[0].float().reshape(*group.batch.ids_RT.shape, -1)
+            inside_R = group.kind_R != OUTSIDE
+            last_R = group.batch.predicts_RT.long().argmax(1)
+            keys.append(fed_RTD[torch.arange(len(last_R), device=last_R.device), last_R][inside_R])
+            owners.append(group.owner_R[inside_R])
+            past = group.past and Past(group.past.real_RT, group.past.layers[self.part.first - part.first :])
+            onward.append(replace(group, hidden_RTD=entering[0], past=past))
+        return onward, torch.cat(keys), torch.cat(owners)
