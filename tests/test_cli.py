@@ -353,7 +353,7 @@ def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_then_edit(run: Run, tiny_folder: Path, tmp_path: Path):
-    sizes = ("layer=1", "content_dim=8", "context_dim=4", "width=16")
+    sizes = ("layer=1", "relay_layer=2", "content_dim=8", "context_dim=4", "width=16")
     rest = ("validation=4", "validate_every=2", "hold_out_relations=0", *sizes)
     command = ["train", "--model", tiny_folder, "--data", f"jsonl:{tiny_folder / 'requests.jsonl'}"]
     command += ["--out", tmp_path / "run", "--episodes", 12, "--batch", 2, "--dtype", "float32"]

@@ -73,9 +73,12 @@ def prepare_ground(settings: TrainSettings) -> Ground:
     """Load the base and split it at the edited layer.
 
     Raises:
-        TrainingError: modules were named, but none in the edited layer.
+        TrainingError: modules were named, but none in the edited layer or in the relay's.
+        ModuleNotEditableError: the model has no such layer.
     """
     lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
+    if settings.config.relay_layer:
+        ground_at(lm, settings.config.relay_layer)  # said now if it cannot be, not after an hour of caching
     return ground_at(lm, settings.config.layer)
 
 

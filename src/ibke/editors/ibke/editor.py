@@ -23,7 +23,7 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import RequestError
+from ibke.errors import ModuleNotEditableError, RequestError
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
 from ibke.modules import target_modules
@@ -75,7 +75,14 @@ class IBKEEditor(Editor):
         if self.network.relay is None:
             return None
         layer = self.network.config.relay_layer
-        site = Site.find(self.lm.model, target_modules(self.lm, self.lm.architecture, [layer])[0])
+        names = target_modules(self.lm, self.lm.architecture, [layer])
+        if not names:
+            raise ModuleNotEditableError(
+                f"none of the named modules is in layer {layer}, where this editor's relay is.",
+                "modules",
+                "Name the output projection of that layer's MLP too.",
+            )
+        site = Site.find(self.lm.model, names[0])
         return Listening(self.network.relay, PartialModel(self.lm.model, self.lm.architecture.layers, layer), site)
 
     @cached_property
