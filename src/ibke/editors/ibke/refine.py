@@ -122,8 +122,8 @@ class Refiner:
             # Directions whose gradient is little more than rounding would else move as far as those that matter.
             eps=1e-3,
         )
-        extra_B = torch.full((1 if self.joint else len(code.mean),), settings.extra, device=code.mean.device)
-        first = self._descend(code.mean, write, targets, watched, settings.steps, extra_B)
+        most_B = torch.full((1 if self.joint else len(code.mean),), settings.steps, device=code.mean.device)
+        first = self._descend(code.mean, write, targets, watched, most_B, settings.extra)
         if self.listening is None or not settings.relay_steps or not settings.steps:
             return first
         return self._relayed(self.listening, first, code, targets, watched)
@@ -158,7 +158,7 @@ class Refiner:
         start_BD = torch.zeros_like(address_BD)
         # An edit that was hard to make needs more of the relay too.
         wanted_B = first.steps_B.clamp(settings.relay_steps, max(settings.relay_steps, RELAY_MOST))
-        found = self._descend(start_BD, write, onward, watched, int(wanted_B.max()), wanted_B - 1, anyway=True)
+        found = self._descend(start_BD, write, onward, watched, wanted_B, extra=None)
         steps_B = first.steps_B + found.steps_B
         return replace(found, z_BZ=first.z_BZ, steps_B=steps_B, relay_BD=found.z_BZ, listens_BD=address_BD)
 
@@ -168,20 +168,20 @@ class Refiner:
         write: _Write,
         targets: Sequence[RowGroup],
         watch: Callable[[], Sequence[RowGroup]],
-        steps: int,
-        extra_B: Tensor,
-        anyway: bool = False,
+        most_B: Tensor,
+        extra: int | None,
     ) -> Refined:
-        """Adam on one write's code, ``extra_B`` steps on once a target comes; ``anyway`` even if it comes at once."""
+        """At most so many Adam steps on one write's code, ``extra`` ones once the target comes; None takes them all."""
         # Edits solved together are one update: its NLL falls or rises, and its targets come, as a whole.
         count = 1 if self.joint else len(start)
         z = start.detach().clone().requires_grad_()
         # The first look is the first step's forward pass too, so an edit that comes at once costs no second one.
+        steps = int(most_B.max())
         with torch.set_grad_enabled(steps > 0):
             total_B, nll_B, achieved_B = self._objective(z, write, targets, count)
         none = torch.zeros(count, dtype=torch.long, device=z.device)
         best = Refined(z.detach().clone(), none.clone(), achieved_B, nll_B)
-        open_B = ~achieved_B | anyway
+        open_B = ~achieved_B | (extra is None)
         if not open_B.any() or steps == 0:
             return best
         everything, watched = list(targets), watch()
@@ -191,7 +191,7 @@ class Refiner:
         if sum(group.batch.rows for group in everything) <= FEW_ROWS:
             everything = [merge(everything)]
         adam = torch.optim.Adam([z], lr=write.learning_rate, betas=(0.9, 0.9), eps=write.eps)
-        spare_B = extra_B.clone()
+        spare_B = most_B if extra is None else none + extra
         for step in range(1, steps + 1):
             adam.param_groups[0]["lr"] = write.learning_rate * write.decay ** (step - 1)
             adam.zero_grad()
@@ -202,8 +202,8 @@ class Refiner:
             with torch.set_grad_enabled(step < steps):
                 total_B, nll_B, achieved_B = self._objective(z, write, self._owned(everything, open_B), count)
             self._accept(best, z, nll_B, achieved_B, open_B, step)
-            spare_B -= (best.achieved_B & open_B).long()
-            open_B = open_B & ~(best.achieved_B & (spare_B < 0))
+            spare_B = spare_B - (best.achieved_B & open_B).long()
+            open_B = open_B & ~(best.achieved_B & (spare_B < 0)) & (step < most_B)
             if not open_B.any():
                 break
         return best
