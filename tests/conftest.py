@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.commands import Run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
 
+from ibke.cli.main import app
+from ibke.editors import base
 from ibke.fingerprint import fingerprint
 from ibke.models import LanguageModel, load_model
 from ibke.modules import architecture_of
@@ -132,3 +136,20 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no benchmark data at {folder}; set IBKE_DATA")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a command line; the methods ``gradient`` (which works) and ``idle`` (which does nothing) are registered."""
+    monkeypatch.setenv("IBKE_DATA", str(tmp_path_factory.mktemp("data")))
+    monkeypatch.setitem(base.METHODS, "gradient", "gradient_editor:GradientEditor")
+    monkeypatch.setitem(base.METHODS, "idle", "gradient_editor:IdleEditor")
+    runner = CliRunner()
+
+    def invoke(*arguments: Any) -> Result:
+        result = runner.invoke(app, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke

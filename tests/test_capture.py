@@ -118,6 +118,19 @@ def test_coded_positions_are_the_subject_the_last_and_the_answer():
     assert role[1][mask[1]].tolist() == [SUBJECT, ANSWER, ANSWER]
 
 
+def test_gradients_are_exact_for_any_number_of_answer_tokens(smollm32):
+    # The vocabulary is large enough here for a sum over it to show how it is rounded.
+    part = PartialModel(smollm32.model, smollm32.architecture.layers, 28)
+    head = part.head.weight.detach().double()
+    for count in range(1, 6):
+        states = torch.randn(count, head.shape[1], generator=torch.Generator().manual_seed(count)).requires_grad_()
+        labels = torch.arange(count)
+        F.cross_entropy(part._logits(states), labels, reduction="sum").backward()
+        exact = states.detach().double().requires_grad_()
+        F.cross_entropy(exact @ head.T, labels, reduction="sum").backward()
+        assert (states.grad - exact.grad).norm() < 1e-5 * exact.grad.norm(), count
+
+
 @pytest.mark.parametrize("architecture", EVERY)
 def test_what_a_module_is_fed_is_read_without_running_on(architecture):
     lm = make_tiny(architecture)

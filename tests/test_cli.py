@@ -6,41 +6,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from gradient_editor import GradientEditor
-from typer.testing import CliRunner, Result
+from tests.commands import NEW, OLD, PROMPT, Run, refused
 
 from ibke.cli.correction import says
-from ibke.cli.main import app
 from ibke.cli.output import shorten
 from ibke.edit import INDEX, Edit
 from ibke.editors import base
 from ibke.editors.ibke.shipped import MANIFEST, SHIPPED
-
-PROMPT, OLD, NEW = "The capital of Turkey is", "Istanbul", "Ankara"
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a command line; the methods ``gradient`` (which works) and ``idle`` (which does nothing) are registered."""
-    monkeypatch.setenv("IBKE_DATA", str(tmp_path_factory.mktemp("data")))
-    monkeypatch.setitem(base.METHODS, "gradient", "gradient_editor:GradientEditor")
-    monkeypatch.setitem(base.METHODS, "idle", "gradient_editor:IdleEditor")
-    runner = CliRunner()
-
-    def invoke(*arguments: Any) -> Result:
-        result = runner.invoke(app, [str(argument) for argument in arguments])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
 
 
 @pytest.fixture
@@ -57,16 +33,6 @@ def saved_edit(smollm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     edit = GradientEditor(smollm).edit([EditRequest(PROMPT, NEW)])
     return edit.save(tmp_path_factory.mktemp("edits") / "ankara")
-
-
-def refused(result: Result, *parts: str) -> None:
-    """Exit code 2, nothing on standard output, and one message that holds these words."""
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("Error: ") == 1
-    for part in parts:
-        assert part in result.stderr
 
 
 # --- help and listings
@@ -182,40 +148,6 @@ def test_folder_without_an_edit(run: Run, tmp_path: Path):
     refused(run("ask", PROMPT, "--edit", tmp_path), str(tmp_path), "no edit here")
 
 
-def test_train_settings(run: Run, tmp_path: Path):
-    command = ("train", "--data", "facts", "--out", tmp_path / "run")
-    refused(run(*command, "--set", "lambda=1"), "'lambda'", "Did you mean 'lambda_il'?")
-    refused(run(*command, "--set", "warmup=soon"), "'soon'", "'warmup'", "100")
-    refused(run(*command, "--set", "prior=normal"), "'normal'", "diagonal")
-    assert not (tmp_path / "run").exists()
-
-
-def test_train_overrides_reach_the_settings():
-    from ibke.cli.train import _overrides
-
-    run_settings, config = _overrides(["layer=4", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"])
-    assert run_settings == {"warmup": 7}
-    assert (config.layer, config.noise, config.prior, config.beta) == (4, False, "ceb", 0.5)
-
-
-def test_settings_are_of_the_kind_that_their_fields_are():
-    from ibke.cli.settings import parse
-    from ibke.editors.memit import MEMITSettings
-    from ibke.editors.rome import ROMESettings
-
-    rome, memit = parse(["layer=3", "layers=4, 5", "clamp=2", "text=a=b.txt"], ROMESettings, MEMITSettings)
-    assert (rome, memit) == ({"layer": 3, "clamp": 2.0, "text": "a=b.txt"}, {"layers": (4, 5)})
-    assert parse(["layer=none", "contexts=One.,Two."], ROMESettings) == [{"layer": None, "contexts": ("One.", "Two.")}]
-    assert parse([]) == []
-
-
-def test_settings_of_a_method(run: Run):
-    refused(run("edit", PROMPT, NEW, "--method", "rome", "--set", "step=3"), "'step'", "Did you mean 'steps'?")
-    refused(run("edit", PROMPT, NEW, "--method", "memit", "--set", "layers=4,five"), "'4,five'", "'layers'")
-    refused(run("edit", PROMPT, NEW, "--method", "gradient", "--set", "steps=3"), "'steps'", "Known: none.")
-    refused(run("edit", PROMPT, NEW, "--method", "rome", "--set", "steps=0"), "`steps` is below 1")
-
-
 # --- on the real model
 
 
@@ -327,51 +259,6 @@ def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
     result = run("eval", "--data", file, "--format", "knowedit", "--method", "idle", "--json", "-")
     assert json.loads(result.stdout)["config"]["skipped_reasons"] == {"`target_new` is missing.": 1}
     assert "1 × `target_new` is missing." in result.stderr and f"{file}, record 1" in result.stderr.replace("\n", "")
-
-
-# --- with an editor trained here
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model on disk, with requests to train on beside it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    lm = tiny_model("llama")
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    requests = [
-        {
-            "prompt": f"The capital of land {i} is",
-            "target_new": f"city {i}",
-            "rephrase_prompts": [f"Land {i} is ruled from"],
-            "locality": [f"The king of land {i} is", f"The capital of isle {i} is"],
-        }
-        for i in range(16)
-    ]
-    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
-    return folder
-
-
-def test_train_then_edit(run: Run, tiny_folder: Path, tmp_path: Path):
-    sizes = ("layer=1", "relay_layer=2", "content_dim=8", "context_dim=4", "width=16")
-    rest = ("validation=4", "validate_every=2", "hold_out_relations=0", *sizes)
-    command = ["train", "--model", tiny_folder, "--data", f"jsonl:{tiny_folder / 'requests.jsonl'}"]
-    command += ["--out", tmp_path / "run", "--episodes", 12, "--batch", 2, "--dtype", "float32"]
-    command += [part for setting in rest for part in ("--set", setting)]
-    document = json.loads(run(*command, "--steps", 2, "--json").stdout)
-    editor = Path(document["editor"])
-    assert (editor / MANIFEST).exists() and document["last"]["step"] == 2
-    refused(run(*command, "--steps", 4), "a run is here already", "--resume")
-    resumed = run(*command, "--steps", 4, "--resume")
-    assert resumed.exit_code == 0 and str(editor) in resumed.stdout
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert steps == [2, 4]
-
-    done = run("edit", "The capital of land 3 is", "city 5", "--model", tiny_folder, "--editor", editor, "--json")
-    answer = json.loads(done.stdout)
-    assert done.exit_code == (0 if answer["achieved"] else 1)
-    assert answer["rate_nats"] > 0 and answer["refine_steps"] > 0
-    refused(run("edit", PROMPT, NEW, "--editor", editor), "made for", "fingerprint")
 
 
 # --- with the editor that ships

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
-from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.ibke.aggregate import solve
 from ibke.editors.ibke.statistics import KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel
@@ -175,12 +175,10 @@ class Addresser:
         alike: float,
     ):
         self.part, self.entrance, self.tokenizer = part, entrance, tokenizer
-        # In double precision: small eigenvalues make of rounding in the solve what a sharp gate makes larger still.
-        self.basis_DE, self.alike = spectrum.basis_IE.cpu().double(), alike
-        floor = ridge * spectrum.mean()
-        self.values_E = spectrum.values_E.cpu().double() + floor
-        self.rest = torch.tensor(spectrum.rest + floor, dtype=torch.float64)
-        self.gamma, self.ridge = gamma, ridge
+        self.gamma, self.ridge, self.alike = gamma, ridge, alike
+        self.basis_DE = spectrum.basis_IE.cpu().double()
+        self.values_E = spectrum.values_E.cpu().double() + ridge * spectrum.mean()
+        self.pull = spectrum.inverse(gamma, ridge)
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -228,11 +226,7 @@ class Addresser:
         silent_TD = torch.cat([silent_TD, keys_TD[kind_T == ELSEWHERE], *(keys.double() for keys in before)])
         root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
         ones_S = silent_TD.new_ones(len(silent_TD))
-        return solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self._pull)[0].sum(0)
-
-    def _pull(self, keys_BTD: Tensor) -> Tensor:
-        """B⁻¹ k with B = γ (C₀ + λ I)."""
-        return inverse_times(keys_BTD, self.basis_DE, self.gamma * self.values_E, self.gamma * self.rest)
+        return solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self.pull)[0].sum(0)
 
     def _asks_the_same(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
         """Which questions ask what the request asks: they move the subject's key the same way (bool, T of OTHER)."""

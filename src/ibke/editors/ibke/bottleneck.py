@@ -14,7 +14,7 @@ from ibke.capture import Capture
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
 from ibke.editors.ibke.relay import Relay
-from ibke.editors.ibke.statistics import KeySpectrum, direction, whitening
+from ibke.editors.ibke.statistics import Grounded, direction, whitening
 from ibke.errors import FormatError
 from ibke.neurons import Gate, Neurons, Site
 
@@ -54,7 +54,7 @@ class Code:
         return self.mean + noise * (0.5 * self.log_variance).exp()
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Grounded):
     """Encoder, prior and decoder for one model's layer, and what sets an edit's neurons.
 
     Args:
@@ -63,19 +63,15 @@ class Bottleneck(nn.Module):
         d_out: width of the residual stream.
     """
 
-    output_scale: Tensor
     content_basis_CD: Tensor
     content_scale_C: Tensor
     context_basis_DX: Tensor
     context_scale_X: Tensor
     length_stats: Tensor
-    key_basis_DE: Tensor
-    key_values_E: Tensor
-    constant_D: Tensor
 
     def __init__(self, config: IBKEConfig, name: str, d_out: int):
-        super().__init__()
-        self.config, self.name, self.d_out = config, name, d_out
+        super().__init__(d_out)
+        self.config, self.name = config, name
         content, context = config.content_dim, config.context_dim
         if max(content, context) > d_out:
             raise FormatError(
@@ -92,31 +88,13 @@ class Bottleneck(nn.Module):
         }[config.prior]()
         self.relay = Relay(config, d_out) if config.relay_layer else None
         for buffer, shape in {
-            "output_scale": (),
             "content_basis_CD": (content, d_out),
             "content_scale_C": (content,),
             "context_basis_DX": (d_out, context),
             "context_scale_X": (context,),
             "length_stats": (2,),
-            "key_basis_DE": (d_out, d_out),
-            "key_values_E": (d_out,),
-            "constant_D": (d_out,),
         }.items():
             self.register_buffer(buffer, torch.zeros(shape))
-
-    @torch.no_grad()
-    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, output_scale: Tensor) -> None:
-        """Set what belongs to the frozen layer alone.
-
-        Args:
-            spectrum: of the generic keys, whole.
-            constant_D: c with c·x = 1 for every key.
-            output_scale: mean norm of what it writes.
-        """
-        self.key_basis_DE.copy_(spectrum.basis_IE)
-        self.key_values_E.copy_(spectrum.values_E)
-        self.constant_D.copy_(constant_D)
-        self.output_scale.copy_(output_scale)
 
     @torch.no_grad()
     def initialise(self, grads_TD: Tensor, address_BD: Tensor) -> None:
@@ -129,11 +107,6 @@ class Bottleneck(nn.Module):
         basis, scale = whitening(address_BD, self.config.context_dim)
         self.context_basis_DX.copy_(basis)
         self.context_scale_X.copy_(scale)
-
-    @property
-    def spectrum(self) -> KeySpectrum:
-        """Of the generic keys at the edited layer."""
-        return KeySpectrum(self.key_basis_DE, self.key_values_E, float(self.key_values_E[-1]))
 
     @property
     def gate(self) -> Gate:

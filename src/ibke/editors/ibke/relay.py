@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.ibke.aggregate import solve
 from ibke.editors.ibke.config import IBKEConfig
-from ibke.editors.ibke.statistics import KeySpectrum
+from ibke.editors.ibke.statistics import Grounded
 from ibke.neurons import Gate, Neurons, Site, row_neurons
 from ibke.partial import PartialModel, Past, taking_input
 from ibke.rows import OUTSIDE, RowGroup
 
 
-class Relay(nn.Module):
+class Relay(Grounded):
     """What the relay has to know of its layer, and the neurons made of it.
 
     Args:
@@ -36,25 +36,9 @@ class Relay(nn.Module):
         d_out: width of the residual stream.
     """
 
-    output_scale: Tensor
-    key_basis_DE: Tensor
-    key_values_E: Tensor
-    constant_D: Tensor
-
     def __init__(self, config: IBKEConfig, d_out: int):
-        super().__init__()
-        self.config, self.d_out = config, d_out
-        shapes = {"output_scale": (), "key_basis_DE": (d_out, d_out), "key_values_E": (d_out,), "constant_D": (d_out,)}
-        for buffer, shape in shapes.items():
-            self.register_buffer(buffer, torch.zeros(shape))
-
-    @torch.no_grad()
-    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, output_scale: Tensor) -> None:
-        """Set what belongs to the frozen layer (see :meth:`Bottleneck.ground`)."""
-        self.key_basis_DE.copy_(spectrum.basis_IE)
-        self.key_values_E.copy_(spectrum.values_E)
-        self.constant_D.copy_(constant_D)
-        self.output_scale.copy_(output_scale)
+        super().__init__(d_out)
+        self.config = config
 
     def addresses(self, edited_TD: Tensor, base_TD: Tensor, owner_T: Tensor, count: int, *, joint: bool) -> Tensor:
         """Where each edit is to be heard (B × D, float32).
@@ -73,15 +57,10 @@ class Relay(nn.Module):
         return torch.stack([self._solved(edited_TD[own], base_TD[own]).sum(0) for own in mine]).float()
 
     def _solved(self, edited_TD: Tensor, base_TD: Tensor) -> Tensor:
-        values_E = self.key_values_E.double()
-        floor = self.config.ridge * values_E.mean()
-        gamma, basis_DE = self.config.relay_gamma, self.key_basis_DE.double()
-
-        def pull(keys_BTD: Tensor) -> Tensor:
-            return inverse_times(keys_BTD, basis_DE, gamma * (values_E + floor), gamma * (values_E[-1] + floor))
-
-        ones_T = edited_TD.new_ones(1, len(edited_TD), dtype=torch.float64)
-        return solve(edited_TD[None].double(), ones_T, base_TD[None].double(), ones_T, pull)[0]
+        pull = self.spectrum.inverse(self.config.relay_gamma, self.config.ridge)
+        ones_T = torch.ones(1, len(edited_TD), dtype=torch.float64)
+        found = solve(edited_TD[None].cpu().double(), ones_T, base_TD[None].cpu().double(), ones_T, pull)
+        return found[0].to(edited_TD.device)
 
     def decode(self, z_BD: Tensor, address_BD: Tensor, site: Site) -> Neurons:
         """Neurons (B × 2 × D) from the relay's part of the code (B × D)."""

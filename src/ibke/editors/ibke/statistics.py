@@ -5,11 +5,14 @@ Shape suffixes: T tokens, D width of the residual stream, I d_in, E kept eigen-d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ibke.editors.ibke.aggregate import inverse_times
 
 
 @dataclass
@@ -30,6 +33,60 @@ class KeySpectrum:
         """The mean eigenvalue, kept and remainder together."""
         size, kept = self.basis_IE.shape
         return (float(self.values_E.sum()) + self.rest * (size - kept)) / size
+
+    def inverse(self, gamma: float, ridge: float) -> Callable[[Tensor], Tensor]:
+        """What multiplies keys (… × I, float64, on the CPU) by B⁻¹, B = γ (C₀ + λ I).
+
+        In double precision: small eigenvalues make of rounding in a solve what a sharp gate makes larger still.
+
+        Args:
+            gamma: γ.
+            ridge: λ in units of the mean eigenvalue.
+        """
+        floor = ridge * self.mean()
+        basis_IE = self.basis_IE.cpu().double()
+        values_E = gamma * (self.values_E.cpu().double() + floor)
+        rest = torch.tensor(gamma * (self.rest + floor), dtype=torch.float64)
+        return lambda keys_BTI: inverse_times(keys_BTI, basis_IE, values_E, rest)
+
+
+class Grounded(nn.Module):
+    """A module that knows of one frozen layer what belongs to the layer alone.
+
+    Args:
+        d_out: width of the residual stream.
+    """
+
+    output_scale: Tensor
+    key_basis_DE: Tensor
+    key_values_E: Tensor
+    constant_D: Tensor
+
+    def __init__(self, d_out: int):
+        super().__init__()
+        self.d_out = d_out
+        shapes = {"output_scale": (), "key_basis_DE": (d_out, d_out), "key_values_E": (d_out,), "constant_D": (d_out,)}
+        for buffer, shape in shapes.items():
+            self.register_buffer(buffer, torch.zeros(shape))
+
+    @torch.no_grad()
+    def ground(self, spectrum: KeySpectrum, constant_D: Tensor, output_scale: Tensor) -> None:
+        """Set what belongs to the layer.
+
+        Args:
+            spectrum: of the generic keys, whole.
+            constant_D: c with c·x = 1 for every key.
+            output_scale: mean norm of what it writes.
+        """
+        self.key_basis_DE.copy_(spectrum.basis_IE)
+        self.key_values_E.copy_(spectrum.values_E)
+        self.constant_D.copy_(constant_D)
+        self.output_scale.copy_(output_scale)
+
+    @property
+    def spectrum(self) -> KeySpectrum:
+        """Of the generic keys at the layer."""
+        return KeySpectrum(self.key_basis_DE, self.key_values_E, float(self.key_values_E[-1]))
 
 
 def key_spectrum(moment_II: Tensor, rank: int) -> KeySpectrum:
