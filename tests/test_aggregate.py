@@ -2,7 +2,7 @@
 
 import torch
 
-from ibke.editors.ibke.aggregate import inverse_times, solve
+from ibke.editors.aggregate import inverse_times, regress, solve
 from ibke.editors.ibke.statistics import key_spectrum
 
 EDITS, TOKENS, CONTRAST, D_IN, D_OUT, RANK = 3, 5, 4, 24, 10, 8
@@ -71,3 +71,12 @@ def test_the_spectrum_keeps_what_it_says():
     torch.testing.assert_close(spectrum.values_E, whole[:RANK], rtol=1e-3, atol=1e-3)
     assert abs(spectrum.rest - whole[RANK:].mean().item()) < 1e-3
     torch.testing.assert_close(spectrum.basis_IE.T @ spectrum.basis_IE, torch.eye(RANK), rtol=0, atol=1e-5)
+
+
+def test_regress_is_one_dense_ridge_regression():
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(TOKENS, D_IN, generator=generator, dtype=torch.float64)
+    base = torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64)
+    base = base @ base.T + torch.eye(D_IN, dtype=torch.float64)
+    wanted = torch.linalg.solve(keys.T @ keys + base, keys.T).T
+    torch.testing.assert_close(regress(keys, lambda rows: torch.linalg.solve(base, rows.T).T), wanted)

@@ -9,7 +9,7 @@ P = U Uᵀ projects to the eigenvectors of C₀, the second moment of generic ke
 C_hist = Σ k kᵀ over the keys of edits in force; see :mod:`~ibke.editors.locate` for K and R. The solution lies in the
 range of P, where the system is symmetric: with G = Uᵀ K,
 
-    A = U (Uᵀ C_hist U + G Gᵀ + λ I)⁻¹ G        and without history       A = U G (Gᵀ G + λ I)⁻¹.
+    A = U (G Gᵀ + Uᵀ C_hist U + λ I)⁻¹ G        (:mod:`~ibke.editors.aggregate`).
 
 Shape suffixes: B requests, I d_in, P directions kept.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ibke.edit import Edit
+from ibke.editors.aggregate import regress
 from ibke.editors.locate import LocateEditor, LocateSettings, by_depth
 from ibke.editors.value_optimisation import refuse_not_positive
 from ibke.errors import IBKEError
@@ -75,14 +76,15 @@ class AlphaEditEditor(LocateEditor):
 
     def addresses(self, name: str, keys_BI: Tensor) -> Tensor:
         """A of the module's docstring, one row a key (B × I, float64)."""
-        inside_BP = keys_BI @ self.free[name]
+        return regress(keys_BI @ self.free[name], lambda rows: self._pull(name, rows)) @ self.free[name].T
+
+    def _pull(self, name: str, rows_RP: Tensor) -> Tensor:
+        """(Uᵀ C_hist U + λ I)⁻¹ of each row."""
         if name not in self.history:
-            gram_BB = inside_BP @ inside_BP.T + self.ridge * torch.eye(len(keys_BI)).double()
-            return torch.linalg.solve(gram_BB, inside_BP) @ self.free[name].T
-        whole_PP = self.history[name] + inside_BP.T @ inside_BP
-        whole_PP.diagonal().add_(self.ridge)
-        factor_PP = torch.linalg.cholesky(whole_PP)
-        return torch.cholesky_solve(inside_BP.T, factor_PP).T @ self.free[name].T
+            return rows_RP / self.ridge
+        known_PP = self.history[name].clone()
+        known_PP.diagonal().add_(self.ridge)
+        return torch.cholesky_solve(rows_RP.T, torch.linalg.cholesky(known_PP)).T
 
     def after(self, edit: Edit) -> AlphaEditEditor:
         """The editor for what follows: the edit's keys, as they are with it in force, are in its ``history``."""

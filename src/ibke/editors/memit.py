@@ -6,7 +6,8 @@ algorithm 1:
     ΔW = R Kᵀ (λ C₀ + K Kᵀ)⁻¹
 
 with the keys K and residuals R of all requests (as columns), C₀ the second moment of generic keys and λ its weight; see
-:mod:`~ibke.editors.locate` for K and R. By the push-through identity only a system of the number of requests is solved.
+:mod:`~ibke.editors.locate` for K and R, and :mod:`~ibke.editors.aggregate` for the solve: a system of the number of
+requests.
 
 Shape suffixes: B requests, I d_in.
 """
@@ -16,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from ibke.editors.aggregate import regress
 from ibke.editors.locate import LocateEditor, LocateSettings, by_depth
 from ibke.editors.value_optimisation import refuse_not_positive
 from ibke.models import LanguageModel
@@ -62,6 +63,5 @@ class MEMITEditor(LocateEditor):
         self.weight = settings.moment_weight
 
     def addresses(self, name: str, keys_BI: Tensor) -> Tensor:
-        """Kᵀ (λ C₀ + K Kᵀ)⁻¹ = (I + Kᵀ (λ C₀)⁻¹ K)⁻¹ Kᵀ (λ C₀)⁻¹, one row a key (B × I, float64)."""
-        pulled_BI = self.pull(name, keys_BI) / (self.weight * keys_BI.shape[1])
-        return torch.linalg.solve(torch.eye(len(keys_BI)).double() + keys_BI @ pulled_BI.T, pulled_BI)
+        """Kᵀ (λ C₀ + K Kᵀ)⁻¹, one row a key (B × I, float64)."""
+        return regress(keys_BI, lambda rows: self.pull(name, rows) / (self.weight * keys_BI.shape[1]))

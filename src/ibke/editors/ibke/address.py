@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
-from ibke.editors.ibke.aggregate import solve
+from ibke.editors.aggregate import solve
 from ibke.editors.ibke.statistics import KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel

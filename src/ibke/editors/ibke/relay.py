@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ibke.editors.ibke.aggregate import solve
+from ibke.editors.aggregate import solve
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.statistics import Grounded
 from ibke.neurons import Gate, Neurons, Site, row_neurons

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibke.editors.ibke.aggregate import inverse_times
+from ibke.editors.aggregate import inverse_times
 
 
 @dataclass

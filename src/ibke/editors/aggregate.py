@@ -1,4 +1,4 @@
-"""The closed form behind an address: ridge regression on keys.
+"""The closed form behind an address, of whichever method: ridge regression on keys.
 
     A⁻¹ KᵀW,   A = KᵀWK + ρ NᵀN + B,   B = γ (C₀ + λ I)
 
@@ -47,3 +47,14 @@ def solve(
     # (I + K B⁻¹ Kᵀ)⁻¹ is symmetric, so its first T columns transposed weight the rows of each address.
     pick_UT = eye_UU[:, : keys_BTI.shape[1]].expand(len(keys_BTI), -1, -1) * root_BT.unsqueeze(1)
     return torch.linalg.solve(gram_BUU + eye_UU, pick_UT).transpose(1, 2) @ pulled_BUI
+
+
+def regress(keys_TI: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+    """(KᵀK + B)⁻¹ Kᵀ as one row a key (T × I): :func:`solve` for one edit, all keys alike, without contrast.
+
+    Args:
+        keys_TI: K.
+        pull: multiplies rows (T × I) by B⁻¹.
+    """
+    ones_BT, none_BSI = keys_TI.new_ones(1, len(keys_TI)), keys_TI.new_zeros(1, 0, keys_TI.shape[1])
+    return solve(keys_TI[None], ones_BT, none_BSI, keys_TI.new_zeros(1, 0), lambda rows: pull(rows[0])[None])[0]
