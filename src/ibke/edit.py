@@ -29,6 +29,17 @@ INDEX = "edit.json"
 Factors = tuple[Tensor, Tensor]
 
 
+def dense_factors(delta_OI: Tensor) -> Factors:
+    """An update of full rank as factors, exactly: itself and an identity on its shorter side.
+
+    No smaller ones are exact: a decomposition keeps all min(O, I) directions, so it is larger, and rounds. The identity
+    stays off the disk.
+    """
+    d_out, d_in = delta_OI.shape
+    identity = torch.eye(min(d_out, d_in), device=delta_OI.device)
+    return (delta_OI, identity) if d_out <= d_in else (identity, delta_OI)
+
+
 @dataclass
 class EditInfo:
     """How an Edit was made.
@@ -203,6 +214,11 @@ class Edit:
         """
         folder = Path(folder)
         tensors = self.tensors() | {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
+        for name, (a_RI, b_OR) in self.factors.items():
+            if _is_identity(b_OR):
+                del tensors[f"factors/{name}/B"]
+            elif _is_identity(a_RI):
+                del tensors[f"factors/{name}/A"]
         # Copied, since safetensors refuses views and tensors that share memory.
         raw = serialise({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()})
         digest = hashlib.sha256(raw).hexdigest()
@@ -242,7 +258,7 @@ class Edit:
         tensors = _read_tensors(folder, index)
         try:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
-            factors = {name: (tensors[f"factors/{name}/A"], tensors[f"factors/{name}/B"]) for name in index["modules"]}
+            factors = {name: _factors_in(tensors, f"factors/{name}/") for name in index["modules"]}
             neurons = {name: _neurons_in(tensors, f"neurons/{name}/") for name in index["mlps"]}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
@@ -260,6 +276,20 @@ def _checked(name: str, a_RI: Tensor, b_OR: Tensor) -> Factors:
     if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
         raise FormatError("the factors hold values that are not finite.", name, "Make the edit again, in float32.")
     return a_RI, b_OR
+
+
+def _is_identity(tensor: Tensor) -> bool:
+    rows, columns = tensor.shape
+    return rows == columns and torch.equal(tensor, torch.eye(rows))
+
+
+def _factors_in(tensors: Mapping[str, Tensor], at: str) -> Factors:
+    """A and B; one that is not there is the identity."""
+    a_RI, b_OR = tensors.get(f"{at}A"), tensors.get(f"{at}B")
+    if a_RI is not None:
+        return a_RI, torch.eye(len(a_RI)) if b_OR is None else b_OR
+    b_OR = tensors[f"{at}B"]
+    return torch.eye(b_OR.shape[1]), b_OR
 
 
 def _neurons_in(tensors: Mapping[str, Tensor], at: str) -> Neurons:
