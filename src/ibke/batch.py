@@ -1,6 +1,6 @@
 """Token sequences with answers, padded into one batch.
 
-Shape suffixes: R rows (sequences), T tokens, N answer positions of all rows.
+Shape suffixes: R rows (sequences), T tokens, N answer positions of all rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -83,6 +84,14 @@ class Batch:
     def per_row(self, values_N: Tensor) -> Tensor:
         """Sum values given per answer position into one per row."""
         return torch.zeros(self.rows, dtype=values_N.dtype, device=values_N.device).index_add(0, self.row_N, values_N)
+
+    def score(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of each answer (R, nats), and whether greedy decoding gives it (R).
+
+        It does if and only if each token of the answer is the likeliest after those before it.
+        """
+        wrong_N = (logits_NV.detach().argmax(-1) != self.labels_N).float()
+        return self.per_row(F.cross_entropy(logits_NV, self.labels_N, reduction="none")), self.per_row(wrong_N) == 0
 
 
 def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device | str = "cpu") -> Batch:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ibke.errors import IBKEError, RequestError
+from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.batch import Pair
@@ -105,6 +106,19 @@ class Editor(ABC):
         """
         del edit
         return self
+
+    def pairs(self, requests: Sequence[EditRequest], frame: Frame = "bare") -> list[Pair]:
+        """Tokenise the prompts and new targets of some requests; each pair knows where its subject is.
+
+        Raises:
+            RequestError: no request, or one that does not fit the model's window.
+        """
+        if not requests:
+            raise RequestError("there is no request.", "edit", "Pass at least one EditRequest.")
+        return [
+            self.pair(request.prompt, request.target_new, frame, subject_of(request.prompt, request.subject))
+            for request in requests
+        ]
 
     def pair(
         self, prompt: str, target: str, frame: Frame = "bare", subject: str | None = None, context: str = ""

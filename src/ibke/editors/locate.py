@@ -26,7 +26,6 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Batch, Pair, by_length, collate
@@ -34,7 +33,7 @@ from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor
 from ibke.editors.key_statistics import key_moments
 from ibke.editors.value_optimisation import CONTEXTS, Values, ValueSettings, optimise_values, value_rows
-from ibke.errors import IBKEError, RequestError
+from ibke.errors import IBKEError
 from ibke.models import LanguageModel
 from ibke.modules import layer_index, resolve, resolve_any, target_modules
 from ibke.partial import PartialModel, taking_input, taking_output
@@ -224,13 +223,10 @@ class LocateEditor(Editor):
         Raises:
             RequestError: no request, or one longer than the model's window.
         """
-        if not requests:
-            raise RequestError("there is no request.", "edit", "Pass at least one EditRequest.")
-        return [self._located(request) for request in requests]
+        return [self._located(*both) for both in zip(requests, self.pairs(requests), strict=True)]
 
-    def _located(self, request: EditRequest) -> Located:
+    def _located(self, request: EditRequest, bare: Pair) -> Located:
         prompt, target, subject = request.prompt, request.target_new, subject_of(request.prompt, request.subject)
-        bare = self.pair(prompt, target, subject=subject)
         # Counted from the end, since a context may change how the prompt's first words are cut into tokens.
         after = len(bare.prompt) - bare.place
         asked = [bare.reached(bare.place)]
@@ -282,16 +278,11 @@ class LocateEditor(Editor):
 
     @torch.no_grad()
     def outcome(self, located: Sequence[Located]) -> tuple[Tensor, Tensor]:
-        """The targets' NLL at the bare prompt (B, summed nats) and whether they are generated, on the model as it is.
-
-        Greedy decoding gives a target if and only if each of its tokens is the likeliest after those before it.
-        """
+        """NLL of the targets at the bare prompt (B, nats) and whether they are generated, on the model as it is."""
         pairs = [one.asked[0] for one in located]
         nll_B, comes_B = torch.zeros(len(pairs)), torch.zeros(len(pairs), dtype=torch.bool)
         for numbers in by_length([len(pair) for pair in pairs]):
             batch = collate([pairs[number] for number in numbers], self.lm.tokenizer.pad_token_id, self.lm.device)
-            logits_NV = self.part.suffix(self.part.prefix(batch), batch)
-            nll_B[numbers] = batch.per_row(F.cross_entropy(logits_NV, batch.labels_N, reduction="none")).cpu()
-            wrong_N = (logits_NV.argmax(-1) != batch.labels_N).float()
-            comes_B[numbers] = batch.per_row(wrong_N).cpu() == 0
+            nll_R, comes_R = batch.score(self.part.suffix(self.part.prefix(batch), batch))
+            nll_B[numbers], comes_B[numbers] = nll_R.cpu(), comes_R.cpu()
         return nll_B, comes_B

@@ -23,7 +23,7 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import ModuleNotEditableError, RequestError
+from ibke.errors import ModuleNotEditableError
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
 from ibke.modules import target_modules
@@ -118,8 +118,6 @@ class IBKEEditor(Editor):
             RequestError: no request, one longer than the model's window, or the same prompt with two targets.
             CaptureError: a gradient is not finite.
         """
-        if not requests:
-            raise RequestError("there is no request.", "edit", "Pass at least one EditRequest.")
         return self._make(requests, joint=len(requests) > 1)[0]
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
@@ -138,19 +136,15 @@ class IBKEEditor(Editor):
             requests: the edits.
 
         Raises:
-            RequestError: a request longer than the model's window.
+            RequestError: no request, or one longer than the model's window.
             CaptureError: a gradient is not finite.
         """
-        subjects = [subject_of(request.prompt, request.subject) for request in requests]
-        pairs = [
-            self.pair(request.prompt, request.target_new, self.frame, subject)
-            for request, subject in zip(requests, subjects, strict=True)
-        ]
+        pairs = self.pairs(requests, self.frame)
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
         asked = [
-            About(request.prompt, subject, request.rephrase_prompts)
-            for request, subject in zip(requests, subjects, strict=True)
+            About(request.prompt, subject_of(request.prompt, request.subject), request.rephrase_prompts)
+            for request in requests
         ]
         address_BD, read = self.addresser.beside(pairs, asked)
         hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
