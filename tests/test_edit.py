@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibke.edit import INDEX, Edit, EditInfo
+from ibke.edit import INDEX, Edit, EditInfo, dense_factors
 from ibke.errors import FingerprintMismatchError, FormatError
 from ibke.request import EditRequest, Probe
 
@@ -195,3 +195,17 @@ def rewrite(folder, **changes):
 
 def tensors(folder):
     return next(folder.glob("*.safetensors"))
+
+
+def test_a_dense_update_is_an_edit_to_the_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5, 9), (9, 5), (6, 6)):
+        delta = torch.randn(shape, generator=generator)
+        edit = Edit({"m": dense_factors(delta)}, (), EditInfo("x", "f"))
+        assert edit.rank == min(shape)
+        assert torch.equal(edit.delta("m"), delta)
+        folder = edit.save(tmp_path / f"{shape[0]}")
+        assert torch.equal(Edit.load(folder).delta("m"), delta)
+        assert next(folder.glob("*.safetensors")).stat().st_size < 4 * delta.numel() + 200
+    both = Edit({"m": (torch.eye(4), torch.eye(4))}, (), EditInfo("x", "f"))
+    assert torch.equal(Edit.load(both.save(tmp_path / "eye")).delta("m"), torch.eye(4))

@@ -54,7 +54,7 @@ class EditInfo:
         seconds: wall-clock time it took.
         nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
         nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
-        latent: tensors of the code, e.g. ``{"z": …}``.
+        latent: tensors of the code, e.g. ``{"z": …}``, or whatever else the method must know to go on from the edit.
     """
 
     method: str

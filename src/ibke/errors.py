@@ -40,5 +40,9 @@ class FormatError(IBKEError):
     """A file on disk is not what it should be."""
 
 
+class MissingPackageError(IBKEError):
+    """A method needs an optional package that is not installed."""
+
+
 class TrainingError(IBKEError):
     """Training cannot start or go on."""

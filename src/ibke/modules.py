@@ -129,6 +129,57 @@ def target_modules(
     return [f"{arch.layers}.{layer}.{suffix}" for layer in chosen]
 
 
+def by_depth(lm: Any, published: Sequence[int], of: int) -> tuple[int, ...]:
+    """Layers as deep in this model as some are in a published one; those of the modules that the caller named.
+
+    Args:
+        lm: the model.
+        published: the published model's first and last layer, or its only one.
+        of: how many layers that has.
+    """
+    if lm.architecture.modules:
+        named = (layer_index(name) for name in lm.architecture.modules)
+        return tuple(sorted({layer for layer in named if layer is not None}))
+    count = len(resolve_any(lm.model, lm.architecture.layers)) if lm.architecture.layers else of
+    first, last = (min(round(layer / of * count), count - 1) for layer in (published[0], published[-1]))
+    return tuple(range(first, last + 1))
+
+
+def first_layer(names: Iterable[str]) -> int:
+    """The lowest layer that any of some modules is in.
+
+    Raises:
+        ModuleNotEditableError: there is no module, or one of them is in no layer.
+    """
+    found = []
+    for name in names:
+        layer = layer_index(name)
+        if layer is None:
+            raise ModuleNotEditableError("this module is in no layer.", name, "Name modules within the layers.")
+        found.append(layer)
+    if not found:
+        raise ModuleNotEditableError(
+            "none of the named modules is in a layer that is to be changed.", "layers", "Name others, or other layers."
+        )
+    return min(found)
+
+
+def linear_modules(lm: Any, layers: Iterable[int] = ()) -> list[str]:
+    """Full dotted names of every linear map in the given layers (none is all), or of those the caller named."""
+    arch = lm.architecture
+    return list(arch.modules) or [
+        f"{arch.layers}.{layer}.{name}"
+        for layer in layers or range(len(resolve_any(lm.model, arch.layers)))
+        for name, module in resolve_any(lm.model, f"{arch.layers}.{layer}").named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether a linear module keeps its weight as d_in × d_out."""
+    return isinstance(module, Conv1D)
+
+
 def resolve_any(model: nn.Module, name: str) -> Any:
     """The submodule of that dotted name, of whatever type.
 

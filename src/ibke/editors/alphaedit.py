@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ibke.edit import Edit
 from ibke.editors.aggregate import regress
-from ibke.editors.locate import LocateEditor, LocateSettings, by_depth
-from ibke.editors.value_optimisation import refuse_not_positive
+from ibke.editors.locate import LocateEditor, LocateSettings
+from ibke.editors.settings import refuse_not_positive
 from ibke.errors import IBKEError
 from ibke.models import LanguageModel
+from ibke.modules import by_depth
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ METHODS: dict[str, str] = {
     "rome": "ibke.editors.rome:ROMEEditor",
     "memit": "ibke.editors.memit:MEMITEditor",
     "alphaedit": "ibke.editors.alphaedit:AlphaEditEditor",
+    "ft": "ibke.editors.fine_tuning:FineTuning",
+    "ft-l": "ibke.editors.fine_tuning:BoundedFineTuning",
+    "lora": "ibke.editors.lora:LoRA",
+    "ultraedit": "ibke.editors.ultraedit:UltraEdit",
 }
 
 Progress = Callable[[int, int], None]
@@ -96,7 +100,7 @@ class Editor(ABC):
         """The editor for what follows, once an edit is in force on the model to stay (attached or merged).
 
         Methods that have to know of earlier edits return one that does, and are themselves as before; for all others
-        nothing changes::
+        nothing changes. What they have to know is in the edit or in the model, so a saved sequence can go on::
 
             with EditSession(lm) as session:
                 for group in groups:

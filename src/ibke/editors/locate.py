@@ -35,7 +35,7 @@ from ibke.editors.key_statistics import key_moments
 from ibke.editors.value_optimisation import CONTEXTS, Values, ValueSettings, optimise_values, value_rows
 from ibke.errors import IBKEError
 from ibke.models import LanguageModel
-from ibke.modules import layer_index, resolve, resolve_any, target_modules
+from ibke.modules import first_layer, resolve, target_modules
 from ibke.partial import PartialModel, taking_input, taking_output
 from ibke.request import EditRequest
 from ibke.session import EditSession
@@ -66,22 +66,6 @@ class LocateSettings(ValueSettings):
         super().__post_init__()
         if not 0 <= self.bare_share <= 1:
             raise IBKEError("`bare_share` is not between 0 and 1.", "settings", "It is 0.5 if left out.")
-
-
-def by_depth(lm: LanguageModel, published: Sequence[int], of: int) -> tuple[int, ...]:
-    """Layers as deep in this model as some are in a published one; those of the modules that the caller named.
-
-    Args:
-        lm: the model.
-        published: the published model's first and last layer, or its only one.
-        of: how many layers that has.
-    """
-    if lm.architecture.modules:
-        named = (layer_index(name) for name in lm.architecture.modules)
-        return tuple(sorted({layer for layer in named if layer is not None}))
-    count = len(resolve_any(lm.model, lm.architecture.layers)) if lm.architecture.layers else of
-    first, last = (round(layer / of * count) for layer in (published[0], published[-1]))
-    return tuple(range(first, last + 1))
 
 
 @dataclass(frozen=True)
@@ -134,11 +118,7 @@ class LocateEditor(Editor):
         if not layers or list(layers) != sorted(set(layers)):
             raise IBKEError(f"{tuple(layers)} are no layers in ascending order.", "layers", "Give each once.")
         self.modules = resolve(lm.model, target_modules(lm, lm.architecture, layers))
-        if not self.modules:
-            raise IBKEError(
-                f"none of the named modules is in layer {', '.join(map(str, layers))}.", "layers", "Name others."
-            )
-        self.part = PartialModel(lm.model, lm.architecture.layers, layers[0])
+        self.part = PartialModel(lm.model, lm.architecture.layers, first_layer(self.modules))
         self.upper = PartialModel(lm.model, lm.architecture.layers, layers[-1])
         self.moments = key_moments(lm, self.modules, settings.text, settings.tokens)
         self._factors: dict[str, Tensor] = {}  # Cholesky's, of C₀

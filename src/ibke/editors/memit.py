@@ -20,9 +20,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ibke.editors.aggregate import regress
-from ibke.editors.locate import LocateEditor, LocateSettings, by_depth
-from ibke.editors.value_optimisation import refuse_not_positive
+from ibke.editors.locate import LocateEditor, LocateSettings
+from ibke.editors.settings import refuse_not_positive
 from ibke.models import LanguageModel
+from ibke.modules import by_depth
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ibke.edit import Edit
-from ibke.editors.locate import LocateEditor, LocateSettings, by_depth
+from ibke.editors.locate import LocateEditor, LocateSettings
 from ibke.models import LanguageModel
+from ibke.modules import by_depth
 from ibke.request import EditRequest
 from ibke.session import EditSession
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Pair
-from ibke.errors import IBKEError
+from ibke.editors.settings import refuse_below, refuse_not_positive
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes
 from ibke.rows import EDIT, OUTSIDE, RowGroup, build_groups, merge
@@ -71,32 +71,6 @@ class ValueSettings:
         refuse_below(self, 1, "steps")
         refuse_below(self, 0, "weight_decay", "kl_weight", "stop_below")
         refuse_not_positive(self, "learning_rate", "clamp")
-
-
-def refuse_below(settings: Any, least: float, *names: str) -> None:
-    """Refuse settings below a number.
-
-    Raises:
-        IBKEError: one is.
-    """
-    for name in names:
-        if getattr(settings, name) < least:
-            raise IBKEError(f"`{name}` is below {least:g}.", "settings", _left_out(settings, name))
-
-
-def refuse_not_positive(settings: Any, *names: str) -> None:
-    """Refuse settings that are not above zero.
-
-    Raises:
-        IBKEError: one is not.
-    """
-    for name in names:
-        if getattr(settings, name) <= 0:
-            raise IBKEError(f"`{name}` is not positive.", "settings", _left_out(settings, name))
-
-
-def _left_out(settings: Any, name: str) -> str:
-    return f"It is {getattr(type(settings), name):g} if left out."
 
 
 @dataclass(frozen=True)
