@@ -124,7 +124,12 @@ def test_eval_refuses_what_it_does_not_know(run: Run, tmp_path: Path):
     file = tmp_path / "data.json"
     file.write_text("[1]")
     refused(run("eval", "--data", file, "--format", "zsr"), "Did you mean 'zsre'?")
-    refused(run("eval", "--data", file, "--protocol", "batch"), "'batch'", "single")
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps({"prompt": PROMPT, "target_new": NEW}))
+    refused(run("eval", "--data", requests, "--protocol", "batches"), "'batches'", "single, batch, sequential")
+    refused(run("eval", "--data", requests, "--protocol", "batch"), "--group 100")
+    refused(run("eval", "--data", requests, "--group", 2), "group of one")
+    refused(run("eval", "--data", requests, "--order", "up"), "file or random")
     refused(run("eval", "--data", file, "--format", "zsre"), "no record has the shape")
     refused(run("eval", "--data", file, "--json", tmp_path / "none" / "out.json"), "cannot be written")
     refused(run("eval", "--data", tmp_path / "none.json", "--format", "zsre"), "cannot be read")

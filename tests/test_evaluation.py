@@ -6,69 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.batch import Pair, collate
 from ibke.edit import Edit, EditInfo
-from ibke.editors.base import Editor
 from ibke.errors import RequestError
 from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
-from ibke.evaluation.protocols import evaluate_base, evaluate_single, sample
+from ibke.evaluation.protocols import evaluate, evaluate_base, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import FRAMES, encode_pair
 from ibke.models import LanguageModel
-from ibke.modules import ARCHITECTURES, in_out, resolve, target_modules
+from ibke.modules import ARCHITECTURES, target_modules
 from ibke.neurons import Neurons
-from ibke.request import EditRequest, Probe
+from ibke.request import EditRequest
 from ibke.session import EditSession
 
 PROMPTS = ("The capital of France is", "Who wrote the play?", "Rain", "The author of the play about the capital is")
-REQUESTS = (
-    EditRequest(
-        "The capital of France is",
-        "Canberra",
-        "France",
-        "Paris",
-        ("France is ruled from",),
-        (Probe("The capital of Italy is", "Rome", "same_relation"), Probe("Water is made of", None, "unrelated")),
-        (Probe("The mayor of France's capital is", "Bob", "one_hop"),),
-    ),
-    EditRequest("Who wrote the play?", "Ann", None, None, (), (Probe("Two and two make", "four"),)),
-    EditRequest("The sky is", "green", None, "blue", ("What colour is the sky?", "The sky's colour is")),
-)
-
-
-def random_edit(
-    lm: LanguageModel, rank: int, seed: int, scale: float = 1.0, layers: Sequence[int] | None = None
-) -> Edit:
-    """An edit of random factors; ``scale`` is the size of the update beside the module's own weight."""
-    factors = {}
-    generator = torch.Generator().manual_seed(seed)
-    modules = resolve(lm.model, target_modules(lm, lm.architecture, layers))
-    for name, module in modules.items():
-        d_in, d_out = in_out(module)
-        size = scale * module.weight.float().norm() / (rank * d_in * d_out) ** 0.5
-        factors[name] = (
-            torch.randn(rank, d_in, generator=generator),
-            torch.randn(d_out, rank, generator=generator) * size,
-        )
-    return Edit(factors, (), EditInfo(method="random", fingerprint=lm.fingerprint))
-
-
-class RandomEditor(Editor):
-    """Makes a random edit of each request and remembers what it was shown."""
-
-    name = "random"
-
-    def __init__(self, lm: LanguageModel, scale: float = 1.0):
-        super().__init__(lm)
-        self.scale, self.seen = scale, list[EditRequest]()
-
-    def edit(self, requests: Sequence[EditRequest]) -> Edit:
-        self.seen += requests
-        edit = random_edit(self.lm, 1 + len(self.seen) % 3, len(self.seen), self.scale)
-        edit.info.refine_steps, edit.info.rate_nats, edit.info.achieved = len(self.seen), 10.0, len(self.seen) % 2 == 0
-        return edit
 
 
 def encode(lm: LanguageModel, prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
@@ -253,7 +207,7 @@ def test_report_has_the_agreed_shape_and_is_json(tiny_model: Callable[..., Langu
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     seen: list[tuple[str, int, int]] = []
     editor = RandomEditor(lm)
-    report = evaluate_single(
+    report = evaluate(
         lm,
         editor,
         REQUESTS,
@@ -289,18 +243,18 @@ def test_report_has_the_agreed_shape_and_is_json(tiny_model: Callable[..., Langu
 
 def test_frames_are_averaged_and_reported_each(tiny_model: Callable[..., LanguageModel]) -> None:
     lm = tiny_model("llama")
-    both = evaluate_single(lm, RandomEditor(lm), REQUESTS, frames=("bare", "chat"))
+    both = evaluate(lm, RandomEditor(lm), REQUESTS, frames=("bare", "chat"))
     for state in ("metrics", "base"):
         for block, metrics in both[state].items():
             for name, metric in metrics.items():
                 each = [both["by_frame"][frame][state][block][name]["mean"] for frame in ("bare", "chat")]
                 assert metric["mean"] == pytest.approx(sum(each) / 2)
-    alone = evaluate_single(lm, RandomEditor(lm), REQUESTS, frames=("chat",))
+    alone = evaluate(lm, RandomEditor(lm), REQUESTS, frames=("chat",))
     assert alone["metrics"] == both["by_frame"]["chat"]["metrics"]
 
 
 def test_an_edit_that_does_nothing_changes_nothing(smollm: LanguageModel) -> None:
-    report = evaluate_single(smollm, RandomEditor(smollm, scale=0.0), REQUESTS[:1])
+    report = evaluate(smollm, RandomEditor(smollm, scale=0.0), REQUESTS[:1])
     assert report["metrics"] == report["base"]
     for block in ("generation", "teacher_forced"):
         assert report["metrics"][block]["locality"]["mean"] == 1.0
@@ -311,7 +265,7 @@ def test_an_edit_that_does_nothing_changes_nothing(smollm: LanguageModel) -> Non
 
 
 def test_a_destructive_edit_shows(smollm: LanguageModel) -> None:
-    report = evaluate_single(smollm, RandomEditor(smollm, scale=3.0), REQUESTS[:1])
+    report = evaluate(smollm, RandomEditor(smollm, scale=3.0), REQUESTS[:1])
     assert report["metrics"]["generation"]["locality"]["mean"] < 0.5
     assert report["metrics"]["generation"]["reliability"]["mean"] == 0.0
     assert report["kl_nats"]["base_edited"]["mean"] > 1.0
@@ -320,7 +274,7 @@ def test_a_destructive_edit_shows(smollm: LanguageModel) -> None:
 
 def test_the_base_alone_is_scored_as_beside_an_edit(tiny_model: Callable[..., LanguageModel]) -> None:
     lm = tiny_model("llama")
-    beside, alone = evaluate_single(lm, RandomEditor(lm), REQUESTS), evaluate_base(lm, REQUESTS)
+    beside, alone = evaluate(lm, RandomEditor(lm), REQUESTS), evaluate_base(lm, REQUESTS)
     assert alone["base"] == beside["base"]
     assert alone["contains"]["base"] == beside["contains"]["base"]
     json.dumps(alone, allow_nan=False)
@@ -328,7 +282,7 @@ def test_the_base_alone_is_scored_as_beside_an_edit(tiny_model: Callable[..., La
 
 def test_what_was_not_measured_is_null(tiny_model: Callable[..., LanguageModel]) -> None:
     lm = tiny_model("llama")
-    report = evaluate_single(lm, RandomEditor(lm), [EditRequest("The sky is", "green")])
+    report = evaluate(lm, RandomEditor(lm), [EditRequest("The sky is", "green")])
     nothing = {"mean": None, "low": None, "high": None}
     assert report["metrics"]["generation"]["locality"] == report["metrics"]["generation"]["generality"] == nothing
 
@@ -336,7 +290,7 @@ def test_what_was_not_measured_is_null(tiny_model: Callable[..., LanguageModel])
 def test_the_edit_may_be_worded_as_a_question(tiny_model: Callable[..., LanguageModel]) -> None:
     lm = tiny_model("llama")
     editor = RandomEditor(lm)
-    evaluate_single(lm, editor, REQUESTS[:1], edit_frame="question")
+    evaluate(lm, editor, REQUESTS[:1], edit_frame="question")
     assert editor.seen[0].prompt == "Question: The capital of France is\nAnswer:"
 
 
@@ -350,7 +304,7 @@ def test_wrong_settings_are_refused(tiny_model: Callable[..., LanguageModel]) ->
         ({"edit_frame": "chat"}, "Choose bare or question"),
     ):
         with pytest.raises(RequestError, match=message):
-            evaluate_single(lm, editor, **{"requests": REQUESTS, **settings})
+            evaluate(lm, editor, **{"requests": REQUESTS, **settings})
     assert not editor.seen
 
 

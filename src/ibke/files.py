@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder() -> Path:
@@ -42,3 +45,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits that stand for a JSON-ready value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_json(value: Any, ascii_only: bool = False, depth: int = 0) -> str:
+    """A JSON text for people: a member a line, and lists of numbers or texts on one line."""
+    inner, outer = "\n" + "  " * (depth + 1), "\n" + "  " * depth
+    if isinstance(value, dict) and value:
+        members = (
+            f"{json.dumps(str(key), ensure_ascii=ascii_only)}: {to_json(member, ascii_only, depth + 1)}"
+            for key, member in value.items()
+        )
+        return "{" + inner + f",{inner}".join(members) + outer + "}"
+    if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
+        return "[" + inner + f",{inner}".join(to_json(item, ascii_only, depth + 1) for item in value) + outer + "]"
+    return json.dumps(value, ensure_ascii=ascii_only)

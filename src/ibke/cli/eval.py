@@ -24,23 +24,28 @@ from ibke.cli.console import (
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
 from ibke.cli.settings import Settings
 from ibke.data.readers import READERS, Skipped, count_reasons, read
-from ibke.errors import IBKEError, RequestError
+from ibke.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ibke.request import EditRequest
 
-PROTOCOLS = ("single",)
 SHOWN = 3  # unusable records named on the screen
 
 
 def evaluate(
     data: Annotated[Path, typer.Option(help="File of edit requests or of a benchmark, or a folder of such files.")],
     format: Annotated[str, typer.Option(help=f"{', '.join(READERS)} (`ibke ls formats`).")] = "jsonl",
-    protocol: Annotated[str, typer.Option(help="single: each edit alone on the pristine model.")] = "single",
+    protocol: Annotated[
+        str, typer.Option(help="single: each edit alone; batch: a group at once, then off; sequential: all stay.")
+    ] = "single",
+    group: Annotated[
+        int | None, typer.Option(min=1, help="Requests edited at once (sequential: 1 if left out).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many edits.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which, and a random order.")] = 0,
+    order: Annotated[str, typer.Option(help="In which order edits are made: file or random.")] = "file",
     frames: Annotated[str, typer.Option(help="How prompts are asked, by commas: bare, question, chat.")] = "bare",
     edit_frame: Annotated[str, typer.Option(help="How edits are worded for the editor: bare or question.")] = "bare",
     model: ModelName = ModelChoice.name,
@@ -59,28 +64,28 @@ def evaluate(
     """
     to_stdout = out == "-"
     console = screen(to_stdout)
-    if protocol not in PROTOCOLS:
-        raise IBKEError(f"unknown protocol {protocol!r}.", "eval", f"Known: {', '.join(PROTOCOLS)}.")
     if out and not to_stdout:
         check_writable(Path(out))
     asked, skipped = _read(data, format)
     _name_skipped(skipped, console)
+    from ibke.evaluation.protocols import Protocol, sample
+    from ibke.evaluation.protocols import evaluate as examine
+
+    how = Protocol.parse(protocol if group is None else f"{protocol}:{group}")
+    chosen = sample(asked, limit, seed, cast(Any, order))
     choice = ModelChoice(model, device, dtype, tuple(module or ()))
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
-    from ibke.evaluation.protocols import EditFrame, evaluate_single, sample
-    from ibke.frames import Frame
-
-    wanted = tuple(cast(Frame, name.strip()) for name in frames.split(","))
-    config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed}
+    config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
     config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
     with Bars() as tick:
-        report = evaluate_single(
+        report = examine(
             lm,
             editing,
-            sample(asked, limit, seed),
-            frames=wanted,
-            edit_frame=cast(EditFrame, edit_frame),
+            chosen,
+            how,
+            frames=[cast(Any, name.strip()) for name in frames.split(",")],
+            edit_frame=cast(Any, edit_frame),
             config=config,
             progress=lambda what, done, total: tick(what.capitalize(), done, total),
         )
@@ -111,7 +116,8 @@ def _name_skipped(skipped: list[Skipped], console: Console) -> None:
 
 def _show(report: dict[str, Any], console: Console) -> None:
     config = report["config"]
-    title = f"{config['method']} on {report['n']} edits of {Path(config['data']).name}"
+    how = "" if report["protocol"] == "single" else f", {report['protocol']}, {report['group']} at a time"
+    title = f"{config['method']} on {report['n']} edits of {Path(config['data']).name}{how}"
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for block in ("generated", "teacher-forced"):
@@ -123,6 +129,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
             cells += [_metric(report["metrics"][block][name]), number(report["base"][block][name]["mean"])]
         table.add_row(name, *cells)
     console.print(table)
+    for age in report["by_age"] if len(report["by_age"]) > 1 else ():
+        said = ", ".join(f"{name} {number(age[name]['mean'])}" for name in ("reliability", "generality", "locality"))
+        console.print(f"{age['age_from']} to {age['age_to']} edits later: {said}", style="dim", markup=False)
     rate = report["rate_nats"]
     parts = [f"{report['seconds_per_edit']:.2f} s an edit", *([f"{rate:.0f} nats an edit"] if rate is not None else [])]
     parts += [f"{number(report['steps']['mean'], 1)} refining steps", f"{report['peak_memory_mb']:.0f} MB at most"]

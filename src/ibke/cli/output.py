@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ibke.errors import IBKEError
+from ibke.files import to_json
 
 WIDTH = 110  # columns where there is no terminal
 
@@ -76,4 +76,4 @@ def number(value: float | None, digits: int = 2) -> str:
 def _dump(document: Any) -> str:
     # Escaped where the terminal or pipe could not take the letters.
     plain = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
-    return json.dumps(document, indent=2, ensure_ascii=plain)
+    return to_json(document, ascii_only=plain)

@@ -24,12 +24,24 @@ from ibke.models import LanguageModel
 from ibke.modules import resolve
 from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import row_updates
+from ibke.session import EditSession
 
 MAX_NEW_TOKENS = 40
 BATCH_SIZE = 96
 
 T = TypeVar("T")
 Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Edits in force for every row alike, in the order in which they were made."""
+
+    edits: tuple[Edit, ...]
+
+
+InForce = Sequence[Edit | None] | Together | None
+"""The edit of each row (None for none), edits of all rows together, or nothing at all."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Answer:
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    edits: Sequence[Edit | None] | None = None,
+    edits: InForce = None,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
@@ -59,7 +71,7 @@ def generate(
     Args:
         lm: the model; its weights are not touched.
         prompts: token ids of each prompt.
-        edits: the edit in force for each prompt; None for the unedited model.
+        edits: what is in force for each prompt, or for all; None for the unedited model.
         max_new_tokens: longest answer (tokens).
         batch_size: prompts per pass.
         tick: told after each pass how many prompts it answered.
@@ -72,7 +84,7 @@ def generate(
     answers: dict[int, Answer] = {}
     for rows in plan([len(prompt) for prompt in prompts], batch_size):
         ids_RT, attention_RT = _pad_left([prompts[row] for row in rows], lm)
-        with edited_rows(lm, None if edits is None else [edits[row] for row in rows]):
+        with edited_rows(lm, of_rows(edits, rows)):
             chosen = _greedy(lm, ids_RT, attention_RT, stops, max_new_tokens)
         answers |= {row: stops.answer(tokens) for row, tokens in zip(rows, chosen, strict=True)}
         if tick:
@@ -86,11 +98,22 @@ def plan(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def of_rows(edits: InForce, rows: Sequence[int]) -> InForce:
+    """What is in force for some of the rows."""
+    return [edits[row] for row in rows] if isinstance(edits, Sequence) else edits
+
+
 @contextmanager
-def edited_rows(lm: LanguageModel, edits: Sequence[Edit | None] | None) -> Iterator[None]:
+def edited_rows(lm: LanguageModel, edits: InForce) -> Iterator[None]:
     """Let row r of every batch pass through the model as ``edits[r]`` changes it; None leaves all rows unedited."""
     if edits is None:
         yield
+        return
+    if isinstance(edits, Together):
+        with EditSession(lm) as session:
+            for edit in edits.edits:
+                session.attach(edit)
+            yield
         return
     factors, neurons = stack_factors(edits), stack_neurons(edits)
     factors = {name: (a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype)) for name, (a, b) in factors.items()}

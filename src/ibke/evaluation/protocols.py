@@ -7,41 +7,110 @@ says when it must find the words itself; teacher-forced figures are there to be 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from statistics import fmean, median
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
 
-from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import RequestError
-from ibke.evaluation.generate import BATCH_SIZE, MAX_NEW_TOKENS
-from ibke.evaluation.machine import describe, peak_memory_mb
-from ibke.evaluation.metrics import proportion, quantile
-from ibke.evaluation.questions import ask, questions
-from ibke.evaluation.tally import Tally
-from ibke.frames import FRAMES, Frame, render
+from ibke.evaluation.examination import Costs, Examination, Progress
+from ibke.evaluation.generate import BATCH_SIZE, Together
+from ibke.evaluation.machine import peak_memory_mb
+from ibke.frames import Frame, render
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
+from ibke.session import EditSession
 
 EditFrame = Literal["bare", "question"]
+Regime = Literal["single", "batch", "sequential"]
+Order = Literal["file", "random"]
 
-# (what is going on, how much of it is done, how much there is)
-Progress = Callable[[str, int, int], None]
-
-
-def sample(requests: Sequence[EditRequest], limit: int | None, seed: int) -> list[EditRequest]:
-    """At most ``limit`` requests drawn from the whole, in their original order; the same seed draws the same."""
-    if limit is None or limit >= len(requests):
-        return list(requests)
-    return [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
+AGES = 10  # rows of `by_age` at most
 
 
-def evaluate_single(
+@dataclass(frozen=True)
+class Protocol:
+    """How edits meet the model.
+
+    Args:
+        regime: ``single``: each alone on the pristine model; ``batch``: some at once, and off again before the next;
+            ``sequential``: some at a time, one after another on the same model, all asked about after the last.
+        group: how many requests make one edit.
+
+    Raises:
+        RequestError: an unknown regime, or a group that it cannot have.
+    """
+
+    regime: Regime = "single"
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if self.regime not in get_args(Regime):
+            known = ", ".join(get_args(Regime))
+            raise RequestError(f"unknown protocol {self.regime!r}.", "protocol", f"Known: {known}.")
+        if self.group < 1 or (self.regime == "single" and self.group > 1):
+            raise RequestError(
+                f"{self.regime!r} cannot have groups of {self.group}.", "group", "A single edit is a group of one."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Protocol:
+        """A protocol written as ``single``, ``batch:100``, ``sequential`` (one at a time) or ``sequential:100``.
+
+        Raises:
+            RequestError: it is none of these.
+        """
+        regime, colon, group = text.strip().partition(":")
+        if colon and not group.isdecimal():
+            raise RequestError(f"{group!r} is no size of a group.", text, "Write it as in batch:100.")
+        if regime == "batch" and not colon:
+            raise RequestError("a batch needs a size.", text, "Write batch:100; for `ibke eval` give --group 100.")
+        return cls(cast(Regime, regime), int(group) if colon else 1)
+
+    def __str__(self) -> str:
+        return self.regime if self.regime == "single" else f"{self.regime}:{self.group}"
+
+    def groups(self, count: int) -> list[range]:
+        """Indices of the requests that make an edit together; the last group may be smaller."""
+        return [range(count)[start : start + self.group] for start in range(0, count, self.group)]
+
+
+def sample(requests: Sequence[EditRequest], limit: int | None, seed: int, order: Order = "file") -> list[EditRequest]:
+    """At most ``limit`` requests drawn from the whole; the same seed draws the same, in the same order.
+
+    Args:
+        requests: all there are.
+        limit: how many; None takes all.
+        seed: of the draw, and of a random order.
+        order: ``file`` as they stood, or ``random``. Requests of one ``case`` keep their order among themselves.
+
+    Raises:
+        RequestError: an unknown order.
+    """
+    if order not in get_args(Order):
+        raise RequestError(f"unknown order {order!r}.", "order", "Choose file or random.")
+    draw = random.Random(seed)
+    chosen = list(requests)
+    if limit is not None and limit < len(requests):
+        chosen = [requests[i] for i in sorted(draw.sample(range(len(requests)), limit))]
+    if order == "file":
+        return chosen
+    places = draw.sample(range(len(chosen)), len(chosen))
+    slots: dict[Any, list[int]] = {}
+    for place, index in enumerate(places):
+        slots.setdefault(chosen[index].case or index, []).append(place)
+    mixed: dict[int, EditRequest] = {}
+    taken = {case: iter(places) for case, places in slots.items()}
+    for index, request in enumerate(chosen):
+        mixed[next(taken[request.case or index])] = request
+    return [mixed[place] for place in range(len(chosen))]
+
+
+def evaluate(
     lm: LanguageModel,
     editor: Editor,
     requests: Sequence[EditRequest],
+    protocol: Protocol = Protocol(),
     *,
     frames: Sequence[Frame] = ("bare",),
     edit_frame: EditFrame = "bare",
@@ -49,57 +118,62 @@ def evaluate_single(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Make each edit alone on the pristine model and ask for it at once.
+    """Make edits as a protocol says and ask for them.
 
     The editor sees the prompt, the target, the subject and the old answer of a request and nothing else: paraphrases
-    and probes are for the examination. Edits are made, and timed, one by one; their answers come in batches in which
-    every row has its own edit.
+    and probes are for the examination. Edits are made, and timed, one by one; the answers of single edits come in
+    batches in which every row has its own edit.
 
     Args:
         lm: the model; left as it was. Load it in float32: in bfloat16 the faintest update stirs up enough rounding to
             change most answers of forty tokens, and locality measures that instead of the edit.
         editor: the method under test.
-        requests: what to edit.
+        requests: what to edit, in the order in which it is done.
+        protocol: how.
         frames: how prompts are asked; a metric is the mean over frames, and ``by_frame`` has each.
         edit_frame: how the request itself is worded for the editor: as it is, or in question form.
-        batch_size: prompts per pass, and edits held at once.
+        batch_size: prompts per pass, and single edits held at once.
         config: what else the report shall say of the run, e.g. data file, limit and seed.
         progress: told how many edits are made and how many answers have come.
 
     Returns:
-        A JSON-ready report. ``metrics`` and ``base`` hold the blocks ``generation`` (normalised exact match of the
-        greedy answer; locality: the same answer as the base) and ``teacher_forced`` (legacy: token accuracy;
-        locality: the same tokens as the base), each of ``reliability``, ``generality``, ``locality`` and
-        ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``rate_nats`` is per edit,
-        None where the method has no code; ``seconds_per_edit`` is wall-clock; ``peak_memory_mb`` that of the process
-        over loading, editing and scoring, ``peak_memory_editing_mb`` up to the first answers.
+        A JSON-ready report, of one shape for every protocol. ``metrics`` and ``base`` hold the blocks ``generation``
+        (normalised exact match of the greedy answer; locality: the same answer as the base) and ``teacher_forced``
+        (legacy: token accuracy; locality: the same tokens as the base), each of ``reliability``, ``generality``,
+        ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
+        the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
+        age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
+        ``bytes_per_edit`` what goes into the model; ``peak_memory_mb`` that of the process over loading, editing and
+        scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit.
 
     Raises:
         RequestError: no request, an unknown frame, or a prompt longer than the model's window.
     """
     if edit_frame not in get_args(EditFrame):
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
-    exam, log = _Examination(lm, requests, frames, batch_size, progress), _Log()
-    for part in exam.parts():
-        edits = []
-        for index in part:
-            edits.append(log.time(editor, _for_editor(requests[index], edit_frame, lm.tokenizer)))
-            if progress:
-                progress("edits", index + 1, len(requests))
-        log.note_memory()
-        exam.examine(part, edits)
+    exam, costs = Examination(lm, requests, frames, batch_size, progress), Costs()
+    shown = [_for_editor(request, edit_frame, lm.tokenizer) for request in requests]
+    groups = protocol.groups(len(requests))
+    run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]
+    for _ in run(exam, costs, editor, shown, groups):
+        if progress:
+            progress("edits", len(costs.seconds), len(requests))
     tally = exam.tally
+    ages = [len(requests) - group.stop if protocol.regime == "sequential" else 0 for group in groups for _ in group]
     return {
         "n": len(requests),
-        "protocol": "single",
+        "protocol": protocol.regime,
+        "group": min(protocol.group, len(requests)),
         "metrics": tally.core("edited"),
         "base": tally.core("base"),
-        **log.report(),
+        **costs.report(),
         "peak_memory_mb": peak_memory_mb(),
         **tally.extras(("base", "edited")),
         "kl_nats": tally.block("edited", "kl_nats"),
         "by_frame": {f: {"metrics": tally.core("edited", f), "base": tally.core("base", f)} for f in frames},
+        "by_age": tally.by_age(ages, AGES),
         **exam.context({"method": editor.name, "edit_frame": edit_frame, **(config or {})}),
+        "scores": tally.each(requests),
     }
 
 
@@ -112,12 +186,12 @@ def evaluate_base(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What the unedited model answers: the ``base`` half of :func:`evaluate_single`.
+    """What the unedited model answers: the ``base`` half of :func:`evaluate`.
 
     Raises:
         RequestError: no request, an unknown frame, or a prompt longer than the model's window.
     """
-    exam = _Examination(lm, requests, frames, batch_size, progress)
+    exam = Examination(lm, requests, frames, batch_size, progress)
     for part in exam.parts():
         exam.examine(part, None)
     return {
@@ -131,104 +205,46 @@ def evaluate_base(
     }
 
 
-class _Examination:
-    """Asks all there is to ask about a set of requests, a part of them at a time."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        requests: Sequence[EditRequest],
-        frames: Sequence[Frame],
-        batch_size: int,
-        progress: Progress | None,
-    ):
-        if not requests:
-            raise RequestError("there is no request to evaluate.", "evaluation", "Give a file that holds some.")
-        for frame in frames or ("",):
-            if frame not in FRAMES:
-                raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
-        self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
-        self.tally, self.progress, self.answers = Tally(), progress, 0
-        asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
-        self.questions = len(frames) * sum(asked)
-
-    def parts(self) -> Iterator[range]:
-        """Indices of the requests whose edits are held at once."""
-        size = self.batch_size
-        return (range(len(self.requests))[start : start + size] for start in range(0, len(self.requests), size))
-
-    def examine(self, part: range, edits: Sequence[Edit] | None) -> None:
-        """Ask about some of the requests, of the base and, where edits are given, of the edited model."""
-        total = self.questions if edits is None else 2 * self.questions
-
-        def tick(count: int) -> None:
-            self.answers += count
-            if self.progress:
-                self.progress("answers", self.answers, total)
-
-        asked = [
-            question
-            for edit, index in enumerate(part)
-            for question in questions(self.requests[index], edit, self.frames, self.lm.tokenizer)
-        ]
-        for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick):
-            self.tally.add("base", question.frame, part[question.edit], base)
-            if edited is not None:
-                self.tally.add("edited", question.frame, part[question.edit], edited)
-
-    def context(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Under which conditions the report holds."""
-        config = {
-            "model": self.lm.name,
-            "fingerprint": self.lm.fingerprint,
-            "dtype": str(self.lm.dtype).removeprefix("torch."),
-            "frames": list(self.frames),
-            "max_new_tokens": MAX_NEW_TOKENS,
-            **more,
-        }
-        return {"config": config, "machine": describe(self.lm.device)}
+def _single(
+    exam: Examination, costs: Costs, editor: Editor, shown: Sequence[EditRequest], groups: Sequence[range]
+) -> Iterator[None]:
+    """Each edit alone; asked about some at a time. Yields after each edit."""
+    del groups
+    for part in exam.parts():
+        edits = []
+        for index in part:
+            edits.append(costs.time(editor, [shown[index]]))
+            yield
+        costs.note_memory()
+        exam.examine(part, edits)
 
 
-class _Log:
-    """What making the edits took."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.steps: list[float] = []
-        self.rates: list[float] = []
-        self.achieved: list[float] = []
-        self.editing_mb: float | None = None
-
-    def time(self, editor: Editor, request: EditRequest) -> Edit:
-        """Make one edit and keep its figures."""
-        start = time.perf_counter()
-        edit = editor.edit([request])
-        self.seconds.append(time.perf_counter() - start)
-        self.steps.append(edit.info.refine_steps)
-        if edit.info.rate_nats is not None:
-            self.rates.append(edit.info.rate_nats)
-        if edit.info.achieved is not None:
-            self.achieved.append(float(edit.info.achieved))
-        return edit
-
-    def note_memory(self) -> None:
-        """Remember the peak before anything has been asked."""
-        if self.editing_mb is None:
-            self.editing_mb = peak_memory_mb()
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "rate_nats": fmean(self.rates) if self.rates else None,
-            "seconds_per_edit": fmean(self.seconds),
-            "seconds": _spread(self.seconds),
-            "steps": _spread(self.steps),
-            "achieved": asdict(proportion(self.achieved)),
-            "peak_memory_editing_mb": self.editing_mb,
-        }
+def _batch(
+    exam: Examination, costs: Costs, editor: Editor, shown: Sequence[EditRequest], groups: Sequence[range]
+) -> Iterator[None]:
+    """A group at once on the pristine model, asked about before the next."""
+    for group in groups:
+        edit = costs.time(editor, shown[group.start : group.stop])
+        yield
+        costs.note_memory()
+        for part in exam.parts(group):
+            exam.examine(part, Together((edit,)))
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "median": median(values), "p95": quantile(values, 0.95)}
+def _sequential(
+    exam: Examination, costs: Costs, editor: Editor, shown: Sequence[EditRequest], groups: Sequence[range]
+) -> Iterator[None]:
+    """Group after group on the same model, asked about after the last."""
+    with EditSession(exam.lm) as session:
+        for group in groups:
+            edit = costs.time(editor, shown[group.start : group.stop])
+            session.attach(edit)
+            editor = costs.after(editor, edit, len(group))
+            yield
+        made = session.attached
+    costs.note_memory()
+    for part in exam.parts():
+        exam.examine(part, Together(made))
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:

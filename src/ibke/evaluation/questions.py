@@ -8,8 +8,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from ibke.batch import Pair
-from ibke.edit import Edit
-from ibke.evaluation.generate import Answer, Tick, generate
+from ibke.evaluation.generate import Answer, InForce, Tick, generate, of_rows
 from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import Frame, encode_pair
@@ -74,14 +73,14 @@ def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenize
 
 
 def ask(
-    lm: LanguageModel, asked: Sequence[Question], edits: Sequence[Edit] | None, batch_size: int, tick: Tick | None
+    lm: LanguageModel, asked: Sequence[Question], edits: InForce, batch_size: int, tick: Tick | None
 ) -> Iterator[tuple[Question, Scores, Scores | None]]:
-    """Put questions to the base and, each under its own edit, to the edited model.
+    """Put questions to the base and, each under its own edit or all under the same, to the edited model.
 
     Args:
         lm: the model.
         asked: the questions; their ``edit`` indexes ``edits``.
-        edits: independent edits; None asks the base alone.
+        edits: independent edits, or some that are in force together; None asks the base alone.
         batch_size: prompts per pass.
         tick: told how many answers have come, by and by.
 
@@ -98,7 +97,7 @@ def ask(
         if edits is None:
             yield from ((q, judge(q, b, b), None) for q, b in zip(batch, base, strict=True))
             continue
-        rows = [edits[q.edit] for q in batch]
+        rows = of_rows(edits, [q.edit for q in batch])
         answers = generate(lm, [q.pair.prompt for q in batch], rows, batch_size=batch_size, tick=tick)
         edited = _outcomes(lm, batch, answers, rows, batch_size)
         moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
@@ -110,12 +109,12 @@ def ask(
 
 
 def _outcomes(
-    lm: LanguageModel, asked: Sequence[Question], said: Sequence[Answer], edits: Sequence[Edit] | None, batch_size: int
+    lm: LanguageModel, asked: Sequence[Question], said: Sequence[Answer], edits: InForce, batch_size: int
 ) -> list[Outcome]:
     forced = score(lm, [q.pair for q in asked], edits, batch_size=batch_size)
     with_old = [i for i, q in enumerate(asked) if q.old_pair]
     old_pairs = [q.old_pair for q in asked if q.old_pair]
-    old_edits = None if edits is None else [edits[i] for i in with_old]
+    old_edits = of_rows(edits, with_old)
     old = dict(zip(with_old, score(lm, old_pairs, old_edits, batch_size=batch_size), strict=True))
     return [Outcome(a, f, old.get(i)) for i, (a, f) in enumerate(zip(said, forced, strict=True))]
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ibke.batch import Batch, Pair, collate
-from ibke.edit import Edit
-from ibke.evaluation.generate import BATCH_SIZE, edited_rows, plan
+from ibke.evaluation.generate import BATCH_SIZE, InForce, edited_rows, of_rows, plan
 from ibke.models import LanguageModel
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
@@ -40,11 +39,11 @@ class Forced:
 def score(
     lm: LanguageModel,
     pairs: Sequence[Pair],
-    edits: Sequence[Edit | None] | None = None,
+    edits: InForce = None,
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[Forced]:
-    """Predictions along each pair's answer, under an edit of its own where one is given."""
+    """Predictions along each pair's answer, under an edit of its own or those of all rows, where there are any."""
     scores: dict[int, Forced] = {}
     for rows in plan([len(pair) for pair in pairs], batch_size):
         batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
@@ -63,7 +62,7 @@ def score(
 
 @torch.inference_mode()
 def divergence(
-    lm: LanguageModel, pairs: Sequence[Pair], edits: Sequence[Edit | None], *, batch_size: int = BATCH_SIZE
+    lm: LanguageModel, pairs: Sequence[Pair], edits: InForce, *, batch_size: int = BATCH_SIZE
 ) -> list[tuple[float, float]]:
     """How far an edit moves the next-token distributions along an answer.
 
@@ -86,9 +85,9 @@ def divergence(
     return [divergences[row] for row in range(len(pairs))]
 
 
-def _answer_states(lm: LanguageModel, batch: Batch, edits: Sequence[Edit | None] | None, rows: Sequence[int]) -> Tensor:
+def _answer_states(lm: LanguageModel, batch: Batch, edits: InForce, rows: Sequence[int]) -> Tensor:
     """Last hidden states at the answer's positions (N × D)."""
-    with edited_rows(lm, None if edits is None else [edits[row] for row in rows]):
+    with edited_rows(lm, of_rows(edits, rows)):
         out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
     return out.last_hidden_state[batch.predicts_RT]
 

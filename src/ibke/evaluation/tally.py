@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from ibke.evaluation.metrics import average, proportion
 from ibke.evaluation.questions import Scores
+from ibke.files import digest
 from ibke.frames import Frame
+from ibke.request import EditRequest
 
 State = Literal["base", "edited"]
 
 NATS = ("kl_nats", "nll_nats")
 CORE = ("reliability", "generality", "locality", "locality_accuracy")
+ASPECTS = ("reliability", "generality", "locality")
 EXTRAS = ("contains", "nll_nats", "sequence_accuracy", "new_over_old", "locality_detail", "families")
 
 
@@ -31,11 +34,16 @@ class Tally:
         for (block, name), value in scores.items():
             self.scores[state, block, name][edit].append((frame, value))
 
+    def per_edit(self, state: State, block: str, name: str, frame: Frame | None = None) -> dict[int, float]:
+        """By edit, the mean over its questions in one frame or in all; edits without any are left out."""
+        by_edit = self.scores.get((state, block, name), {}).items()
+        values = {edit: [value for asked, value in found if frame in (None, asked)] for edit, found in by_edit}
+        return {edit: fmean(found) for edit, found in values.items() if found}
+
     def metric(self, state: State, block: str, name: str, frame: Frame | None = None) -> dict[str, float | None]:
         """Mean over edits of the mean over an edit's questions, in one frame or in all."""
-        by_edit = self.scores.get((state, block, name), {}).values()
-        values = [[value for asked, value in edit if frame in (None, asked)] for edit in by_edit]
-        return asdict((average if block in NATS else proportion)([fmean(edit) for edit in values if edit]))
+        values = list(self.per_edit(state, block, name, frame).values())
+        return asdict((average if block in NATS else proportion)(values))
 
     def block(self, state: State, block: str, frame: Frame | None = None) -> dict[str, Any]:
         """All metrics of a block that were measured."""
@@ -53,3 +61,33 @@ class Tally:
         blocks = ("generation", "teacher_forced", "contains")
         rest["portability"] = {s: {block: self.metric(s, block, "portability") for block in blocks} for s in states}
         return rest
+
+    def by_age(self, ages: Sequence[int], most: int) -> list[dict[str, Any]]:
+        """Generated metrics of edits of like age, the youngest first.
+
+        Args:
+            ages: of each edit, how many were made later.
+            most: the most parts to make; edits of one age stay together.
+        """
+        values = {name: self.per_edit("edited", "generation", name) for name in ASPECTS}
+        known = sorted(set(ages))
+        bounds = [known[len(known) * part // min(most, len(known))] for part in range(min(most, len(known)))]
+        found = []
+        for first, end in zip(bounds, [*bounds[1:], known[-1] + 1], strict=True):
+            edits = [edit for edit, age in enumerate(ages) if first <= age < end]
+            row = {"age_from": first, "age_to": max(ages[edit] for edit in edits), "n": len(edits)}
+            metrics = {n: asdict(proportion([v[edit] for edit in edits if edit in v])) for n, v in values.items()}
+            found.append(row | metrics)
+        return found
+
+    def each(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
+        """The three metrics edit by edit, None where nothing was asked, and by which name to know an edit again."""
+        parts: dict[str, Any] = {"edits": [digest(request.to_dict()) for request in requests]}
+        for block in ("generation", "teacher_forced"):
+            values = {name: self.per_edit("edited", block, name) for name in ASPECTS}
+            parts[block] = {n: [_short(v.get(edit)) for edit in range(len(requests))] for n, v in values.items()}
+        return parts
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

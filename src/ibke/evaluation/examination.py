@@ -1,0 +1,145 @@
+"""The examination of a set of requests, and what making their edits took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, median
+from typing import Any
+
+from ibke.edit import Edit
+from ibke.editors.base import Editor
+from ibke.errors import RequestError
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce
+from ibke.evaluation.machine import describe, peak_memory_mb
+from ibke.evaluation.metrics import proportion, quantile
+from ibke.evaluation.questions import ask, questions
+from ibke.evaluation.tally import Tally
+from ibke.frames import FRAMES, Frame
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+
+# (what is going on, how much of it is done, how much there is)
+Progress = Callable[[str, int, int], None]
+
+
+class Examination:
+    """Asks all there is to ask about a set of requests, a part of them at a time.
+
+    Raises:
+        RequestError: no request, or an unknown frame.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        requests: Sequence[EditRequest],
+        frames: Sequence[Frame],
+        batch_size: int,
+        progress: Progress | None,
+    ):
+        if not requests:
+            raise RequestError("there is no request to evaluate.", "evaluation", "Give a file that holds some.")
+        for frame in frames or ("",):
+            if frame not in FRAMES:
+                raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
+        self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
+        self.tally, self.progress, self.answers = Tally(), progress, 0
+        asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
+        self.questions = len(frames) * sum(asked)
+
+    def parts(self, of: range | None = None) -> Iterator[range]:
+        """Indices of the requests asked about at once: of all, or of some."""
+        whole, size = range(len(self.requests)) if of is None else of, self.batch_size
+        return (whole[start : start + size] for start in range(0, len(whole), size))
+
+    def examine(self, part: range, edits: InForce) -> None:
+        """Ask about some of the requests, of the base and, where edits are given, of the edited model.
+
+        Args:
+            part: indices of the requests.
+            edits: one for each of them, or such as are in force together.
+        """
+        total = self.questions if edits is None else 2 * self.questions
+
+        def tick(count: int) -> None:
+            self.answers += count
+            if self.progress:
+                self.progress("answers", self.answers, total)
+
+        asked = [
+            question
+            for edit, index in enumerate(part)
+            for question in questions(self.requests[index], edit, self.frames, self.lm.tokenizer)
+        ]
+        for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick):
+            self.tally.add("base", question.frame, part[question.edit], base)
+            if edited is not None:
+                self.tally.add("edited", question.frame, part[question.edit], edited)
+
+    def context(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Under which conditions the report holds."""
+        config = {
+            "model": self.lm.name,
+            "fingerprint": self.lm.fingerprint,
+            "dtype": str(self.lm.dtype).removeprefix("torch."),
+            "frames": list(self.frames),
+            "max_new_tokens": MAX_NEW_TOKENS,
+            **more,
+        }
+        return {"config": config, "machine": describe(self.lm.device)}
+
+
+class Costs:
+    """What making the edits took; what a group of requests took together is shared out among them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.steps: list[float] = []
+        self.rates: list[float] = []
+        self.bytes: list[float] = []
+        self.achieved: list[float] = []
+        self.editing_mb: float | None = None
+
+    def time(self, editor: Editor, requests: Sequence[EditRequest]) -> Edit:
+        """Make one edit of some requests and keep its figures."""
+        start = time.perf_counter()
+        edit = editor.edit(requests)
+        self.seconds += [(time.perf_counter() - start) / len(requests)] * len(requests)
+        self.bytes += [sum(tensor.nbytes for tensor in edit.tensors().values()) / len(requests)] * len(requests)
+        self.steps.append(edit.info.refine_steps)
+        if edit.info.rate_nats is not None:
+            self.rates += [edit.info.rate_nats / len(requests)] * len(requests)
+        if edit.info.achieved is not None:
+            self.achieved.append(float(edit.info.achieved))
+        return edit
+
+    def after(self, editor: Editor, edit: Edit, count: int) -> Editor:
+        """The editor for what follows an edit of some requests; what it has to learn of it is part of their time."""
+        start = time.perf_counter()
+        following = editor.after(edit)
+        spent = (time.perf_counter() - start) / count
+        self.seconds[-count:] = [seconds + spent for seconds in self.seconds[-count:]]
+        return following
+
+    def note_memory(self) -> None:
+        """Remember the peak before anything has been asked."""
+        if self.editing_mb is None:
+            self.editing_mb = peak_memory_mb()
+
+    def report(self) -> dict[str, Any]:
+        """The part of a report on costs."""
+        return {
+            "rate_nats": fmean(self.rates) if self.rates else None,
+            "seconds_per_edit": fmean(self.seconds),
+            "bytes_per_edit": fmean(self.bytes),
+            "seconds": _spread(self.seconds),
+            "steps": _spread(self.steps),
+            "achieved": asdict(proportion(self.achieved)),
+            "peak_memory_editing_mb": self.editing_mb,
+        }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": fmean(values), "median": median(values), "p95": quantile(values, 0.95)}

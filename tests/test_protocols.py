@@ -1,0 +1,181 @@
+"""Batches and sequences of edits: what is in force when, what each is asked, and how it is summed up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from random_editor import REQUESTS, RandomEditor
+
+from ibke.edit import Edit
+from ibke.editors.base import Editor
+from ibke.errors import RequestError
+from ibke.evaluation.generate import generate
+from ibke.evaluation.metrics import exact_match
+from ibke.evaluation.protocols import Protocol, evaluate, sample
+from ibke.frames import encode_pair
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+from ibke.session import EditSession
+
+MANY = tuple(
+    EditRequest(f"The capital of land {i} is", f"Town {i}", None, None, (f"Land {i} is ruled from",), (other,))
+    for i, other in enumerate(REQUESTS[0].locality[:1] * 7)
+)
+
+
+class Watcher(RandomEditor):
+    """Notes how many hooks are on the model at each edit, and hands on a follower that knows how old it is."""
+
+    def __init__(self, lm: LanguageModel, scale: float = 1.0):
+        super().__init__(lm, scale)
+        self.log: list[tuple[int, int, int]] = []
+        self.generation, self.made = 0, list[Edit]()
+
+    def edit(self, requests: Sequence[EditRequest]) -> Edit:
+        hooks = sum(len(module._forward_hooks) for module in self.lm.model.modules())
+        self.log.append((self.generation, len(requests), hooks))
+        edit = super().edit(requests)
+        self.made.append(edit)
+        return edit
+
+    def after(self, edit: Edit) -> Editor:
+        assert edit is self.made[-1]
+        follower = Watcher(self.lm, self.scale)
+        follower.seen, follower.log, follower.made = self.seen, self.log, self.made
+        follower.generation = self.generation + 1
+        return follower
+
+
+def says(lm: LanguageModel, prompt: str, edits: Sequence[Edit]) -> str:
+    with EditSession(lm) as session:
+        for edit in edits:
+            session.attach(edit)
+        return generate(lm, [encode_pair(prompt, "", "bare", lm.tokenizer).prompt])[0].text
+
+
+def shape(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: shape(member) for key, member in value.items()}
+    return [shape(member) for member in value[:1]] if isinstance(value, list) else None
+
+
+def test_a_batch_is_in_force_for_its_own_questions_only(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    editor = Watcher(lm, scale=0.3)
+    report = evaluate(lm, editor, MANY, Protocol("batch", 3), batch_size=2)
+    # Groups of 3, 3 and 1, each made on a model without hooks by the editor for the pristine model.
+    assert editor.log == [(0, 3, 0), (0, 3, 0), (0, 1, 0)]
+    expected = [
+        exact_match(says(lm, r.locality[0].prompt, [editor.made[i // 3]]), says(lm, r.locality[0].prompt, []))
+        for i, r in enumerate(MANY)
+    ]
+    assert report["scores"]["generation"]["locality"] == expected
+    assert report["metrics"]["generation"]["locality"]["mean"] == pytest.approx(fmean(expected))
+    assert (report["protocol"], report["group"], report["n"]) == ("batch", 3, 7)
+    assert report["rate_nats"] == pytest.approx((10.0 * 3) / 7)  # ten nats a group
+    sizes = [sum(t.nbytes for t in edit.tensors().values()) for edit in editor.made]
+    assert report["bytes_per_edit"] == pytest.approx(sum(sizes) / 7)
+
+
+def test_a_sequence_stays_and_is_asked_about_at_its_end(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("gpt2")
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    ids = torch.tensor([encode_pair("Rain", "", "bare", lm.tokenizer).prompt])
+    logits = lm.model(ids).logits
+    editor = Watcher(lm, scale=0.2)
+    report = evaluate(lm, editor, MANY, Protocol("sequential", 2))
+    modules = len(editor.made[0].factors)
+    assert editor.log == [(0, 2, 0), (1, 2, modules), (2, 2, 2 * modules), (3, 1, 3 * modules)]
+    for index, request in enumerate(MANY):
+        prompt = request.locality[0].prompt
+        same = exact_match(says(lm, prompt, editor.made), says(lm, prompt, []))
+        assert report["scores"]["generation"]["locality"][index] == same
+    assert [(row["age_from"], row["age_to"], row["n"]) for row in report["by_age"]] == [
+        (0, 0, 1),
+        (1, 1, 2),
+        (3, 3, 2),
+        (5, 5, 2),
+    ]
+    assert torch.equal(lm.model(ids).logits, logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+
+
+def test_ages_are_those_of_the_scores(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    report = evaluate(lm, RandomEditor(lm, scale=0.2), MANY * 4, Protocol("sequential", 1))
+    scores = report["scores"]["generation"]["locality"]
+    assert len(report["by_age"]) == 10
+    assert sum(row["n"] for row in report["by_age"]) == len(scores) == 28
+    assert report["by_age"][0]["age_from"] == 0 and report["by_age"][-1]["age_to"] == 27
+    for row in report["by_age"]:
+        # The youngest edit was made last.
+        of_age = scores[len(scores) - 1 - row["age_to"] : len(scores) - row["age_from"]]
+        assert len(of_age) == row["n"] and row["locality"]["mean"] == pytest.approx(fmean(of_age))
+
+
+def test_reports_of_all_protocols_have_one_shape(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    reports = [
+        evaluate(lm, RandomEditor(lm), REQUESTS, protocol)
+        for protocol in (Protocol(), Protocol("batch", 2), Protocol("sequential", 1), Protocol("sequential", 9))
+    ]
+    for report in reports:
+        assert json.loads(json.dumps(report, allow_nan=False)) == report
+        assert shape(report) == shape(reports[0])
+        assert list(report["by_age"][0]) == ["age_from", "age_to", "n", "reliability", "generality", "locality"]
+    assert reports[0]["by_age"][0]["n"] == len(REQUESTS)
+    assert [report["group"] for report in reports] == [1, 2, 1, 3]
+
+
+def test_a_group_of_one_is_scored_as_a_single_edit(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    single = evaluate(lm, RandomEditor(lm, 0.3), REQUESTS, frames=("bare", "chat"))
+    batch = evaluate(lm, RandomEditor(lm, 0.3), REQUESTS, Protocol("batch", 1), frames=("bare", "chat"))
+    assert batch["metrics"] == single["metrics"] and batch["scores"] == single["scores"]
+    assert batch["kl_nats"]["base_edited"]["mean"] == pytest.approx(single["kl_nats"]["base_edited"]["mean"], rel=1e-3)
+
+
+def test_a_sequence_that_fails_leaves_the_model_alone(tiny_model: Callable[..., LanguageModel]) -> None:
+    class Failing(RandomEditor):
+        def edit(self, requests: Sequence[EditRequest]) -> Edit:
+            if len(self.seen) >= 2:
+                raise RequestError("no more.")
+            return super().edit(requests)
+
+    lm = tiny_model("llama")
+    with pytest.raises(RequestError, match="no more"):
+        evaluate(lm, Failing(lm), MANY, Protocol("sequential", 1))
+    assert not any(module._forward_hooks for module in lm.model.modules())
+
+
+def test_protocols_are_read_and_refused() -> None:
+    for text in ("single", "batch:100", "sequential:1"):
+        assert str(Protocol.parse(text)) == text
+    assert Protocol.parse("sequential") == Protocol("sequential", 1)
+    for text, message in (
+        ("batch", "needs a size"),
+        ("batch:0", "groups of 0"),
+        ("batch:x", "no size of a group"),
+        ("single:2", "group of one"),
+        ("serial:3", "unknown protocol 'serial'"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            Protocol.parse(text)
+
+
+def test_a_random_order_repeats_and_keeps_cases_in_order() -> None:
+    requests = [EditRequest(f"Number {i} is", str(i), case=str(i // 2) if i < 20 else None) for i in range(40)]
+    mixed = sample(requests, None, 3, "random")
+    assert mixed == sample(requests, None, 3, "random") != sample(requests, None, 4, "random")
+    assert sorted(int(r.target_new) for r in mixed) == list(range(40)) and mixed != requests
+    places = {int(r.target_new): place for place, r in enumerate(mixed)}
+    assert all(places[i] < places[i + 1] for i in range(0, 20, 2))
+    some = sample(requests, 10, 3, "random")
+    assert set(some) == set(sample(requests, 10, 3, "file")) and some != sample(requests, 10, 3)
+    with pytest.raises(RequestError, match="Choose file or random"):
+        sample(requests, 10, 3, "up")  # type: ignore[arg-type]
