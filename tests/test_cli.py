@@ -48,11 +48,13 @@ def test_help_is_quick_and_loads_nothing_heavy():
     code = "import ibke.cli.main, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert done.returncode == 0
-    for command in ("demo", "edit", "ask", "train", "eval", "ls", "data"):
+    for command in ("demo", "edit", "ask", "train", "eval", "bench", "ls", "data"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", [["demo"], ["edit"], ["ask"], ["train"], ["eval"], ["ls"], ["data", "fetch"]])
+@pytest.mark.parametrize(
+    "command", [["demo"], ["edit"], ["ask"], ["train"], ["eval"], ["bench"], ["ls"], ["data", "fetch"]]
+)
 def test_every_command_explains_itself_and_takes_json(run: Run, command: list[str]):
     result = run(*command, "--help")
     assert result.exit_code == 0

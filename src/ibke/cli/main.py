@@ -8,6 +8,7 @@ import typer
 
 import ibke
 from ibke.cli.ask import ask
+from ibke.cli.bench import bench
 from ibke.cli.console import Commands
 from ibke.cli.data import app as data_app
 from ibke.cli.demo import demo
@@ -28,6 +29,7 @@ app.command()(edit)
 app.command()(ask)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(ls)
 app.add_typer(data_app, name="data")
 
@@ -44,7 +46,7 @@ def main(
 ) -> None:
     """Correct facts in a language model without retraining it, in seconds, and undo it to the last bit.
 
-    Exit codes: 0 done, 1 not achieved (the target is not generated), 2 wrong input.
+    Exit codes: 0 done, 1 not achieved (the target is not generated, a method failed), 2 wrong input.
 
     Every command takes --json: one JSON document on standard output, everything for people on standard error
     (`ibke eval --json` is followed by a file, or by - for standard output).

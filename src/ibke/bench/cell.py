@@ -1,0 +1,117 @@
+"""One cell: a method on some edits, in a process of its own.
+
+A process of its own makes peak memory the method's and not that of whoever ran before it, and leaves the bench standing
+when the system ends it for want of memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from ibke.bench.plan import Cell
+from ibke.errors import IBKEError
+
+# (what is going on, how much of it is done, how much there is)
+Progress = Callable[[str, int, int | None], None]
+
+
+class CellError(IBKEError):
+    """A cell has no result."""
+
+
+def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
+    """Load everything and evaluate, in this process.
+
+    Returns:
+        a report as :func:`~ibke.evaluation.protocols.evaluate` makes it.
+
+    Raises:
+        IBKEError: whatever keeps the method from it.
+    """
+    from ibke.data.readers import Skipped, count_reasons, read
+    from ibke.editors.base import method_class
+    from ibke.evaluation.protocols import evaluate, sample
+    from ibke.models import load_model
+
+    given, contender, data = cell.conditions, cell.contender, cell.data
+    progress("loading", 0, None)
+    skipped: list[Skipped] = []
+    requests = sample(list(read(data.path, data.format, skipped)), cell.stage.limit, cell.seed, "random")
+    lm = load_model(given.model, device=given.device, dtype=given.dtype, modules=given.modules or None)
+    editor = method_class(contender.method).for_model(lm, path=contender.editor, **contender.settings)
+    return evaluate(
+        lm,
+        editor,
+        requests,
+        cell.stage.protocol,
+        frames=[cast(Any, frame) for frame in given.frames],
+        edit_frame=cast(Any, given.edit_frame),
+        config={
+            "data": data.name,
+            "format": data.format,
+            "limit": cell.stage.limit,
+            "seed": cell.seed,
+            "order": "random",
+            "editor": contender.editor,
+            "settings": cell.spec["contender"]["settings"],
+            "skipped": len(skipped),
+            "skipped_reasons": count_reasons(skipped),
+        },
+        progress=progress,
+    )
+
+
+def in_own_process(cell: Cell, progress: Progress) -> dict[str, Any]:
+    """:func:`evaluate_cell` in a process that ends with this one, however this one ends.
+
+    Raises:
+        CellError: it failed, or its process was ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(cell, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        while True:
+            kind, content = here.recv()
+            if kind == "report":
+                return content
+            if kind == "failed":
+                raise CellError(content)
+            progress(*content)
+    except EOFError:
+        process.join()
+        raise CellError(f"its process ended with code {process.exitcode} (−9: perhaps out of memory).") from None
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def describe(error: Exception) -> str:
+    """What a failed cell says of itself."""
+    return str(error) if isinstance(error, IBKEError) else f"{type(error).__name__}: {error}"
+
+
+def _work(cell: Cell, to: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        report = evaluate_cell(cell, lambda *what: to.send(("progress", what)))
+    except Exception as error:  # a method may fail in any way, and the others go on
+        to.send(("failed", describe(error)))
+    else:
+        to.send(("report", report))
+    to.close()
+
+
+def _end_with_parent() -> None:
+    # A parent killed outright has no chance to end its children.
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
+        os._exit(1)

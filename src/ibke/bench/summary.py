@@ -1,0 +1,190 @@
+"""The cells of a plan summed up: one row a method, data set and protocol, as data, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from ibke.bench.compare import METRICS, Interval, bootstrap, by_edit, paired
+from ibke.bench.plan import Plan
+from ibke.evaluation.tally import ASPECTS
+
+BLOCKS = ("generation", "teacher_forced")
+COSTS = {
+    "seconds_per_edit": "s/edit",
+    "bytes_per_edit": "bytes/edit",
+    "peak_memory_editing_mb": "MB at most",
+    "rate_nats": "nats/edit",
+}
+
+Document = Mapping[str, Any]
+
+
+def summarise(plan: Plan, documents: Sequence[Document], against: str | None = None) -> dict[str, Any]:
+    """Sum up a bench.
+
+    Args:
+        plan: what was measured.
+        documents: of its cells, in the plan's order.
+        against: label of the method with which the others are compared; the plan's first if left out.
+
+    Returns:
+        A JSON-ready summary. ``rows`` has, for each data set, protocol and method, ``generation`` and
+        ``teacher_forced`` with ``score`` (mean of the three), ``reliability``, ``generality`` and ``locality``, each
+        mean, 95 % interval and number of edits; ``minus``, the generated ones less those of ``against`` on the same
+        edits; the costs, means over seeds; ``by_age``, of the first seed; and ``files``, where all of it comes from.
+        ``base`` has reliability and generality of the unedited model; ``failed`` the cells without a result.
+    """
+    against = against or plan.contenders[0].label
+    named = list(zip(plan.cells, documents, strict=True))
+    places = [(data.name, str(stage.protocol)) for data in plan.data for stage in plan.stages]
+    rows, base = [], []
+    for place in places:
+        here: dict[str, list[Document]] = {contender.label: [] for contender in plan.contenders}
+        files: dict[str, list[str]] = {label: [] for label in here}
+        for cell, document in named:
+            if (cell.data.name, str(cell.stage.protocol)) == place and "failed" not in document:
+                here[cell.contender.label].append(document)
+                files[cell.contender.label].append(cell.file)
+        for label, reports in here.items():
+            head = {"data": place[0], "protocol": place[1], "method": label}
+            rows.append(head | _row(reports) | {"minus": _minus(reports, here[against]), "files": files[label]})
+        if some := next(filter(None, here.values()), None):
+            base.append({"data": place[0], "protocol": place[1]} | _base(some))
+    return {
+        "against": against,
+        "seeds": list(plan.seeds),
+        "cells": len(named),
+        "conditions": asdict(plan.conditions),
+        "machine": next((document["machine"] for _, document in named if "machine" in document), None),
+        "rows": rows,
+        "base": base,
+        "failed": [
+            {"cell": cell.title, "file": cell.file, "why": document["failed"]}
+            for cell, document in named
+            if "failed" in document
+        ],
+    }
+
+
+def _row(reports: Sequence[Document]) -> dict[str, Any]:
+    """What one method reached and took."""
+    row: dict[str, Any] = {"seeds": [report["config"]["seed"] for report in reports]}
+    row["n"] = sum(report["n"] for report in reports)
+    for block in BLOCKS:
+        row[block] = {name: asdict(bootstrap(list(by_edit(reports, block, name).values()))) for name in METRICS}
+    row |= {name: _mean(report[name] for report in reports) for name in COSTS}
+    return row | {"by_age": reports[0]["by_age"] if reports else []}
+
+
+def _minus(reports: Sequence[Document], other: Sequence[Document]) -> dict[str, Any]:
+    """How much more of the generated metrics a method has than the one it is compared with."""
+    return {
+        name: asdict(paired(by_edit(reports, "generation", name), by_edit(other, "generation", name)))
+        for name in METRICS
+    }
+
+
+def _base(reports: Sequence[Document]) -> dict[str, float | None]:
+    return {
+        name: _mean(report["base"]["generation"][name]["mean"] for report in reports)
+        for name in ("reliability", "generality")
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as a page of tables."""
+    lines = ["# Bench", "", *(f"{line}  " for line in conditions(summary)), ""]
+    for data, protocol, rows in by_place(summary):
+        lines += [f"## {data}, {protocol}", ""]
+        lines += _table(
+            ["method", "n", *METRICS, f"score − {summary['against']}", *COSTS.values()],
+            [[row["method"], str(row["n"]), *_cells(row)] for row in rows],
+        )
+        lines += ["", "Teacher-forced, to compare with published numbers:", ""]
+        forced = [[row["method"], *(share(row["teacher_forced"][name]) for name in ASPECTS)] for row in rows]
+        lines += [*_table(["method", *ASPECTS], forced), "", unedited(summary, data, protocol), ""]
+    if summary["failed"]:
+        lines += ["## Failed", "", *(f"* {one['cell']}: {one['why']}" for one in summary["failed"]), ""]
+    return "\n".join(lines)
+
+
+def csv_text(summary: Mapping[str, Any]) -> str:
+    """The summary as CSV, a metric a line; costs have no interval, and only generated metrics a difference."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    head = ["data", "protocol", "method", "block", "metric", "n", "mean", "low", "high"]
+    table.writerow([*head, "minus", "minus_mean", "minus_low", "minus_high", "files"])
+    for row in summary["rows"]:
+        start, files = [row["data"], row["protocol"], row["method"]], " ".join(row["files"])
+        for block in BLOCKS:
+            for name in METRICS:
+                minus = row["minus"][name] if block == "generation" else asdict(Interval(0))
+                found = [[metric[key] for key in ("mean", "low", "high")] for metric in (row[block][name], minus)]
+                n = row[block][name]["n"]
+                table.writerow([*start, block, name, n, *found[0], summary["against"], *found[1], files])
+        for name in COSTS:
+            table.writerow([*start, "cost", name, row["n"], row[name], "", "", "", "", "", "", files])
+    return out.getvalue()
+
+
+def conditions(summary: Mapping[str, Any]) -> list[str]:
+    """Under which conditions the numbers hold, and how to read them; a sentence a line."""
+    given, machine, seeds = summary["conditions"], summary["machine"] or {}, ", ".join(map(str, summary["seeds"]))
+    return [
+        f"{given['model']} in {given['dtype']}, asked {', '.join(given['frames'])}; seeds {seeds}.",
+        f"{machine.get('cpu', 'Unknown processor')}, {machine.get('threads', '?')} thread(s), "
+        f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}.",
+        "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
+        "score is the mean of the three.",
+        "Brackets hold 95 % bootstrap intervals over edits; differences are over the same edits.",
+    ]
+
+
+def by_place(summary: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """The rows of each data set and protocol."""
+    places = dict.fromkeys((row["data"], row["protocol"]) for row in summary["rows"])
+    return [(*place, [row for row in summary["rows"] if (row["data"], row["protocol"]) == place]) for place in places]
+
+
+def unedited(summary: Mapping[str, Any], data: str, protocol: str) -> str:
+    """What the unedited model reaches, in a sentence."""
+    found = (one for one in summary["base"] if (one["data"], one["protocol"]) == (data, protocol))
+    for one in found:
+        said = (f"{name} {number(one[name])}" for name in ("reliability", "generality"))
+        return f"The unedited model: {', '.join(said)}, and locality 1 by definition."
+    return "Nothing was measured."
+
+
+def share(metric: Mapping[str, Any], sign: bool = False) -> str:
+    """A mean with its interval."""
+    if metric["mean"] is None:
+        return "–"
+    form = "+.3f" if sign else ".3f"
+    return f"{metric['mean']:{form}} ({metric['low']:{form[:-2]}2f} to {metric['high']:{form[:-2]}2f})"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or all before the point."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    generated = [share(row["generation"][name]) for name in METRICS]
+    return [*generated, share(row["minus"]["score"], sign=True), *(number(row[name]) for name in COSTS)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |" for line in lines]
