@@ -93,7 +93,9 @@ def lines(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> st
         body.append(f'<line class="grid" x1="{x}" x2="{WIDTH - 20}" y1="{y}" y2="{y}"/>')
         body.append(f'<text class="tick" x="34" y="{y + 4}" text-anchor="end">{share:g}</text>')
     for x in (0.0, right / 2, right):
-        body.append(f'<text class="tick" x="{place(x, 0)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
+        body.append(
+            f'<text class="tick" x="{place(x, 0)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.0f}</text>'
+        )
     for index, (label, points) in enumerate(curves.items()):
         spots = [place(x, y) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
@@ -118,7 +120,7 @@ class _Axis:
         """Lines at some values, named below."""
         foot, parts = _y(rows) - 13, []
         for value in ticks:
-            x, name = self(value), f"{value:+g}" if sign and value else f"{value:g}"
+            x, name = self(value), f"{value:+g}" if sign and value else _short(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{foot}"/>')
             parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 16}" text-anchor="middle">{name}</text>')
         return "".join(parts)
@@ -156,6 +158,14 @@ def _y(row: int) -> int:
 
 def _bold(dot: Dot) -> str:
     return " bold" if dot.bold else ""
+
+
+def _short(value: float) -> str:
+    """A number in few characters: 250, 0.5, 10k, 1M."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
 def _cut(label: str) -> str:

@@ -209,7 +209,8 @@ class Bars:
         if not self.console.is_terminal and time.monotonic() >= self.due[what]:
             self.due[what] = time.monotonic() + LINE_EVERY
             share = f" {done / total:.0%}" if done and total else ""
-            self.console.print(f"{what} …{share} {figures}".rstrip(), markup=False, soft_wrap=True)
+            left = "" if seconds_left is None else f" ({timedelta(seconds=int(seconds_left))} left)"
+            self.console.print(f"{what} …{share} {figures}".rstrip() + left, markup=False, soft_wrap=True)
 
     def print(self, console: Console, line: Any) -> None:
         """Print a line for people while bars are shown: above them where both are on a terminal."""
