@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -100,6 +101,7 @@ def describe(error: Exception) -> str:
 
 
 def _work(cell: Cell, to: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts both; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         report = evaluate_cell(cell, lambda *what: to.send(("progress", what)))

@@ -49,9 +49,9 @@ class Examination:
         asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
         self.questions = len(frames) * sum(asked)
 
-    def parts(self, of: range | None = None) -> Iterator[range]:
-        """Indices of the requests asked about at once: of all, or of some."""
-        whole, size = range(len(self.requests)) if of is None else of, self.batch_size
+    def parts(self) -> Iterator[range]:
+        """Indices of the requests whose edits are held at once, where each has one of its own."""
+        whole, size = range(len(self.requests)), self.batch_size
         return (whole[start : start + size] for start in range(0, len(whole), size))
 
     def examine(self, part: range, edits: InForce) -> None:

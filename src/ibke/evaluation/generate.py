@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -82,13 +82,14 @@ def generate(
     _check_window(lm, prompts, max_new_tokens)
     stops = _Stops(lm)
     answers: dict[int, Answer] = {}
-    for rows in plan([len(prompt) for prompt in prompts], batch_size):
-        ids_RT, attention_RT = _pad_left([prompts[row] for row in rows], lm)
-        with edited_rows(lm, of_rows(edits, rows)):
-            chosen = _greedy(lm, ids_RT, attention_RT, stops, max_new_tokens)
-        answers |= {row: stops.answer(tokens) for row, tokens in zip(rows, chosen, strict=True)}
-        if tick:
-            tick(len(rows))
+    with in_force(lm, edits) as on_rows:
+        for rows in plan([len(prompt) for prompt in prompts], batch_size):
+            ids_RT, attention_RT = _pad_left([prompts[row] for row in rows], lm)
+            with on_rows(rows):
+                chosen = _greedy(lm, ids_RT, attention_RT, stops, max_new_tokens)
+            answers |= {row: stops.answer(tokens) for row, tokens in zip(rows, chosen, strict=True)}
+            if tick:
+                tick(len(rows))
     return [answers[row] for row in range(len(prompts))]
 
 
@@ -104,16 +105,28 @@ def of_rows(edits: InForce, rows: Sequence[int]) -> InForce:
 
 
 @contextmanager
-def edited_rows(lm: LanguageModel, edits: InForce) -> Iterator[None]:
-    """Let row r of every batch pass through the model as ``edits[r]`` changes it; None leaves all rows unedited."""
-    if edits is None:
-        yield
-        return
+def in_force(lm: LanguageModel, edits: InForce) -> Iterator[Callable[[Sequence[int]], AbstractContextManager[None]]]:
+    """Put edits in force for several passes.
+
+    Yields:
+        a context manager for one pass, given which of the rows are in it.
+    """
     if isinstance(edits, Together):
+        # Once for all passes: attaching some hundred edits one after another takes seconds.
         with EditSession(lm) as session:
             for edit in edits.edits:
                 session.attach(edit)
-            yield
+            yield lambda rows: nullcontext()
+    else:
+        rows_of = edits
+        yield lambda rows: edited_rows(lm, None if rows_of is None else [rows_of[row] for row in rows])
+
+
+@contextmanager
+def edited_rows(lm: LanguageModel, edits: Sequence[Edit | None] | None) -> Iterator[None]:
+    """Let row r of every batch pass through the model as ``edits[r]`` changes it; None leaves all rows unedited."""
+    if edits is None:
+        yield
         return
     factors, neurons = stack_factors(edits), stack_neurons(edits)
     factors = {name: (a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype)) for name, (a, b) in factors.items()}

@@ -227,8 +227,7 @@ def _batch(
         edit = costs.time(editor, shown[group.start : group.stop])
         yield
         costs.note_memory()
-        for part in exam.parts(group):
-            exam.examine(part, Together((edit,)))
+        exam.examine(group, Together((edit,)))
 
 
 def _sequential(
@@ -243,8 +242,7 @@ def _sequential(
             yield
         made = session.attached
     costs.note_memory()
-    for part in exam.parts():
-        exam.examine(part, Together(made))
+    exam.examine(range(len(shown)), Together(made))
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ibke.batch import Batch, Pair, collate
-from ibke.evaluation.generate import BATCH_SIZE, InForce, edited_rows, of_rows, plan
+from ibke.evaluation.generate import BATCH_SIZE, InForce, in_force, plan
 from ibke.models import LanguageModel
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
@@ -45,18 +45,20 @@ def score(
 ) -> list[Forced]:
     """Predictions along each pair's answer, under an edit of its own or those of all rows, where there are any."""
     scores: dict[int, Forced] = {}
-    for rows in plan([len(pair) for pair in pairs], batch_size):
-        batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
-        states_ND = _answer_states(lm, batch, edits, rows)
-        predicted, nll = [], []
-        for part in _parts(len(states_ND)):
-            logp_NV = _log_probs(lm, states_ND[part])
-            predicted += logp_NV.argmax(-1).tolist()
-            nll += (-logp_NV.gather(1, batch.labels_N[part, None])[:, 0]).tolist()
-        for row in rows:
-            size = len(pairs[row].answer)
-            scores[row] = Forced(tuple(predicted[:size]), tuple(nll[:size]))
-            del predicted[:size], nll[:size]
+    with in_force(lm, edits) as on_rows:
+        for rows in plan([len(pair) for pair in pairs], batch_size):
+            batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
+            with on_rows(rows):
+                states_ND = _answer_states(lm, batch)
+            predicted, nll = [], []
+            for part in _parts(len(states_ND)):
+                logp_NV = _log_probs(lm, states_ND[part])
+                predicted += logp_NV.argmax(-1).tolist()
+                nll += (-logp_NV.gather(1, batch.labels_N[part, None])[:, 0]).tolist()
+            for row in rows:
+                size = len(pairs[row].answer)
+                scores[row] = Forced(tuple(predicted[:size]), tuple(nll[:size]))
+                del predicted[:size], nll[:size]
     return [scores[row] for row in range(len(pairs))]
 
 
@@ -72,7 +74,9 @@ def divergence(
     divergences: dict[int, tuple[float, float]] = {}
     for rows in plan([len(pair) for pair in pairs], batch_size):
         batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
-        base_ND, edited_ND = _answer_states(lm, batch, None, rows), _answer_states(lm, batch, edits, rows)
+        base_ND = _answer_states(lm, batch)
+        with in_force(lm, edits) as on_rows, on_rows(rows):
+            edited_ND = _answer_states(lm, batch)
         parts = []
         for part in _parts(len(base_ND)):
             base_NV, edited_NV = _log_probs(lm, base_ND[part]), _log_probs(lm, edited_ND[part])
@@ -85,10 +89,9 @@ def divergence(
     return [divergences[row] for row in range(len(pairs))]
 
 
-def _answer_states(lm: LanguageModel, batch: Batch, edits: InForce, rows: Sequence[int]) -> Tensor:
+def _answer_states(lm: LanguageModel, batch: Batch) -> Tensor:
     """Last hidden states at the answer's positions (N × D)."""
-    with edited_rows(lm, of_rows(edits, rows)):
-        out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+    out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
     return out.last_hidden_state[batch.predicts_RT]
 
 
