@@ -1,8 +1,8 @@
-"""Means over edits and differences between methods on the same edits, with bootstrap intervals.
+"""Means over edits with Wilson's intervals, and differences between methods on the same edits with bootstrap ones.
 
-Edits are drawn with replacement, a thousand times and more, and the interval holds the middle 95 % of the means. Of two
-methods, it is the differences edit by edit that are drawn: how hard an edit is falls out. An edit that several seeds
-drew counts once, with its mean over them, so that it is not taken for several.
+Of two methods, it is the differences edit by edit that are drawn with replacement, a thousand times and more, and the
+interval holds the middle 95 % of their means: how hard an edit is falls out. An edit that several seeds drew counts
+once, with its mean over them, so that it is not taken for several.
 
 Shape suffixes: N edits, S draws.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ibke.evaluation.metrics import proportion
 from ibke.evaluation.tally import ASPECTS
 
 DRAWS = 2000
@@ -31,6 +32,12 @@ class Interval:
     mean: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+def mean(values: Mapping[str, float]) -> Interval:
+    """Mean of shares by edit, with the interval that a report has too: a mean of 1 does not make it vanish."""
+    found = proportion(list(values.values()))
+    return Interval(len(values), found.mean, found.low, found.high)
 
 
 def bootstrap(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Interval:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from ibke.bench.compare import METRICS, Interval, bootstrap, by_edit, paired
+from ibke.bench.compare import METRICS, Interval, by_edit, mean, paired
 from ibke.bench.plan import Plan
 from ibke.evaluation.tally import ASPECTS
 
@@ -76,7 +76,7 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     row: dict[str, Any] = {"seeds": [report["config"]["seed"] for report in reports]}
     row["n"] = sum(report["n"] for report in reports)
     for block in BLOCKS:
-        row[block] = {name: asdict(bootstrap(list(by_edit(reports, block, name).values()))) for name in METRICS}
+        row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
     row |= {name: _mean(report[name] for report in reports) for name in COSTS}
     return row | {"by_age": reports[0]["by_age"] if reports else []}
 
@@ -146,7 +146,7 @@ def conditions(summary: Mapping[str, Any]) -> list[str]:
         f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}.",
         "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
         "score is the mean of the three.",
-        "Brackets hold 95 % bootstrap intervals over edits; differences are over the same edits.",
+        "Brackets hold 95 % intervals over edits: Wilson's, and the paired bootstrap's for differences on the same edits.",
     ]
 
 

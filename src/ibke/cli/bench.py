@@ -165,9 +165,9 @@ def _check(plan: Plan, against: str | None) -> None:
 
 def _show(summary: dict[str, Any], console: Console) -> None:
     table = Table(title=f"Generated answers, {summary['cells']} cells", title_justify="left")
-    columns = ("", "method", "n", "score", "reliability", "generality", "locality", f"− {summary['against']}", "s/edit")
+    columns = ("", "method", "n", "score", "rel.", "gen.", "loc.", f"score − {summary['against']}", "s/edit")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("", "method") else "right")
+        table.add_column(column, justify="left" if column in ("", "method") else "right", no_wrap=True)
     place = ""
     for row in summary["rows"]:
         here, place_before = f"{row['data']}, {row['protocol']}", place

@@ -66,8 +66,7 @@ def evaluate(
     console = screen(to_stdout)
     if out and not to_stdout:
         check_writable(Path(out))
-    asked, skipped = _read(data, format)
-    _name_skipped(skipped, console)
+    asked, skipped = _read(data, format, console)
     from ibke.evaluation.protocols import Protocol, sample
     from ibke.evaluation.protocols import evaluate as examine
 
@@ -77,7 +76,6 @@ def evaluate(
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
-    config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
     with Bars() as tick:
         report = examine(
             lm,
@@ -86,7 +84,7 @@ def evaluate(
             how,
             frames=[cast(Any, name.strip()) for name in frames.split(",")],
             edit_frame=cast(Any, edit_frame),
-            config=config,
+            config=config | {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)},
             progress=lambda what, done, total: tick(what.capitalize(), done, total),
         )
     _show(report, console)
@@ -97,11 +95,12 @@ def evaluate(
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
 
 
-def _read(data: Path, format: str) -> tuple[list[EditRequest], list[Skipped]]:
+def _read(data: Path, format: str, console: Console) -> tuple[list[EditRequest], list[Skipped]]:
     skipped: list[Skipped] = []
     requests = list(read(data, format, skipped))
     if not requests:
         raise RequestError("there is no request in it.", str(data), "Give a file that holds some.")
+    _name_skipped(skipped, console)
     return requests, skipped
 
 

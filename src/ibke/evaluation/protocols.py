@@ -158,23 +158,7 @@ def evaluate(
     for _ in run(exam, costs, editor, shown, groups):
         if progress:
             progress("edits", len(costs.seconds), len(requests))
-    tally = exam.tally
-    ages = [len(requests) - group.stop if protocol.regime == "sequential" else 0 for group in groups for _ in group]
-    return {
-        "n": len(requests),
-        "protocol": protocol.regime,
-        "group": min(protocol.group, len(requests)),
-        "metrics": tally.core("edited"),
-        "base": tally.core("base"),
-        **costs.report(),
-        "peak_memory_mb": peak_memory_mb(),
-        **tally.extras(("base", "edited")),
-        "kl_nats": tally.block("edited", "kl_nats"),
-        "by_frame": {f: {"metrics": tally.core("edited", f), "base": tally.core("base", f)} for f in frames},
-        "by_age": tally.by_age(ages, AGES),
-        **exam.context({"method": editor.name, "edit_frame": edit_frame, **(config or {})}),
-        "scores": tally.each(requests),
-    }
+    return _report(exam, costs, protocol, {"method": editor.name, "edit_frame": edit_frame, **(config or {})})
 
 
 def evaluate_base(
@@ -202,6 +186,26 @@ def evaluate_base(
         **exam.tally.extras(("base",)),
         "by_frame": {f: {"base": exam.tally.core("base", f)} for f in frames},
         **exam.context(config or {}),
+    }
+
+
+def _report(exam: Examination, costs: Costs, protocol: Protocol, config: Mapping[str, Any]) -> dict[str, Any]:
+    tally, count = exam.tally, len(exam.requests)
+    later = [count - group.stop for group in protocol.groups(count) for _ in group]
+    return {
+        "n": count,
+        "protocol": protocol.regime,
+        "group": min(protocol.group, count),
+        "metrics": tally.core("edited"),
+        "base": tally.core("base"),
+        **costs.report(),
+        "peak_memory_mb": peak_memory_mb(),
+        **tally.extras(("base", "edited")),
+        "kl_nats": tally.block("edited", "kl_nats"),
+        "by_frame": {f: {"metrics": tally.core("edited", f), "base": tally.core("base", f)} for f in exam.frames},
+        "by_age": tally.by_age(later if protocol.regime == "sequential" else [0] * count, AGES),
+        **exam.context(config),
+        "scores": tally.each(exam.requests),
     }
 
 
