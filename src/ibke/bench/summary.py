@@ -146,7 +146,7 @@ def conditions(summary: Mapping[str, Any]) -> list[str]:
         f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}.",
         "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
         "score is the mean of the three.",
-        "Brackets hold 95 % intervals over edits: Wilson's, and the paired bootstrap's for differences on the same edits.",
+        "Brackets hold 95 % intervals over edits: Wilson's, and for differences on the same edits the bootstrap's.",
     ]
 
 
