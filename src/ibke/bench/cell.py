@@ -37,12 +37,13 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     from ibke.data.readers import Skipped, count_reasons, read
     from ibke.editors.base import method_class
     from ibke.evaluation.protocols import evaluate, sample
+    from ibke.files import find_file
     from ibke.models import load_model
 
     given, contender, data = cell.conditions, cell.contender, cell.data
     progress("loading", 0, None)
     skipped: list[Skipped] = []
-    requests = sample(list(read(data.path, data.format, skipped)), cell.stage.limit, cell.seed, "random")
+    requests = sample(list(read(find_file(data.path), data.format, skipped)), cell.stage.limit, cell.seed, "random")
     lm = load_model(given.model, device=given.device, dtype=given.dtype, modules=given.modules or None)
     editor = method_class(contender.method).for_model(lm, path=contender.editor, **contender.settings)
     return evaluate(
@@ -96,8 +97,8 @@ def in_own_process(cell: Cell, progress: Progress) -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """What a failed cell says of itself."""
-    return str(error) if isinstance(error, IBKEError) else f"{type(error).__name__}: {error}"
+    """What a failed cell says of itself, on one line."""
+    return " ".join((str(error) if isinstance(error, IBKEError) else f"{type(error).__name__}: {error}").split())
 
 
 def _work(cell: Cell, to: Connection) -> None:

@@ -40,7 +40,8 @@ class DataSet:
 
     Args:
         name: by which results go.
-        path: where it is.
+        path: where it is, as it is or in :func:`~ibke.files.data_folder`; kept as given, so that a cell is the same one
+            wherever data sets are.
         format: a key of ``READERS``.
     """
 

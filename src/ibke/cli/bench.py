@@ -19,7 +19,7 @@ from ibke.files import find_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ibke.bench.plan import Contender, DataSet, Plan
+    from ibke.bench.plan import Contender, Plan
 
 
 def bench(
@@ -60,7 +60,7 @@ def bench(
 
     plan = Plan(
         list(_contenders(_split(methods), settings or (), editor or ())),
-        [_found(DataSet.parse(text)) for text in data],
+        [DataSet.parse(text) for text in data],
         [Stage.parse(text, limit) for text in _split(protocols)],
         [_seed(text) for text in _split(seeds)],
         Conditions(model, device, dtype, tuple(module or ()), tuple(_split(frames)), edit_frame),
@@ -134,12 +134,6 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _found(data: DataSet) -> DataSet:
-    from dataclasses import replace
-
-    return replace(data, path=str(find_file(data.path)))
-
-
 def _check(plan: Plan, against: str | None) -> None:
     """Refuse what would fail in every cell, before the first is run.
 
@@ -159,7 +153,7 @@ def _check(plan: Plan, against: str | None) -> None:
             f"unknown wording {plan.conditions.edit_frame!r}.", "--edit-frame", "Choose bare or question."
         )
     for data in plan.data:
-        if next(iter(read(data.path, data.format, [])), None) is None:
+        if next(iter(read(find_file(data.path), data.format, [])), None) is None:
             raise RequestError("there is no request in it.", data.path, f"Known formats: {', '.join(READERS)}.")
 
 
