@@ -260,6 +260,16 @@ def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
     assert written["config"]["seed"] == 1 and written["config"]["method"] == "gradient"
     printed = json.loads(run("eval", "--data", file, "--method", "idle", "--limit", 1, "--json", "-").stdout)
     assert (printed["n"], printed["metrics"]["generation"]["locality"]["mean"]) == (1, 1.0)
+    text, suite = tmp_path / "text.txt", tmp_path / "boolq.jsonl"
+    text.write_text("Boats leave the harbour before sunrise. " * 8)
+    suite.write_text('{"question": "is it wet", "answer": true, "passage": "It rains."}\n')
+    result = run(*command, "--json", report, "--text", text, "--abilities", suite)
+    effects = json.loads(report.read_text())["side_effects"]
+    assert "Side effects (1 looked at): perplexity" in result.stdout
+    assert (effects["n"], effects["abilities"]["boolq"]["n"]) == (1, 1)
+    assert effects["perplexity"]["ratio"]["mean"] != 1.0
+    refused(run(*command, "--text", tmp_path / "none.txt"), "cannot be read", "none.txt")
+    refused(run(*command, "--abilities", text), "its fields are none of those known")
     refused(run(*command[:-1], "chats"), "'chats'")
     file = tmp_path / "benchmark.json"
     file.write_text(json.dumps([{"prompt": PROMPT, "target_new": NEW, "subject": "Turkey"}, {"prompt": PROMPT}]))

@@ -193,13 +193,12 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _size(folder: Path) -> int:
-    # Files may vanish between listing and asking for their size.
+    # Files and folders may vanish while they are counted; os.walk passes over folders that do.
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for home, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(home) / name).stat().st_size
     return total
 
 

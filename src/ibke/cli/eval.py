@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,6 +30,8 @@ from ibke.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ibke.evaluation.side_effects import Battery
+    from ibke.models import LanguageModel
     from ibke.request import EditRequest
 
 SHOWN = 3  # unusable records named on the screen
@@ -48,6 +51,12 @@ def evaluate(
     order: Annotated[str, typer.Option(help="In which order edits are made: file or random.")] = "file",
     frames: Annotated[str, typer.Option(help="How prompts are asked, by commas: bare, question, chat.")] = "bare",
     edit_frame: Annotated[str, typer.Option(help="How edits are worded for the editor: bare or question.")] = "bare",
+    text: Annotated[Path | None, typer.Option(help="Running text, to measure perplexity after editing.")] = None,
+    abilities: Annotated[
+        list[Path] | None, typer.Option(help="BoolQ, sentence pairs or TruthfulQA, asked after editing. Repeat.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Draw so many questions of each such file.")] = 50,
+    looks: Annotated[int, typer.Option(min=1, help="After so many of the edits, unless all stay.")] = 8,
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -77,11 +86,15 @@ def evaluate(
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
     with Bars() as tick:
+        if text or abilities:
+            tick("Unedited model", 0, None)
+        battery = _battery(lm, text, abilities or [], questions, looks)
         report = examine(
             lm,
             editing,
             chosen,
             how,
+            battery=battery,
             frames=[cast(Any, name.strip()) for name in frames.split(",")],
             edit_frame=cast(Any, edit_frame),
             config=config | {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)},
@@ -93,6 +106,23 @@ def evaluate(
     elif out:
         write_json(report, Path(out))
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
+
+
+def _battery(
+    lm: LanguageModel, text: Path | None, abilities: Sequence[Path], questions: int, looks: int
+) -> Battery | None:
+    """What is put to the model beside the requests' own questions, if anything."""
+    from ibke.data.abilities import read_abilities
+    from ibke.evaluation.side_effects import Battery
+
+    if text is None and not abilities:
+        return None
+    try:
+        running = None if text is None else text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"it cannot be read ({error}).", str(text), "Give a text file in UTF-8.") from None
+    suites = {path.stem: read_abilities(path, questions) for path in abilities}
+    return Battery(lm, running, suites=suites, edits=looks)
 
 
 def _read(data: Path, format: str, console: Console) -> tuple[list[EditRequest], list[Skipped]]:
@@ -131,10 +161,24 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for age in report["by_age"] if len(report["by_age"]) > 1 else ():
         said = ", ".join(f"{name} {number(age[name]['mean'])}" for name in ("reliability", "generality", "locality"))
         console.print(f"{age['age_from']} to {age['age_to']} edits later: {said}", style="dim", markup=False)
+    if effects := report.get("side_effects"):
+        console.print(_side_effects(effects), style="dim", markup=False)
     rate = report["rate_nats"]
     parts = [f"{report['seconds_per_edit']:.2f} s an edit", *([f"{rate:.0f} nats an edit"] if rate is not None else [])]
     parts += [f"{number(report['steps']['mean'], 1)} refining steps", f"{report['peak_memory_mb']:.0f} MB at most"]
     console.print(Text(" · ".join(parts), style="cyan"))
+
+
+def _side_effects(found: dict[str, Any]) -> str:
+    parts = []
+    if found["perplexity"]["base"] is not None:
+        parts.append(
+            f"perplexity {found['perplexity']['base']:.2f} × {number(found['perplexity']['ratio']['mean'], 4)}"
+        )
+    for name, suite in found["abilities"].items():
+        parts.append(f"{name} {suite['base']:.3f} → {number(suite['edited']['mean'], 3)}")
+    parts.append(f"‖ΔW‖/‖W‖ {number(found['relative_norm']['mean'], 4)}, drift {number(found['drift']['mean'], 4)}")
+    return f"Side effects ({found['n']} looked at): " + ", ".join(parts)
 
 
 def _metric(metric: dict[str, float | None]) -> Text:

@@ -15,6 +15,7 @@ from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce
 from ibke.evaluation.machine import describe, peak_memory_mb
 from ibke.evaluation.metrics import proportion, quantile
 from ibke.evaluation.questions import ask, questions
+from ibke.evaluation.side_effects import Battery
 from ibke.evaluation.tally import Tally
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
@@ -38,6 +39,7 @@ class Examination:
         frames: Sequence[Frame],
         batch_size: int,
         progress: Progress | None,
+        battery: Battery | None = None,
     ):
         if not requests:
             raise RequestError("there is no request to evaluate.", "evaluation", "Give a file that holds some.")
@@ -45,7 +47,7 @@ class Examination:
             if frame not in FRAMES:
                 raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
-        self.tally, self.progress, self.answers = Tally(), progress, 0
+        self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
         asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
         self.questions = len(frames) * sum(asked)
 
@@ -77,6 +79,15 @@ class Examination:
             self.tally.add("base", question.frame, part[question.edit], base)
             if edited is not None:
                 self.tally.add("edited", question.frame, part[question.edit], edited)
+
+    def look(self, *models: Sequence[Edit]) -> None:
+        """Look at side effects, of no more models than wanted, each with some edits in force together."""
+        if self.battery is None:
+            return
+        for edits in models[: max(0, self.battery.edits - len(self.battery.found))]:
+            self.battery.note(edits)
+            if self.progress:
+                self.progress("side effects", len(self.battery.found), self.battery.edits)
 
     def context(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Under which conditions the report holds."""

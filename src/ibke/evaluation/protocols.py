@@ -16,6 +16,7 @@ from ibke.errors import RequestError
 from ibke.evaluation.examination import Costs, Examination, Progress
 from ibke.evaluation.generate import BATCH_SIZE, Together
 from ibke.evaluation.machine import peak_memory_mb
+from ibke.evaluation.side_effects import Battery
 from ibke.frames import Frame, render
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
@@ -116,6 +117,7 @@ def evaluate(
     edit_frame: EditFrame = "bare",
     batch_size: int = BATCH_SIZE,
     config: Mapping[str, Any] | None = None,
+    battery: Battery | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make edits as a protocol says and ask for them.
@@ -134,6 +136,8 @@ def evaluate(
         edit_frame: how the request itself is worded for the editor: as it is, or in question form.
         batch_size: prompts per pass, and single edits held at once.
         config: what else the report shall say of the run, e.g. data file, limit and seed.
+        battery: what is put to the edited model beside the requests' own questions; after the first edits or batches,
+            or after the last edit of a sequence.
         progress: told how many edits are made and how many answers have come.
 
     Returns:
@@ -144,14 +148,15 @@ def evaluate(
         the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
         ``bytes_per_edit`` what goes into the model; ``peak_memory_mb`` that of the process over loading, editing and
-        scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit.
+        scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
+        ``side_effects``, given a battery, what :meth:`Battery.report` says.
 
     Raises:
         RequestError: no request, an unknown frame, or a prompt longer than the model's window.
     """
     if edit_frame not in get_args(EditFrame):
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
-    exam, costs = Examination(lm, requests, frames, batch_size, progress), Costs()
+    exam, costs = Examination(lm, requests, frames, batch_size, progress, battery), Costs()
     shown = [_for_editor(request, edit_frame, lm.tokenizer) for request in requests]
     groups = protocol.groups(len(requests))
     run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]
@@ -206,6 +211,7 @@ def _report(exam: Examination, costs: Costs, protocol: Protocol, config: Mapping
         "by_age": tally.by_age(later if protocol.regime == "sequential" else [0] * count, AGES),
         **exam.context(config),
         "scores": tally.each(exam.requests),
+        **({"side_effects": exam.battery.report()} if exam.battery else {}),
     }
 
 
@@ -221,6 +227,7 @@ def _single(
             yield
         costs.note_memory()
         exam.examine(part, edits)
+        exam.look(*([edit] for edit in edits))
 
 
 def _batch(
@@ -232,6 +239,7 @@ def _batch(
         yield
         costs.note_memory()
         exam.examine(group, Together((edit,)))
+        exam.look([edit])
 
 
 def _sequential(
@@ -247,6 +255,7 @@ def _sequential(
         made = session.attached
     costs.note_memory()
     exam.examine(range(len(shown)), Together(made))
+    exam.look(made)
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:

@@ -1,0 +1,105 @@
+"""Multiple-choice questions of what a model can do, read from the files they are published in.
+
+A question is asked by likelihood: of its choices, the one the model finds likeliest is its answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibke.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with its choices.
+
+    Args:
+        prompt: what stands before each choice.
+        choices: the answers, at least two.
+        right: index of the right one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    right: int
+
+
+def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[Choice]:
+    """The questions of one file, known by its fields.
+
+    Args:
+        path: BoolQ's JSON Lines, GLUE's table of sentence pairs (``sentence1``, ``sentence2``, ``label``), or
+            TruthfulQA's CSV.
+        limit: draw at most so many.
+        seed: of the draw.
+
+    Raises:
+        FormatError: the file cannot be read, is none of these, or a record lacks a field; names the line.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            found = list(_reader(path, first)(path, file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"it cannot be read ({error}).", str(path), "Give a text file in UTF-8.") from None
+    if not found:
+        raise FormatError("there is no question in it.", str(path), "Give a file that holds some.")
+    return found if limit is None or limit >= len(found) else random.Random(seed).sample(found, limit)
+
+
+def _reader(path: Path, first: str) -> Callable[[Path, Iterable[str]], Iterator[Choice]]:
+    if first.startswith("{") and '"passage"' in first:
+        return _boolq
+    if {"sentence1", "sentence2", "label"} <= set(first.rstrip("\r\n").split("\t")):
+        return _pairs
+    if {"Question", "Best Answer", "Incorrect Answers"} <= set(next(csv.reader([first]), [])):
+        return _truthful
+    raise FormatError(
+        "its fields are none of those known.",
+        str(path),
+        "Known are BoolQ (JSON Lines), sentence pairs (TSV) and TruthfulQA (CSV).",
+    )
+
+
+def _boolq(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+            yield Choice(prompt, ("no", "yes"), int(bool(record["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise _fault(path, number, error) from None
+
+
+def _pairs(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
+    # Quotation marks are text in these tables.
+    for number, record in enumerate(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 2):
+        try:
+            prompt = f"{record['sentence1']}\nQuestion: {record['sentence2']} True or False?\nAnswer:"
+            right = {"not_entailment": 0, "entailment": 1}[record["label"]]
+        except (KeyError, TypeError) as error:
+            raise _fault(path, number, error) from None
+        yield Choice(prompt, ("False", "True"), right)
+
+
+def _truthful(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
+    for number, record in enumerate(csv.DictReader(lines), 2):
+        try:
+            wrong = [text.strip() for text in record["Incorrect Answers"].split(";") if text.strip()]
+            best = record["Best Answer"].strip()
+            prompt = f"Q: {record['Question'].strip()}\nA:"
+        except (KeyError, AttributeError) as error:
+            raise _fault(path, number, error) from None
+        if wrong and best:
+            yield Choice(prompt, (best, *wrong), 0)
+
+
+def _fault(path: Path, number: int, error: Exception) -> FormatError:
+    return FormatError(f"the record has not the fields of its kind ({error!r}).", f"{path}, line {number}", "Mend it.")

@@ -1,0 +1,175 @@
+"""Perplexity, abilities and drift of weights, each against a plain computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny
+from random_editor import REQUESTS, RandomEditor, random_edit
+
+from ibke.data.abilities import Choice, read_abilities
+from ibke.edit import Edit, EditInfo
+from ibke.errors import FormatError, RequestError
+from ibke.evaluation.protocols import Protocol, evaluate
+from ibke.evaluation.side_effects import LEADING, WINDOW, Battery, update_size
+from ibke.models import LanguageModel
+from ibke.modules import resolve, target_modules, weight_OI
+from ibke.neurons import Neurons
+from ibke.session import EditSession
+
+TEXT = "The harbour lies between two hills. Boats leave before sunrise, and the market is busy at noon. " * 12
+SUITE = (
+    Choice("Boats leave before", ("sunrise", "the end of the next long winter"), 0),
+    Choice("The harbour lies between two", ("hills", "seas", "towns"), 2),
+)
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return make_tiny("llama")
+
+
+@torch.no_grad()
+def plain_nll(lm: LanguageModel, ids: list[int], first: int) -> list[float]:
+    """NLL of every token from ``first`` on."""
+    logits = lm.model(torch.tensor([ids])).logits[0].float()
+    return F.cross_entropy(logits[first - 1 : -1], torch.tensor(ids[first:]), reduction="none").tolist()
+
+
+def plain_choice(lm: LanguageModel, choice: Choice) -> int:
+    prompt = lm.tokenizer(choice.prompt)["input_ids"]
+    sums = []
+    for text in choice.choices:
+        answer = lm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        sums.append(sum(plain_nll(lm, prompt + answer, len(prompt))))
+    return sums.index(min(sums))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_text_and_abilities_are_those_of_a_plain_computation(lm: LanguageModel, edited: bool) -> None:
+    battery = Battery(lm, TEXT, tokens=600, suites={"suite": SUITE}, batch_size=2)
+    edits = [random_edit(lm, 2, seed=3)] if edited else []
+    found = battery.condition(edits)
+    ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:600]
+    with EditSession(lm) as session:
+        for edit in edits:
+            session.attach(edit)
+        nll = [value for at in range(0, len(ids), WINDOW) for value in plain_nll(lm, ids[at : at + WINDOW], 1)]
+        right = tuple(plain_choice(lm, choice) == choice.right for choice in SUITE)
+    assert found.nll == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert found.abilities == {"suite": right}
+    if edited:
+        assert found.nll != pytest.approx(battery.base.nll, rel=1e-4)
+
+
+def spaces_apart(before: torch.Tensor, after: torch.Tensor) -> float:
+    mine, other = (torch.linalg.svd(weight.double()).U[:, :LEADING] for weight in (before, after))
+    return 1 - float((mine.T @ other).square().sum()) / LEADING
+
+
+def test_the_size_of_an_update_is_that_of_the_dense_one(lm: LanguageModel) -> None:
+    edits = [random_edit(lm, 2, seed=1, scale=0.3), random_edit(lm, 1, seed=2, scale=0.3)]
+    found = update_size(lm, edits)
+    ratios, drifts = [], []
+    for name, module in resolve(lm.model, list(edits[0].factors)).items():
+        weight, delta = weight_OI(module).detach(), edits[0].delta(name) + edits[1].delta(name)
+        ratios.append(float(delta.norm() / weight.norm()))
+        drifts.append(spaces_apart(weight, weight + delta))
+    assert found["relative_norm"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+    assert found["drift"] == pytest.approx(sum(drifts) / len(drifts), rel=1e-4)
+    assert found["drift"] > 0.01
+
+
+def test_neurons_count_as_columns_of_a_wider_projection(lm: LanguageModel) -> None:
+    name = target_modules(lm, lm.architecture, [1])[0]
+    weight = weight_OI(resolve(lm.model, [name])[name]).detach()
+    out = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) * weight.norm() / 8
+    edit = Edit({}, (), EditInfo("random", lm.fingerprint), {name: Neurons(out, out, out)})
+    found = update_size(lm, [edit])
+    assert found["relative_norm"] == pytest.approx(float(out.norm() / weight.norm()), rel=1e-5)
+    assert found["drift"] == pytest.approx(spaces_apart(weight, torch.cat([weight, out.T], 1)), rel=1e-4)
+
+
+def test_an_edit_that_changes_nothing_has_no_side_effect(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, suites={"suite": SUITE})
+    battery.note([random_edit(lm, 1, seed=0, scale=0.0)])
+    report = battery.report()
+    assert report["perplexity"]["ratio"]["mean"] == 1.0
+    assert report["perplexity"]["base"] == pytest.approx(math.exp(battery.base.nll or 0.0))
+    assert report["abilities"]["suite"]["edited"]["mean"] == report["abilities"]["suite"]["base"]
+    assert report["relative_norm"]["mean"] == 0.0
+    assert report["drift"]["mean"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("protocol", "looks"), [("single", 2), ("batch:2", 2), ("sequential:2", 1)])
+def test_reports_hold_the_side_effects_of_the_models_looked_at(lm: LanguageModel, protocol: str, looks: int) -> None:
+    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    battery = Battery(lm, TEXT, tokens=100, suites={"suite": SUITE}, edits=2)
+    report = evaluate(lm, RandomEditor(lm), REQUESTS, Protocol.parse(protocol), battery=battery)
+    found = report["side_effects"]
+    assert (found["n"], found["text_tokens"], found["abilities"]["suite"]["n"]) == (looks, 99, 2)
+    assert found["perplexity"]["ratio"]["mean"] != 1.0
+    assert found["relative_norm"]["mean"] > 0.1
+    assert found["seconds"] > 0
+    json.dumps(report)
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+    assert "side_effects" not in evaluate(lm, RandomEditor(lm), REQUESTS[:1])
+
+
+def test_nothing_to_measure_is_an_error(lm: LanguageModel) -> None:
+    with pytest.raises(RequestError, match="neither text nor a question"):
+        Battery(lm)
+    with pytest.raises(RequestError, match="less than two tokens"):
+        Battery(lm, "")
+
+
+BOOLQ = '{"question": "is it so", "title": "T", "answer": true, "passage": "It is so."}\n'
+PAIRS = (
+    "index\tsentence1\tsentence2\tlabel\n"
+    '0\tHe said "no.\tHe spoke.\tentailment\n1\tIt rains.\tIt is dry.\tnot_entailment\n'
+)
+TRUTHFUL = (
+    "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
+    'A,B,"Which, if any?",None,None; No,One; Two,http\nA,B,What?,This,This,,http\n'
+)
+
+
+def test_published_suites_are_read(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("b.jsonl", "p.tsv", "t.csv")}
+    for path, text in zip(paths.values(), (BOOLQ, PAIRS, TRUTHFUL), strict=True):
+        path.write_text(text)
+    boolq, pairs, truthful = (read_abilities(path) for path in paths.values())
+    assert boolq == [Choice("It is so.\nQuestion: is it so?\nAnswer:", ("no", "yes"), 1)]
+    assert [(item.choices[item.right], item.prompt[:9]) for item in pairs] == [
+        ("True", 'He said "'),
+        ("False", "It rains."),
+    ]
+    # A question without a wrong answer decides nothing.
+    assert truthful == [Choice("Q: Which, if any?\nA:", ("None", "One", "Two"), 0)]
+    drawn = read_abilities(paths["p.tsv"], limit=1, seed=1)
+    assert drawn == read_abilities(paths["p.tsv"], limit=1, seed=1)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOOLQ + '{"passage": "x"}\n', "line 2"),
+        (BOOLQ + "{\n", "line 2"),
+        (PAIRS + "2\tx\ty\tmaybe\n", "line 4"),
+        ("a,b\n1,2\n", "none of those known"),
+        ("", "none of those known"),
+    ],
+)
+def test_a_faulty_suite_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "suite"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=message):
+        read_abilities(path)
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_abilities(tmp_path / "missing")
