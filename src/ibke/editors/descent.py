@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ibke.batch import Batch, Pair, by_length, collate
+from ibke.edit import EditInfo
 from ibke.editors.settings import refuse_below, refuse_not_positive
 from ibke.errors import CaptureError
+from ibke.models import LanguageModel
 from ibke.partial import PartialModel
 
 
@@ -68,6 +70,19 @@ class Descent:
     nll_before: float
     nll_after: float
     achieved: bool
+
+    def info(self, method: str, lm: LanguageModel, seconds: float) -> EditInfo:
+        """How an edit found by this descent was made, and in how many seconds altogether."""
+        return EditInfo(
+            method,
+            lm.fingerprint,
+            lm.name,
+            refine_steps=self.steps,
+            achieved=self.achieved,
+            seconds=seconds,
+            nll_before=self.nll_before,
+            nll_after=self.nll_after,
+        )
 
 
 class Lessons:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibke.edit import Edit, EditInfo, dense_factors
+from ibke.edit import Edit, dense_factors
 from ibke.editors.base import Editor
 from ibke.editors.descent import DescentSettings, Lessons
 from ibke.editors.settings import refuse_not_positive
@@ -110,17 +110,7 @@ class FineTuning(Editor):
         with self._in_force(deltas):
             told = lessons.learn(list(deltas.values()), self.settings, clamp)
         factors = {name: dense_factors(delta_OI.detach()) for name, delta_OI in deltas.items()}
-        info = EditInfo(
-            self.name,
-            self.lm.fingerprint,
-            self.lm.name,
-            refine_steps=told.steps,
-            achieved=told.achieved,
-            seconds=time.perf_counter() - began,
-            nll_before=told.nll_before,
-            nll_after=told.nll_after,
-        )
-        return Edit(factors, tuple(requests), info)
+        return Edit(factors, tuple(requests), told.info(self.name, self.lm, time.perf_counter() - began))
 
     def _start(self, module: nn.Module) -> Tensor:
         d_in, d_out = in_out(module)

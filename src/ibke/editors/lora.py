@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ibke.edit import Edit, EditInfo
+from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.editors.descent import DescentSettings, Lessons
 from ibke.editors.settings import refuse_below
@@ -111,17 +111,7 @@ class LoRA(Editor):
         for name in self.modules:
             a_RI, b_OR = (trained[f"base_model.model.{name}.lora_{side}.weight"].detach().float() for side in "AB")
             factors[name] = (a_RI, scale * b_OR)
-        info = EditInfo(
-            self.name,
-            self.lm.fingerprint,
-            self.lm.name,
-            refine_steps=told.steps,
-            achieved=told.achieved,
-            seconds=time.perf_counter() - began,
-            nll_before=told.nll_before,
-            nll_after=told.nll_after,
-        )
-        return Edit(factors, tuple(requests), info)
+        return Edit(factors, tuple(requests), told.info(self.name, self.lm, time.perf_counter() - began))
 
     def _adapted(self, model: Any) -> Any:
         """A model with PEFT's modules in it; what is drawn depends on the seed alone."""
