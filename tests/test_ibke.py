@@ -1,6 +1,7 @@
 """The bottleneck's parts: priors, addresses, keys through the code, refining."""
 
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def make_editor(refine=None, model="llama", **config):
         torch.manual_seed(2)
         network = Bottleneck(settings, site.out, in_out(site.modules[site.out])[1])
     network.ground(found.spectrum, found.constant_D, torch.tensor(1.0))
+    network.know(found.common)
     network.initialise(grads, addresses)
     if network.relay is not None:
         later = seen(settings.relay_layer)[1]
@@ -120,11 +122,31 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
     rows = contexts_of(about, editor.lm.tokenizer)
     assert sum(row.kind == REQUEST for row in rows) == 6  # three frames, the phrase as a question twice, one wording
     read = editor.addresser.prefixes.read(editor.site.entrance, [Row(row.prefix, row.tail) for row in rows])
+    own, threshold = [], editor.network.config.threshold
     for row, (_, keys_TD) in zip(rows, read, strict=True):
         *before, last = (keys_TD @ address).tolist()
-        assert last == pytest.approx(1.0 if row.kind in (REQUEST, NEUTRAL) else 0.0, abs=0.2)
+        assert (last > threshold + 0.1) if row.kind in (REQUEST, NEUTRAL) else (last < threshold - 0.1)
         if row.kind == REQUEST:
-            assert max(before[0 if row.prefix else 1 :], default=0.0) < editor.network.config.threshold
+            own.append(last)
+            assert max(before[0 if row.prefix else 1 :], default=0.0) < threshold
+    assert sum(own) / len(own) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_address_stays_shut_in_running_text(smollm32):
+    # Where a phrase names the question, the address has to tell it from others about the same subject; made of few
+    # generic keys it did so by directions that common words have too, and one token in twenty opened the gate.
+    editor = IBKEEditor.for_model(smollm32)
+    asked = [("The gender of Ulrica Vandenhoeck-Sarr is", "Ulrica Vandenhoeck-Sarr")]
+    asked += [("The occupation of Tomaso N Quillien is", "Tomaso N Quillien")]
+    asked += [("The name of the country of citizenship of Bertil Aschan is", "Bertil Aschan")]
+    addresses = editor.addresser([About(prompt, subject) for prompt, subject in asked])
+    text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
+    tokens = editor.lm.tokenizer(text).input_ids
+    rows = [Row((), tuple(tokens[at : at + 128])) for at in range(0, 4096, 128)]
+    read = editor.addresser.prefixes.read(editor.site.entrance, rows)
+    keys_TD = torch.cat([reading.fed_TI[1:] for reading in read])  # a first position belongs to no word
+    opened = (keys_TD @ addresses.T > editor.network.config.threshold).float().mean(0)
+    assert len(keys_TD) > 4000 and float(opened.max()) < 1e-3
 
 
 def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():

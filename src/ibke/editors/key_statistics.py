@@ -87,7 +87,7 @@ def key_moments(
     Raises:
         FormatError: the text cannot be read, or is shorter than ``CHUNK`` tokens.
     """
-    rows = list(text_rows(lm.tokenizer, _lines(text), tokens))
+    rows = list(text_rows(lm.tokenizer, lines_of(text), tokens))
     if not rows:
         raise FormatError(
             f"the text and the budget of {tokens} tokens give not even one row of {CHUNK}.",
@@ -161,7 +161,12 @@ def pair_batches(pairs: Sequence[Pair], tokenizer: Any, device: torch.device) ->
         yield collate(some, tokenizer.pad_token_id, device)
 
 
-def _lines(text: str) -> Iterator[str]:
+def lines_of(text: str) -> Iterator[str]:
+    """The lines of a text file; our own text where none is named.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
     place = find_file(text) if text else files("ibke.data").joinpath("text.txt")
     try:
         with place.open(encoding="utf-8") as lines:

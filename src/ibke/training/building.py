@@ -34,6 +34,7 @@ from ibke.subjects import subject_of
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
+KEPT = torch.bfloat16  # keys and values that training only reads: half the bytes
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Builder:
         part: the base split at the edited layer.
         site: the edited MLP.
         addresser: finds where an edit applies.
-        threshold: response of an address from which on an edit is in force; None where addresses are learned, so that
-            nobody knows yet which tokens an edit reaches.
+        shut_D: θ c, which an address has to exceed for its edit to be in force; None where addresses are learned, so
+            that nobody knows yet which tokens an edit reaches.
     """
 
     model: Any
@@ -54,7 +55,7 @@ class Builder:
     part: PartialModel
     site: Site
     addresser: Addresser
-    threshold: float | None
+    shut_D: Tensor | None
 
     @cached_property
     def prefixes(self) -> Prefixes:
@@ -103,9 +104,9 @@ class Builder:
         return out | {"row_kind": torch.tensor(kinds)[kept], "row_owner": torch.tensor(owner)[kept]}
 
     def _first_reached(self, pairs: list[Pair], address_RD: Tensor) -> list[int | None]:
-        if self.threshold is None:
+        if self.shut_D is None:
             return [0] * len(pairs)
-        return first_open(self.part, self.site.entrance, pairs, address_RD, self.threshold)
+        return first_open(self.part, self.site.entrance, pairs, address_RD - self.shut_D)
 
     def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
         keys, grads, roles, counts, answers = [], [], [], [], []
@@ -146,8 +147,7 @@ class Builder:
             begin = 0
             for slot, row in enumerate(group.owner_R.tolist()):
                 hidden[row] = group.hidden_RTD[slot, : len(pairs[row]) - starts[row]].cpu()
-                # Half the bytes for keys and values that training only reads.
-                past[row] = flat_RTF[slot, flat_RTF.shape[1] - starts[row] :].to(torch.bfloat16).cpu()
+                past[row] = flat_RTF[slot, flat_RTF.shape[1] - starts[row] :].to(KEPT).cpu()
                 if kinds[row] == OUTSIDE:
                     end = begin + len(pairs[row].answer)
                     tokens, log_probs = group.base_tokens_NP[begin:end], group.base_log_probs_NP[begin:end]

@@ -20,10 +20,9 @@ from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
-from ibke.editors.key_statistics import pair_batches, text_batches
+from ibke.editors.key_statistics import lines_of, pair_batches, text_batches
 from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
-from ibke.files import find_file
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, target_modules
@@ -40,7 +39,7 @@ from ibke.training.step import terms
 from ibke.training.validation import validate
 
 OnProgress = Callable[[dict[str, Any]], None]
-LAYOUT = 5  # of cached shards; a new one makes old caches unseen, never misread
+LAYOUT = 6  # of cached shards; a new one makes old caches unseen, never misread
 SCALAR_STEP = 20.0  # how much larger the steps of sizes (logarithms, gate biases) are than those of weights
 
 
@@ -105,9 +104,8 @@ def take_statistics(settings: TrainSettings, ground: Ground, episodes: Sequence[
     lm = ground.lm
 
     def batches() -> Iterator[Batch]:
-        if settings.text:
-            with find_file(settings.text).open(encoding="utf-8") as lines:
-                yield from text_batches(lm.tokenizer, lines, 20_000, lm.device)
+        for text in dict.fromkeys(("", settings.text)):  # our own is short and of many kinds, code and letters too
+            yield from text_batches(lm.tokenizer, lines_of(text), 20_000, lm.device)
         asked = [item for episode in episodes[:256] for item in (episode.edit, *episode.inside, *episode.outside)]
         pairs = [encode_pair(item.prompt, item.target or "-", item.frame, lm.tokenizer) for item in asked]
         yield from pair_batches(pairs, lm.tokenizer, lm.device)
@@ -124,10 +122,20 @@ def prepare_episodes(
 ) -> list[EpisodeCache]:
     """Episodes with everything cached that never changes, training first, then validation."""
     config, lm = settings.config, ground.lm
-    address = {"gamma": config.gamma, "ridge": config.ridge, "alike": config.alike}
-    addresser = Addresser(ground.part, ground.site.entrance, lm.tokenizer, statistics.spectrum, **address)
+    addresser = Addresser(
+        ground.part,
+        ground.site.entrance,
+        lm.tokenizer,
+        statistics.spectrum,
+        statistics.common,
+        config.threshold * statistics.constant_D.cpu(),
+        gamma=config.gamma,
+        ridge=config.ridge,
+        alike=config.alike,
+    )
     threshold = config.threshold if config.keys == "address" else None
-    builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, threshold)
+    shut_D = None if threshold is None else threshold * statistics.constant_D.cpu()
+    builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
     caches = []
     for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
         # The folder's name tells what is in it, so another seed, model or layer never reads stale shards.
@@ -155,6 +163,7 @@ def start_network(
     torch.manual_seed(settings.seed)
     network = Bottleneck(settings.config, ground.site.out, in_out(ground.site.modules[ground.site.out])[1])
     network.ground(statistics.spectrum, statistics.constant_D, statistics.output_scale)
+    network.know(statistics.common)
     network.initialise(*episodes.initial(4000))
     return network.to(ground.lm.device)
 

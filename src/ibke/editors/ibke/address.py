@@ -2,11 +2,15 @@
 
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
-that token in the request, the subject behind words that ask something else about it, and other subjects behind the
-words that the request asks with. Both stand before generic keys C₀, so with all targets in K equal to 1 and weights W,
-larger for the request's own words,
+that token in the request, and the subject behind words that ask something else about it. Both stand before generic
+keys C₀, so with all targets in K equal to 1 and weights W, larger for the request's own words,
 
-    a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀN + γ (C₀ + λ I).
+    a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀN + γ (C₀ + λ I),
+
+and a is then made longer until the request's own words answer 1 in the mean. γ says against how many generic keys the
+edit's own stand: with few, K and N are told apart by directions that common words have too, and the edit opens in
+running text (docs/experiments.md). What a second moment does not say, a sample of running text does: words in it that
+answer nevertheless go to N, unless they are the subject's own last token, and the address is made again.
 
 The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
 only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
@@ -33,13 +37,14 @@ from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
 from ibke.editors.aggregate import solve
-from ibke.editors.ibke.statistics import KeySpectrum
+from ibke.editors.ibke.statistics import Common, KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
 
-REQUEST, NEUTRAL, OTHER, ELSEWHERE = range(4)
+REQUEST, NEUTRAL, OTHER = range(3)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
+NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
@@ -51,11 +56,6 @@ _PHRASE = rf"\s*{_ASKING}(the\s[^.,;:!?]*\b(?:of|by|for|in|from|to|at|with|on|wh
 def _own() -> dict[str, Any]:
     """What we wrote for addresses."""
     return json.loads(files("ibke.data").joinpath("contexts.json").read_text(encoding="utf-8"))
-
-
-def other_subjects() -> list[str]:
-    """Subjects of several kinds, to stand where a request's own stands."""
-    return _own()["others"]
 
 
 @cache
@@ -76,26 +76,22 @@ def names_the_question(prompt: str, subject: str) -> str | None:
     return match[1] if match else None
 
 
-def first_open(
-    part: PartialModel, entrance: nn.Module, pairs: Sequence[Pair], address_RD: Tensor, threshold: float
-) -> list[int | None]:
+def first_open(part: PartialModel, entrance: nn.Module, pairs: Sequence[Pair], gate_RD: Tensor) -> list[int | None]:
     """The first token of each row at which an edit may be in force; None where there is none.
 
     Args:
         part: the model.
         entrance: the module whose input is the key.
         pairs: tokens.
-        address_RD: the address that counts for each.
-        threshold: response from which on an edit is in force; a little less is taken as open.
+        gate_RD: what opens the gate of each, a − θ c; a little less than open is taken as open.
     """
     first: list[int | None] = [None] * len(pairs)
     device = part.model.device
     for chosen in by_length([len(pair) for pair in pairs]):
         batch = collate([pairs[row] for row in chosen], 0, device)
         keys_RTD = part.inputs_of(entrance, batch)
-        response_RT = torch.einsum("rtd,rd->rt", keys_RTD, address_RD[chosen].to(device))
-        open_RT = ((response_RT > threshold - MARGIN) & batch.attention_RT).cpu()
-        open_RT[:, 0] = False  # a first position belongs to no word
+        response_RT = torch.einsum("rtd,rd->rt", keys_RTD, gate_RD[chosen].to(device))
+        open_RT = ((response_RT > -MARGIN) & batch.attention_RT).cpu()
         for row, places in zip(chosen, open_RT, strict=True):
             if places.any():
                 first[row] = int(places.nonzero()[0])
@@ -107,7 +103,7 @@ class Context:
     """One place where a subject stands.
 
     Args:
-        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question) or ``ELSEWHERE`` (the request's, about another subject).
+        kind: ``REQUEST``, ``NEUTRAL`` or ``OTHER`` (question).
         prefix: tokens before it that are the same for every request.
         tail: the tokens after those, up to the subject's last.
     """
@@ -137,11 +133,9 @@ def contexts_of(about: About, tokenizer: Any) -> list[Context]:
             asked += [(REQUEST, f"What is {named} {subject}?", frame) for frame in ("bare", "chat")]
         asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["asking"]]
         asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
-        before = prompt[: prompt.lower().find(subject.lower())]
-        asked += [(ELSEWHERE, before + other, "bare") for other in other_subjects() if other.lower() != subject.lower()]
     found = []
     for kind, text, frame in asked:
-        pair = encode_pair(text, "-", frame, tokenizer, subject if kind != ELSEWHERE else None)
+        pair = encode_pair(text, "-", frame, tokenizer, subject)
         begin, end = pair.subject or pair.span
         fixed = pair.span[0] if kind == REQUEST else begin
         # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
@@ -160,6 +154,8 @@ class Addresser:
         entrance: the module whose input is the key.
         tokenizer: the model's.
         spectrum: of C₀, the generic keys.
+        common: some of them as they are.
+        shut_D: θ c, which an address has to exceed for its edit to be in force.
         gamma, ridge, alike: see :class:`IBKEConfig`.
     """
 
@@ -169,6 +165,8 @@ class Addresser:
         entrance: nn.Module,
         tokenizer: Any,
         spectrum: KeySpectrum,
+        common: Common,
+        shut_D: Tensor,
         *,
         gamma: float,
         ridge: float,
@@ -179,11 +177,13 @@ class Addresser:
         self.basis_DE = spectrum.basis_IE.cpu().double()
         self.values_E = spectrum.values_E.cpu().double() + ridge * spectrum.mean()
         self.pull = spectrum.inverse(gamma, ridge)
+        self.common = Common(common.keys_SD.cpu().double(), common.ids_S.cpu())
+        self.shut_S = self.common.keys_SD @ shut_D.cpu().double()
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """All that decides an address but the model and the request."""
-        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, json.dumps(_own()))
+        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, json.dumps(_own()))
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
@@ -223,10 +223,30 @@ class Addresser:
         before = [
             keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
         ]
-        silent_TD = torch.cat([silent_TD, keys_TD[kind_T == ELSEWHERE], *(keys.double() for keys in before)])
+        silent_TD = torch.cat([silent_TD, *(keys.double() for keys in before)])
         root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
-        ones_S = silent_TD.new_ones(len(silent_TD))
-        return solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self.pull)[0].sum(0)
+        own_TD = keys_TD[kind_T == REQUEST] if (kind_T == REQUEST).any() else answer_TD
+
+        def solved() -> Tensor:
+            ones_S = silent_TD.new_ones(len(silent_TD))
+            address_D = solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self.pull)[0].sum(0)
+            return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
+
+        address_D = solved()
+        mine = torch.tensor([row.tail[-1] for row in rows])
+        for _ in range(ROUNDS):
+            near_SD = self._near(address_D, mine)
+            if not len(near_SD):
+                break
+            silent_TD = torch.cat([silent_TD, near_SD])
+            address_D = solved()
+        return address_D
+
+    def _near(self, address_D: Tensor, mine: Tensor) -> Tensor:
+        """Common words that answer, or nearly, although they are none of some tokens."""
+        over_S = (self.common.keys_SD @ address_D - self.shut_S).masked_fill(torch.isin(self.common.ids_S, mine), -1.0)
+        most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
+        return self.common.keys_SD[which_S[most_S > -NEAR]]
 
     def _asks_the_same(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
         """Which questions ask what the request asks: they move the subject's key the same way (bool, T of OTHER)."""

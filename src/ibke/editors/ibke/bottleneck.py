@@ -14,7 +14,7 @@ from ibke.capture import Capture
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
 from ibke.editors.ibke.relay import Relay
-from ibke.editors.ibke.statistics import Grounded, direction, whitening
+from ibke.editors.ibke.statistics import COMMON, Common, Grounded, direction, whitening
 from ibke.errors import FormatError
 from ibke.neurons import Gate, Neurons, Site
 
@@ -68,6 +68,8 @@ class Bottleneck(Grounded):
     context_basis_DX: Tensor
     context_scale_X: Tensor
     length_stats: Tensor
+    common_SD: Tensor
+    common_ids_S: Tensor
 
     def __init__(self, config: IBKEConfig, name: str, d_out: int):
         super().__init__(d_out)
@@ -93,8 +95,26 @@ class Bottleneck(Grounded):
             "context_basis_DX": (d_out, context),
             "context_scale_X": (context,),
             "length_stats": (2,),
+            "common_SD": (COMMON, d_out),
         }.items():
             self.register_buffer(buffer, torch.zeros(shape))
+        self.register_buffer("common_ids_S", torch.full((COMMON,), -1))
+
+    @property
+    def common(self) -> Common:
+        """Words of running text that an edit must not answer to."""
+        return Common(self.common_SD, self.common_ids_S)
+
+    @property
+    def shut_D(self) -> Tensor:
+        """θ c, which an address has to exceed for its edit to be in force."""
+        return self.config.threshold * self.constant_D
+
+    @torch.no_grad()
+    def know(self, common: Common) -> None:
+        """Set the words that an edit must not answer to; what is missing of ``COMMON`` stays zero and never answers."""
+        size = min(COMMON, len(common.keys_SD))
+        self.common_SD[:size], self.common_ids_S[:size] = common.keys_SD[:size], common.ids_S[:size]
 
     @torch.no_grad()
     def initialise(self, grads_TD: Tensor, address_BD: Tensor) -> None:

@@ -23,7 +23,7 @@ class IBKEConfig:
         threshold: response of the address, 1 at the subject, from which on an edit is in force (ratio 0–1).
         sharpness: pre-activation per unit of response; with ``ramp`` it sets how wide the threshold is.
         ramp: pre-activation over which an edit goes from out of force to fully in force.
-        gamma: weight of generic keys against the edit's own in the closed form.
+        gamma: against how many generic keys an edit's own stand in the closed form.
         ridge: λ in units of C₀'s mean eigenvalue.
         alike: cosine from which on a built-in question about the subject counts as asking what the request asks, and
             does not silence it (ratio 0–1).
@@ -45,10 +45,10 @@ class IBKEConfig:
     width: int = 384
     depth: int = 2
     keys: Literal["address", "code"] = "address"
-    threshold: float = 0.58
+    threshold: float = 0.6
     sharpness: float = 200.0
     ramp: float = 6.0
-    gamma: float = 1e-3
+    gamma: float = 300.0
     ridge: float = 0.01
     alike: float = 0.6
     relay_layer: int = 20

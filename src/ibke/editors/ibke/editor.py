@@ -64,6 +64,8 @@ class IBKEEditor(Editor):
             self.site.entrance,
             lm.tokenizer,
             network.spectrum,
+            network.common,
+            network.shut_D,
             gamma=config.gamma,
             ridge=config.ridge,
             alike=config.alike,
@@ -212,8 +214,8 @@ class IBKEEditor(Editor):
         def opened(pairs: Sequence[Pair], owners: Sequence[int]) -> Sequence[int | None]:
             if self.network.config.keys == "code":  # an address that moves may come to reach anything
                 return [0] * len(pairs)
-            address_RD = code.written.address_BD[list(owners)]
-            return first_open(self.part, self.site.entrance, pairs, address_RD, self.network.config.threshold)
+            gate_RD = code.written.address_BD[list(owners)] - self.network.shut_D
+            return first_open(self.part, self.site.entrance, pairs, gate_RD)
 
         return opened
 

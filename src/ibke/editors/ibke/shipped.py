@@ -17,7 +17,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 4
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 5
 SHIPPED = Path(__file__).parent / "shipped"
 
 

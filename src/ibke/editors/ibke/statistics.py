@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,21 @@ class KeySpectrum:
         values_E = gamma * (self.values_E.cpu().double() + floor)
         rest = torch.tensor(gamma * (self.rest + floor), dtype=torch.float64)
         return lambda keys_BTI: inverse_times(keys_BTI, basis_IE, values_E, rest)
+
+
+COMMON = 3000  # words kept as they are: 3.5 MB of a shipped editor
+
+
+class Common(NamedTuple):
+    """Words as they come in running text, a sample.
+
+    Args:
+        keys_SD: the key at each.
+        ids_S: the token itself.
+    """
+
+    keys_SD: Tensor
+    ids_S: Tensor
 
 
 class Grounded(nn.Module):
