@@ -10,9 +10,9 @@ Shape suffixes: R rank, O d_out, I d_in.
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
-from ibke.edit import Edit, Factors
+from ibke.edit import Edit, Factors, dense_factors
 from ibke.models import LanguageModel
 from ibke.session import EditSession
 
@@ -51,9 +51,6 @@ def summed(edit: Edit) -> Edit:
     return Edit(factors, edit.requests, edit.info, edit.neurons)
 
 
-def _summed(a_RI: torch.Tensor, b_OR: torch.Tensor) -> Factors:
+def _summed(a_RI: Tensor, b_OR: Tensor) -> Factors:
     rank, d_in, d_out = len(a_RI), a_RI.shape[1], len(b_OR)
-    if rank <= min(d_in, d_out):
-        return a_RI, b_OR
-    delta_OI = b_OR @ a_RI
-    return (delta_OI, torch.eye(d_out)) if d_out <= d_in else (torch.eye(d_in), delta_OI)
+    return (a_RI, b_OR) if rank <= min(d_in, d_out) else dense_factors(b_OR @ a_RI)
