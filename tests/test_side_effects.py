@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from conftest import make_tiny
 from random_editor import REQUESTS, RandomEditor, random_edit
 
-from ibke.data.abilities import Choice, read_abilities
+from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit, EditInfo
 from ibke.errors import FormatError, RequestError
 from ibke.evaluation.protocols import Protocol, evaluate
-from ibke.evaluation.side_effects import LEADING, WINDOW, Battery, update_size
+from ibke.evaluation.side_effects import LEADING, MOST, WINDOW, Battery, Beside, update_size
 from ibke.models import LanguageModel
 from ibke.modules import resolve, target_modules, weight_OI
 from ibke.neurons import Neurons
@@ -121,6 +122,19 @@ def test_reports_hold_the_side_effects_of_the_models_looked_at(lm: LanguageModel
     assert "side_effects" not in evaluate(lm, RandomEditor(lm), REQUESTS[:1])
 
 
+def test_a_change_of_choice_and_a_broken_model_show(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=100, suites={"suite": SUITE})
+    battery.note([])
+    calm = battery.condition([])
+    turned = replace(calm, nll=math.nan, chosen={"suite": (calm.chosen["suite"][0], -1)})
+    battery.condition = lambda _: turned  # type: ignore[method-assign]
+    battery.note([])
+    found = battery.report()
+    assert found["abilities"]["suite"]["kept"]["mean"] == pytest.approx((1.0 + 0.5) / 2)
+    assert found["perplexity"]["each"] == [1.0, pytest.approx(math.exp(MOST))]
+    json.dumps(found, allow_nan=False)
+
+
 def test_nothing_to_measure_is_an_error(lm: LanguageModel) -> None:
     with pytest.raises(RequestError, match="neither text nor a question"):
         Battery(lm)
@@ -137,6 +151,16 @@ TRUTHFUL = (
     "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
     'A,B,"Which, if any?",None,None; No,One; Two,http\nA,B,What?,This,This,,http\n'
 )
+
+
+def test_our_own_questions_are_there_and_even() -> None:
+    found = read_abilities(OWN)
+    assert len(found) >= 60 and len({item.prompt for item in found}) == len(found)
+    for choices in (("no", "yes"), ("True", "False")):  # whoever always says the same is right half the time
+        rights = [item.right for item in found if item.choices == choices]
+        assert len(rights) >= 20 and sum(rights) == len(rights) / 2
+    assert sum(item.prompt.startswith("Q: ") for item in found) >= 20
+    assert Beside(abilities=("own",), questions=5).read()[1]["own"] == read_abilities(OWN, 5)
 
 
 def test_published_suites_are_read(tmp_path: Path) -> None:
@@ -164,6 +188,11 @@ def test_published_suites_are_read(tmp_path: Path) -> None:
         (PAIRS + "2\tx\ty\tmaybe\n", "line 4"),
         ("a,b\n1,2\n", "none of those known"),
         ("", "none of those known"),
+        ("[{", "not valid JSON"),
+        ('["x"]', "record 1"),
+        ('[{"prompt": "x", "choices": ["a"], "right": 0}]', "1 choices"),
+        ('[{"prompt": 1, "choices": ["a", "b"], "right": 0}]', "no text"),
+        ("[]", "no question"),
     ],
 )
 def test_a_faulty_suite_is_named(tmp_path: Path, text: str, message: str) -> None:
