@@ -29,6 +29,8 @@ METHODS: dict[str, str] = {
     "ft-l": "ibke.editors.fine_tuning:BoundedFineTuning",
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
+    "ike": "ibke.editors.ike:IKE",
+    "ike-retrieval": "ibke.editors.ike:IKERetrieval",
 }
 
 Progress = Callable[[int, int], None]
