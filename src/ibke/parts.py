@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # One line a kind: its name in files and where its class is. A file can name nothing that is not here.
 PARTS: dict[str, str] = {
+    "codebook": "ibke.editors.grace:Codebook",
     "context": "ibke.context:Context",
 }
 
