@@ -10,8 +10,9 @@ import torch
 
 from ibke.context import PLACE
 from ibke.edit import Edit
+from ibke.editors.fine_tuning import FineTuning, FineTuningSettings
 from ibke.editors.ike import IKE, IKERetrieval, RetrievalSettings, demonstrations
-from ibke.errors import IBKEError, RequestError
+from ibke.errors import CaptureError, IBKEError, RequestError
 from ibke.evaluation.generate import generate
 from ibke.frames import encode_pair
 from ibke.request import EditRequest, Probe
@@ -39,6 +40,16 @@ def test_a_real_model_says_the_new_fact(smollm32, frame, tmp_path):
     assert "Turku" in after and "Turku" not in before
     with EditSession(smollm32).attach(edit):
         assert generate(smollm32, [ids])[0].text == after
+
+
+def test_a_method_that_reads_states_says_why_it_cannot_follow(tiny_model):
+    lm = tiny_model("llama")
+    session = EditSession(lm).attach(IKE(lm).edit([FACT]))
+    with session, pytest.raises(CaptureError, match="in front of the question"):
+        FineTuning(lm).edit([OTHER])
+    session.attach(FineTuning(lm, FineTuningSettings(epochs=1)).edit([OTHER])).attach(IKE(lm).edit([FACT]))
+    assert generate(lm, [[5, 6]], max_new_tokens=2)
+    session.restore()
 
 
 def test_the_likest_demonstrations_of_each_kind_come_last(smollm32):
