@@ -12,11 +12,12 @@ import torch
 from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.edit import Edit
-from ibke.editors.base import Editor
+from ibke.editors.base import Editor, method_class
 from ibke.errors import RequestError
-from ibke.evaluation.generate import generate
+from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.metrics import exact_match
 from ibke.evaluation.protocols import Protocol, evaluate, sample
+from ibke.evaluation.scoring import score
 from ibke.evaluation.sequence import InSequence
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
@@ -131,6 +132,39 @@ def test_edits_kept_as_one_are_those_side_by_side(tiny_model: Callable[..., Lang
             torch.testing.assert_close(kept.whole.delta(module), total)
         torch.testing.assert_close(lm.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(lm.model(ids).logits, base) and not torch.allclose(expected, base)
+
+
+@pytest.mark.parametrize("method", ["grace", "ike"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_edits_without_weights_stay_in_a_sequence(
+    tiny_model: Callable[..., LanguageModel], method: str, model_type: str
+) -> None:
+    lm, requests = tiny_model(model_type), MANY[:2]
+    kind = method_class(method)
+    first = following = kind.for_model(lm, **kind.quick)
+    edits = list[Edit]()
+    with EditSession(lm) as session:
+        for request in requests:
+            edits.append(following.edit([request]))
+            session.attach(edits[-1])
+            following = following.after(edits[-1])
+    pairs = [encode_pair(request.prompt, request.target_new, "bare", lm.tokenizer) for request in requests]
+    base, expected = ([sum(one.nll) for one in score(lm, pairs, force)] for force in (None, Together(tuple(edits))))
+    report = evaluate(lm, first, requests, Protocol("sequential", 1))
+    assert report["nll_nats"]["edited"]["reliability"]["mean"] == pytest.approx(fmean(expected), rel=1e-4)
+    assert report["nll_nats"]["base"]["reliability"]["mean"] == pytest.approx(fmean(base), rel=1e-4)
+    assert expected != pytest.approx(base, rel=1e-3)
+    for index, request in enumerate(requests):
+        prompt = request.locality[0].prompt
+        same = exact_match(says(lm, prompt, edits), says(lm, prompt, []))
+        assert report["scores"]["generation"]["locality"][index] == same
+    # A tiny codebook's entry is a key, a value and a radius; what is told is a text.
+    sizes = [
+        4 * sum(tensor.numel() for tensor in edit.tensors().values())
+        + sum(len(json.dumps(part["record"])) for part in edit.records().values())
+        for edit in edits
+    ]
+    assert report["bytes_per_edit"] == pytest.approx(fmean(sizes)) and min(sizes) > 40
 
 
 def test_ages_are_those_of_the_scores(tiny_model: Callable[..., LanguageModel]) -> None:

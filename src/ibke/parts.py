@@ -6,6 +6,7 @@ question: none of them is a sum of weights, and all are put on, served row by ro
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ class Part(ABC):
     """
 
     kind: ClassVar[str]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes to keep: its tensors, and its record as JSON in UTF-8."""
+        record = json.dumps(self.record(), ensure_ascii=False).encode()
+        return len(record) + sum(tensor.nbytes for tensor in self.tensors().values())
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -154,7 +154,8 @@ class Costs:
 
 def _bytes(edit: Edit) -> int:
     """What goes into the model; an update of full rank need be no more than its matrix."""
-    size = sum(tensor.nbytes for some in edit.neurons.values() for tensor in some.tensors().values())
+    size = sum(part.nbytes for part in edit.parts.values())
+    size += sum(tensor.nbytes for some in edit.neurons.values() for tensor in some.tensors().values())
     for a_RI, b_OR in edit.factors.values():
         size += min(a_RI.nbytes + b_OR.nbytes, a_RI.shape[1] * b_OR.shape[0] * a_RI.element_size())
     return size

@@ -10,6 +10,8 @@ Shape suffixes: R rank, O d_out, I d_in.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ibke.edit import Edit, Factors, dense_factors
@@ -47,8 +49,7 @@ class InSequence:
 
 def summed(edit: Edit) -> Edit:
     """The same edit with every update of more than full rank as its sum and an identity."""
-    factors = {name: _summed(*pair) for name, pair in edit.factors.items()}
-    return Edit(factors, edit.requests, edit.info, edit.neurons)
+    return replace(edit, factors={name: _summed(*pair) for name, pair in edit.factors.items()})
 
 
 def _summed(a_RI: Tensor, b_OR: Tensor) -> Factors:
