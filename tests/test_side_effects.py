@@ -15,6 +15,8 @@ from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit, EditInfo
+from ibke.editors.grace import GRACE, GRACESettings
+from ibke.editors.ike import IKE
 from ibke.errors import FormatError, RequestError
 from ibke.evaluation.protocols import Protocol, evaluate
 from ibke.evaluation.side_effects import LEADING, MOST, WINDOW, Battery, Beside, update_size
@@ -105,6 +107,31 @@ def test_an_edit_that_changes_nothing_has_no_side_effect(lm: LanguageModel) -> N
     assert report["abilities"]["suite"]["edited"]["mean"] == report["abilities"]["suite"]["base"]
     assert report["relative_norm"]["mean"] == 0.0
     assert report["drift"]["mean"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_edit_without_weights_has_effects_and_no_size(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=60, suites={"suite": SUITE})
+    told, book = IKE(lm).edit(REQUESTS[:1]), GRACE(lm, GRACESettings(epochs=2)).edit(REQUESTS[:1])
+    assert update_size(lm, [told, book]) == {"relative_norm": 0.0, "drift": 0.0}
+    battery.note([told])
+    battery.note([book])
+    found = battery.report()
+    assert found["n"] == found["asked"] == 2
+    assert found["perplexity"]["each"][0] != 1.0 and found["perplexity"]["each"][1] == pytest.approx(1.0)
+    assert found["relative_norm"]["mean"] == found["drift"]["mean"] == 0.0
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_text_in_front_that_leaves_no_room_is_counted(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=60, suites={"suite": SUITE})
+    # 75 tokens and more stand in front of 60 others; the window is 128.
+    told = IKE(lm).edit([replace(REQUESTS[0], prompt="word " * 15, subject=None)])
+    battery.note([told])
+    battery.note([random_edit(lm, 1, seed=0, scale=0.0)])
+    found = battery.report()
+    assert (found["n"], found["asked"]) == (2, 1)
+    assert found["perplexity"]["each"] == [1.0] and found["abilities"]["suite"]["kept"]["mean"] == 1.0
+    assert found["relative_norm"]["mean"] == 0.0
 
 
 @pytest.mark.parametrize(("protocol", "looks"), [("single", 2), ("batch:2", 2), ("sequential:2", 1)])

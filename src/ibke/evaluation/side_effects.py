@@ -140,8 +140,12 @@ class Battery:
 
     def note(self, edits: Sequence[Edit]) -> None:
         """Look at the model with some edits in force together, beside the unedited one."""
-        now, size = self.condition(edits), update_size(self.lm, edits)
-        row: dict[str, Any] = {**size}
+        row: dict[str, Any] = {**update_size(self.lm, edits)}
+        self.found.append(row)
+        try:
+            now = self.condition(edits)
+        except RequestError:  # what an edit puts in front of a question leaves it no room in the window
+            return
         if now.nll is not None and self.base.nll is not None:
             row["perplexity_ratio"] = _ratio(now.nll - self.base.nll)
         row["abilities"] = {name: fmean(right) for name, right in now.abilities.items()}
@@ -149,17 +153,18 @@ class Battery:
             name: fmean(float(mine == own) for mine, own in zip(now.chosen[name], before, strict=True))
             for name, before in self.base.chosen.items()
         }
-        self.found.append(row)
 
     def report(self) -> dict[str, Any]:
-        """Means over what was looked at (``n``), each with its 95 % interval."""
+        """Means over what was looked at (``n``) or could be asked (``asked``), each with its 95 % interval."""
 
         def mean(values: Sequence[float]) -> dict[str, float | None]:
             return asdict(average(values))
 
-        base, ratios = self.base, [row["perplexity_ratio"] for row in self.found if "perplexity_ratio" in row]
+        base, asked = self.base, [row for row in self.found if "kept" in row]
+        ratios = [row["perplexity_ratio"] for row in asked if "perplexity_ratio" in row]
         return {
             "n": len(self.found),
+            "asked": len(asked),
             "text_tokens": sum(len(pair.answer) for pair in self._windows),
             "perplexity": {
                 "base": None if base.nll is None else math.exp(base.nll),
@@ -170,8 +175,8 @@ class Battery:
                 name: {
                     "n": len(right),
                     "base": fmean(right),
-                    "edited": mean([row["abilities"][name] for row in self.found]),
-                    "kept": mean([row["kept"][name] for row in self.found]),
+                    "edited": mean([row["abilities"][name] for row in asked]),
+                    "kept": mean([row["kept"][name] for row in asked]),
                 }
                 for name, right in base.abilities.items()
             },
@@ -215,7 +220,7 @@ def update_size(lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, float]:
     Returns:
         ``relative_norm``, ‖ΔW‖/‖W‖ (Frobenius; neurons count by the columns they add to the output projection), and
         ``drift``, 1 − the mean cosine² between the spaces of the eight leading left singular vectors before and after
-        (ratio 0–1; 0: they span the same space).
+        (ratio 0–1; 0: they span the same space). Both are 0 for edits that change no weight.
     """
     names = list(dict.fromkeys(name for edit in edits for name in (*edit.factors, *edit.neurons)))
     modules, ratios, drifts = resolve(lm.model, names), [], []
