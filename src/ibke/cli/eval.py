@@ -34,6 +34,10 @@ from ibke.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ibke.editors.base import Editor
+    from ibke.evaluation.protocols import Protocol
+    from ibke.evaluation.side_effects import Beside
+    from ibke.models import LanguageModel
     from ibke.request import EditRequest
 
 SHOWN = 3  # unusable records named on the screen
@@ -73,32 +77,43 @@ def evaluate(
     if out and out != "-":
         check_writable(Path(out))
     asked, skipped = _read(data, format, console)
-    from ibke.evaluation import protocols
-    from ibke.evaluation.side_effects import Battery
+    from ibke.evaluation.protocols import Protocol, sample
 
-    how = protocols.Protocol.parse(protocol if group is None else f"{protocol}:{group}")
-    chosen = protocols.sample(asked, limit, seed, cast(Any, order))
+    how = Protocol.parse(protocol if group is None else f"{protocol}:{group}")
+    chosen = sample(asked, limit, seed, cast(Any, order))
     besides = beside(text, abilities, questions, looks)
     choice = ModelChoice(model, device, dtype, tuple(module or ()))
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
+    config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
+    asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
+    report = _measure(lm, editing, chosen, how, besides, asking)
+    _show(report, console)
+    _hand_over(report, out, console)
+
+
+def _measure(
+    lm: LanguageModel,
+    editor: Editor,
+    requests: list[EditRequest],
+    protocol: Protocol,
+    besides: Beside | None,
+    asking: dict[str, Any],
+) -> dict[str, Any]:
+    """The report, with bars while it is made."""
+    from ibke.evaluation import protocols
+    from ibke.evaluation.side_effects import Battery
+
     with Bars() as tick:
         if besides:
             tick("Unedited model", 0, None)
-        report = protocols.evaluate(
-            lm,
-            editing,
-            chosen,
-            how,
-            battery=Battery.of(lm, besides) if besides else None,
-            frames=[cast(Any, name.strip()) for name in frames.split(",")],
-            edit_frame=cast(Any, edit_frame),
-            config=config | {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)},
-            progress=lambda what, done, total: tick(what.capitalize(), done, total),
-        )
-    _show(report, console)
-    _hand_over(report, out, console)
+        battery = Battery.of(lm, besides) if besides else None
+
+        def progress(what: str, done: int, total: int) -> None:
+            tick(what.capitalize(), done, total)
+
+        return protocols.evaluate(lm, editor, requests, protocol, battery=battery, progress=progress, **asking)
 
 
 def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> None:
