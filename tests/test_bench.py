@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from random_editor import REQUESTS, RandomEditor
 
 from ibke.bench.cell import Progress
 from ibke.bench.compare import METRICS, bootstrap, by_edit, paired
+from ibke.bench.effects import EFFECTS, effect
 from ibke.bench.page import page
 from ibke.bench.plan import Cell, Conditions, Contender, DataSet, Plan, Stage
 from ibke.bench.report import write
@@ -26,6 +28,7 @@ from ibke.bench.run import CELLS, load, run, seconds_left
 from ibke.bench.summary import csv_text, markdown, summarise
 from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
+from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import to_json
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
@@ -256,7 +259,7 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert calm["minus"]["score"] == {"n": 6, "mean": 0.0, "low": 0.0, "high": 0.0}
     assert summarise(plan, documents, "loud")["rows"][2]["minus"]["locality"]["mean"] == pytest.approx(-gap)
     table = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(table) == 4 * (2 * len(METRICS) + 4)
+    assert len(table) == 4 * (2 * len(METRICS) + 4 + len(EFFECTS) + 1)  # one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
 
@@ -270,12 +273,58 @@ def test_the_page_is_whole_and_fetches_nothing(lm: LanguageModel, tmp_path: Path
     found = Page(text)
     assert found.open == [] and found.fetched == [] and "script" not in found.tags
     assert "url(" not in text and "@import" not in text and "http" not in text
-    assert found.tags.count("svg") == 2 * (4 + 4 + 2) + 3  # metrics, differences, costs; ages of the sequence
+    # Metrics, differences and costs; ages of the sequence. Nobody asked about portability or side effects.
+    assert found.tags.count("svg") == 2 * (4 + 4 + 2) + 3
+    assert "ortability" not in text and "perplexity" not in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r'="[^"]*nan', text)
     for row in summary["rows"]:
         assert all(file in text for file in row["files"])
-    assert markdown(summary).count("\n| calm |") == 4
+    assert markdown(summary).count("\n| calm |") == 8  # metrics, teacher-forced, side effects (KL), families
+
+
+def test_what_was_measured_besides_is_shown(lm: LanguageModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 60)
+    plan, beside = make_plan(seeds=(0,)), Beside(str(text), ("own",), questions=4, looks=2)
+
+    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
+        editor, battery = RandomEditor(lm, **cell.contender.settings), Battery.of(lm, beside)
+        return evaluate(lm, editor, REQUESTS, cell.stage.protocol, battery=battery, config={"seed": 0})
+
+    documents = run(plan, tmp_path, execute=execute)
+    summary = summarise(plan, documents)
+    json.dumps(summary, allow_nan=False)
+    for row, document in zip(summary["rows"], documents, strict=True):
+        found = document["side_effects"]
+        assert row["effects"] == {
+            "kl_nats": document["kl_nats"]["base_edited"]["mean"],
+            "relative_norm": found["relative_norm"]["mean"],
+            "drift": found["drift"]["mean"],
+            "perplexity_change": found["perplexity"]["ratio"]["mean"] - 1,
+            "abilities_change": found["abilities"]["own"]["edited"]["mean"] - found["abilities"]["own"]["base"],
+            "choices_kept": found["abilities"]["own"]["kept"]["mean"],
+        }
+        portability = document["portability"]["edited"]["generation"]["mean"]
+        assert (
+            row["generation"]["portability"]["mean"] == portability == row["families"]["portability/one_hop"]["edited"]
+        )
+    pages = page(summary), markdown(summary)
+    for name in EFFECTS:
+        value = effect(name, summary["rows"][0]["effects"][name])
+        assert all(EFFECTS[name][0] in text and value in text for text in pages), name
+    assert all("portability/one hop" in text and "unedited" in text for text in pages)
+    assert Page(pages[0]).open == [] and pages[0].count("<svg") == 2 * (5 + 5 + 2 + 3) + 3
+
+
+def test_cells_from_before_a_question_could_be_asked_are_still_found(lm: LanguageModel) -> None:
+    cell = make_plan().cells[0]
+    assert "beside" not in cell.spec["conditions"]
+    asked = replace(cell, conditions=replace(cell.conditions, beside=Beside(abilities=("own",))))
+    assert asked.spec["conditions"]["beside"]["abilities"] == ["own"] and asked.file != cell.file
+    assert json.loads(json.dumps(asked.spec)) == asked.spec
+    scores = {"edits": ["a"], "generation": {"reliability": [1.0]}}
+    assert by_edit([{"scores": scores}], "generation", "portability") == {}
 
 
 def test_names_are_text_and_not_markup(lm: LanguageModel) -> None:

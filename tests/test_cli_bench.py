@@ -45,6 +45,7 @@ def command(folder: Path) -> list[str]:
         *(sys.executable, "-m", "ibke", "bench", "--methods", "rome,broken=rome", "--seeds", "0,1", "--limit", "2"),
         *("--data", f"towns={folder / 'towns.jsonl'}:jsonl", "--protocols", "single"),
         *("--model", str(folder / "model"), "--out", str(folder / "out"), "--json"),
+        *("--text", str(folder / "text.txt"), "--abilities", "own", "--questions", "3", "--looks", "1"),
         *(part for text in named for part in ("--set", text)),
     ]
 
@@ -74,12 +75,14 @@ def test_a_killed_bench_goes_on_and_loses_no_finished_cell(folder: Path) -> None
     good, bad = summary["rows"][:2]
     assert (good["method"], good["n"], good["seeds"]) == ("rome", 4, [0, 1])
     assert good["seconds_per_edit"] > 0 and good["bytes_per_edit"] == 4 * (64 + 32)  # one layer, rank one
+    assert None not in good["effects"].values() and set(bad["effects"].values()) == {None}
     assert bad["n"] == 0 and len(summary["failed"]) == 2
     assert all("99" in one["why"] for one in summary["failed"])
     assert "Failed: broken, towns, single, seed 0" in done.stderr
     report = json.loads((cells / good["files"][0]).read_text())
     assert report["protocol"] == "single" and report["config"]["settings"]["layer"] == 1
     assert report["peak_memory_mb"] < 4000
+    assert report["side_effects"]["abilities"]["own"]["n"] == 3 and report["side_effects"]["n"] == 1
 
 
 def group_lives(leader: int) -> bool:
@@ -110,6 +113,8 @@ def test_bench_refuses_what_cannot_be_run(run: Run, tmp_path: Path) -> None:
     refused(bench("idle", "--frames", "poem"), "'poem'")
     refused(bench("idle", "--edit-frame", "chat"), "'chat'")
     refused(bench("idle", "--against", "rome"), "'rome' is not among")
+    refused(bench("idle", "--text", str(tmp_path / "none.txt")), "cannot be read")
+    refused(bench("idle", "--abilities", str(file)), "none of those known")
     refused(bench(data="towns.jsonl"), "NAME=FILE:FORMAT")
     refused(bench(data=f"towns={tmp_path / 'none'}:jsonl"), "cannot be read")
     refused(bench(data=f"towns={file}:jsnl"), "Did you mean 'jsonl'?")

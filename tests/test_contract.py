@@ -6,6 +6,7 @@ import torch
 from ibke.edit import Edit
 from ibke.editors.base import METHODS, method_class
 from ibke.errors import IBKEError, MissingPackageError, RequestError
+from ibke.evaluation.generate import generate
 from ibke.fingerprint import fingerprint
 from ibke.request import EditRequest
 from ibke.session import EditSession
@@ -30,6 +31,18 @@ def logits(lm, text="The capital of France is"):
     return lm.model(**lm.tokenizer(text, return_tensors="pt")).logits
 
 
+def content(edit):
+    """All that an edit puts into a model: its tensors, and what its parts hold beside them."""
+    return edit.tensors(), edit.records()
+
+
+def same(one, two):
+    (mine, more), (theirs, others) = content(one), content(two)
+    return (
+        mine.keys() == theirs.keys() and more == others and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    )
+
+
 def hooks(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -37,7 +50,7 @@ def hooks(model):
 def test_editing_leaves_the_model_alone(editor):
     before, mark, hung = logits(editor.lm), fingerprint(editor.lm.model), hooks(editor.lm.model)
     edit = editor.edit(FACTS[:1])
-    assert edit.tensors() and edit.info.method == editor.name
+    assert any(content(edit)) and edit.info.method == editor.name
     assert torch.equal(logits(editor.lm), before)
     assert fingerprint(editor.lm.model) == mark
     assert hooks(editor.lm.model) == hung
@@ -51,17 +64,14 @@ def test_an_attached_edit_changes_the_model_and_detaches_to_the_bit(editor):
 
 
 def test_the_same_request_gives_the_same_bytes(editor):
-    one, two = editor.edit(FACTS[:1]), editor.edit(FACTS[:1])
-    assert one.tensors().keys() == two.tensors().keys()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
+    assert same(editor.edit(FACTS[:1]), editor.edit(FACTS[:1]))
 
 
 def test_a_saved_edit_is_the_same_edit(editor, tmp_path):
     edit = editor.edit(FACTS[:1])
     back = Edit.load(edit.save(tmp_path / "edit"))
     assert back.requests == edit.requests
-    assert back.tensors().keys() == edit.tensors().keys()
-    assert all(torch.equal(tensor, back.tensors()[name]) for name, tensor in edit.tensors().items())
+    assert same(back, edit)
 
 
 def test_independent_edits_in_a_batch_are_those_made_alone(editor):
@@ -70,8 +80,34 @@ def test_independent_edits_in_a_batch_are_those_made_alone(editor):
         alone = editor.edit([request])
         assert edit.requests == (request,)
         assert edit.info.achieved == alone.info.achieved
+        assert edit.records() == alone.records()
         for name, tensor in alone.tensors().items():
             assert (edit.tensors()[name] - tensor).norm() < 2e-4 * tensor.norm(), name
+
+
+def test_what_acts_is_attached_and_never_merged(editor):
+    edit = editor.edit(FACTS[:1])
+    before = logits(editor.lm, FACTS[0].prompt)
+    with EditSession(editor.lm) as session:
+        if edit.parts:
+            with pytest.raises(IBKEError, match="cannot be merged"):
+                session.merge(edit)
+            assert not session.merged and torch.equal(logits(editor.lm, FACTS[0].prompt), before)
+        else:
+            session.merge(edit)
+            assert not torch.allclose(logits(editor.lm, FACTS[0].prompt), before)
+    assert torch.equal(logits(editor.lm, FACTS[0].prompt), before)
+
+
+def test_edits_in_one_batch_act_on_their_own_rows(editor):
+    prompts = [editor.pair(request.prompt, "-").prompt for request in FACTS]
+    edits = [*editor.edit_each(FACTS[:2]), None]
+    together = generate(editor.lm, prompts, edits, max_new_tokens=4)
+    for prompt, edit, answer in zip(prompts, edits, together, strict=True):
+        with EditSession(editor.lm) as session:
+            if edit:
+                session.attach(edit)
+            assert generate(editor.lm, [prompt], max_new_tokens=4) == [answer]
 
 
 def test_several_requests_make_one_edit(editor):
@@ -88,8 +124,7 @@ def test_a_sequence_goes_on_and_leaves_the_first_editor_as_it_was(editor):
         before = logits(editor.lm, FACTS[1].prompt)
         session.attach(second)
         assert not torch.allclose(logits(editor.lm, FACTS[1].prompt), before)
-    again = editor.edit(FACTS[:1])
-    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in first.tensors().items())
+    assert same(editor.edit(FACTS[:1]), first)
 
 
 def test_no_request_is_an_error(editor):

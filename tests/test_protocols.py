@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from random_editor import REQUESTS, RandomEditor
+from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.edit import Edit
-from ibke.editors.base import Editor
+from ibke.editors.base import Editor, method_class
 from ibke.errors import RequestError
-from ibke.evaluation.generate import generate
+from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.metrics import exact_match
 from ibke.evaluation.protocols import Protocol, evaluate, sample
+from ibke.evaluation.scoring import score
+from ibke.evaluation.sequence import InSequence
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
+from ibke.modules import target_modules
+from ibke.neurons import Neurons
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
@@ -90,7 +94,8 @@ def test_a_sequence_stays_and_is_asked_about_at_its_end(tiny_model: Callable[...
     editor = Watcher(lm, scale=0.2)
     report = evaluate(lm, editor, MANY, Protocol("sequential", 2))
     modules = len(editor.made[0].factors)
-    assert editor.log == [(0, 2, 0), (1, 2, modules), (2, 2, 2 * modules), (3, 1, 3 * modules)]
+    # Edits in force are one, however many they are.
+    assert editor.log == [(0, 2, 0), (1, 2, modules), (2, 2, modules), (3, 1, modules)]
     for index, request in enumerate(MANY):
         prompt = request.locality[0].prompt
         same = exact_match(says(lm, prompt, editor.made), says(lm, prompt, []))
@@ -103,6 +108,63 @@ def test_a_sequence_stays_and_is_asked_about_at_its_end(tiny_model: Callable[...
     ]
     assert torch.equal(lm.model(ids).logits, logits)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_edits_kept_as_one_are_those_side_by_side(tiny_model: Callable[..., LanguageModel], model_type: str) -> None:
+    lm = tiny_model(model_type)
+    name = target_modules(lm, lm.architecture, [1])[0]
+    edits = [random_edit(lm, 20, seed, 0.1, layers) for seed, layers in enumerate(([1], [1, 2], [1], [2, 3]))]
+    value = torch.randn(2, 32) if model_type == "llama" else None
+    edits.append(Edit({}, (), edits[0].info, {name: Neurons(torch.randn(2, 32), value, 0.1 * torch.randn(2, 32))}))
+    ids = torch.tensor([encode_pair("The author of the play is", "", "bare", lm.tokenizer).prompt])
+    base = lm.model(ids).logits
+    with EditSession(lm) as session:
+        for edit in edits:
+            session.attach(edit)
+        expected = lm.model(ids).logits
+    with InSequence(lm) as kept:
+        for edit in edits:
+            kept.add(edit)
+        assert kept.whole and kept.whole.rank == 32  # 60 directions at a module of width 32
+        for module in kept.whole.factors:
+            total = sum(edit.delta(module) for edit in edits if module in edit.factors)
+            torch.testing.assert_close(kept.whole.delta(module), total)
+        torch.testing.assert_close(lm.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(lm.model(ids).logits, base) and not torch.allclose(expected, base)
+
+
+@pytest.mark.parametrize("method", ["grace", "ike"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_edits_without_weights_stay_in_a_sequence(
+    tiny_model: Callable[..., LanguageModel], method: str, model_type: str
+) -> None:
+    lm, requests = tiny_model(model_type), MANY[:2]
+    kind = method_class(method)
+    first = following = kind.for_model(lm, **kind.quick)
+    edits = list[Edit]()
+    with EditSession(lm) as session:
+        for request in requests:
+            edits.append(following.edit([request]))
+            session.attach(edits[-1])
+            following = following.after(edits[-1])
+    pairs = [encode_pair(request.prompt, request.target_new, "bare", lm.tokenizer) for request in requests]
+    base, expected = ([sum(one.nll) for one in score(lm, pairs, force)] for force in (None, Together(tuple(edits))))
+    report = evaluate(lm, first, requests, Protocol("sequential", 1))
+    assert report["nll_nats"]["edited"]["reliability"]["mean"] == pytest.approx(fmean(expected), rel=1e-4)
+    assert report["nll_nats"]["base"]["reliability"]["mean"] == pytest.approx(fmean(base), rel=1e-4)
+    assert expected != pytest.approx(base, rel=1e-3)
+    for index, request in enumerate(requests):
+        prompt = request.locality[0].prompt
+        same = exact_match(says(lm, prompt, edits), says(lm, prompt, []))
+        assert report["scores"]["generation"]["locality"][index] == same
+    # A tiny codebook's entry is a key, a value and a radius; what is told is a text.
+    sizes = [
+        4 * sum(tensor.numel() for tensor in edit.tensors().values())
+        + sum(len(json.dumps(part["record"])) for part in edit.records().values())
+        for edit in edits
+    ]
+    assert report["bytes_per_edit"] == pytest.approx(fmean(sizes)) and min(sizes) > 40
 
 
 def test_ages_are_those_of_the_scores(tiny_model: Callable[..., LanguageModel]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from conftest import make_tiny
 from random_editor import REQUESTS, RandomEditor, random_edit
 
-from ibke.data.abilities import Choice, read_abilities
+from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit, EditInfo
+from ibke.editors.grace import GRACE, GRACESettings
+from ibke.editors.ike import IKE
 from ibke.errors import FormatError, RequestError
 from ibke.evaluation.protocols import Protocol, evaluate
-from ibke.evaluation.side_effects import LEADING, WINDOW, Battery, update_size
+from ibke.evaluation.side_effects import LEADING, MOST, WINDOW, Battery, Beside, update_size
 from ibke.models import LanguageModel
 from ibke.modules import resolve, target_modules, weight_OI
 from ibke.neurons import Neurons
@@ -106,6 +109,31 @@ def test_an_edit_that_changes_nothing_has_no_side_effect(lm: LanguageModel) -> N
     assert report["drift"]["mean"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_an_edit_without_weights_has_effects_and_no_size(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=60, suites={"suite": SUITE})
+    told, book = IKE(lm).edit(REQUESTS[:1]), GRACE(lm, GRACESettings(epochs=2)).edit(REQUESTS[:1])
+    assert update_size(lm, [told, book]) == {"relative_norm": 0.0, "drift": 0.0}
+    battery.note([told])
+    battery.note([book])
+    found = battery.report()
+    assert found["n"] == found["asked"] == 2
+    assert found["perplexity"]["each"][0] != 1.0 and found["perplexity"]["each"][1] == pytest.approx(1.0)
+    assert found["relative_norm"]["mean"] == found["drift"]["mean"] == 0.0
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_text_in_front_that_leaves_no_room_is_counted(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=60, suites={"suite": SUITE})
+    # 75 tokens and more stand in front of 60 others; the window is 128.
+    told = IKE(lm).edit([replace(REQUESTS[0], prompt="word " * 15, subject=None)])
+    battery.note([told])
+    battery.note([random_edit(lm, 1, seed=0, scale=0.0)])
+    found = battery.report()
+    assert (found["n"], found["asked"]) == (2, 1)
+    assert found["perplexity"]["each"] == [1.0] and found["abilities"]["suite"]["kept"]["mean"] == 1.0
+    assert found["relative_norm"]["mean"] == 0.0
+
+
 @pytest.mark.parametrize(("protocol", "looks"), [("single", 2), ("batch:2", 2), ("sequential:2", 1)])
 def test_reports_hold_the_side_effects_of_the_models_looked_at(lm: LanguageModel, protocol: str, looks: int) -> None:
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
@@ -119,6 +147,19 @@ def test_reports_hold_the_side_effects_of_the_models_looked_at(lm: LanguageModel
     json.dumps(report)
     assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
     assert "side_effects" not in evaluate(lm, RandomEditor(lm), REQUESTS[:1])
+
+
+def test_a_change_of_choice_and_a_broken_model_show(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=100, suites={"suite": SUITE})
+    battery.note([])
+    calm = battery.condition([])
+    turned = replace(calm, nll=math.nan, chosen={"suite": (calm.chosen["suite"][0], -1)})
+    battery.condition = lambda _: turned  # type: ignore[method-assign]
+    battery.note([])
+    found = battery.report()
+    assert found["abilities"]["suite"]["kept"]["mean"] == pytest.approx((1.0 + 0.5) / 2)
+    assert found["perplexity"]["each"] == [1.0, pytest.approx(math.exp(MOST))]
+    json.dumps(found, allow_nan=False)
 
 
 def test_nothing_to_measure_is_an_error(lm: LanguageModel) -> None:
@@ -137,6 +178,16 @@ TRUTHFUL = (
     "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
     'A,B,"Which, if any?",None,None; No,One; Two,http\nA,B,What?,This,This,,http\n'
 )
+
+
+def test_our_own_questions_are_there_and_even() -> None:
+    found = read_abilities(OWN)
+    assert len(found) >= 60 and len({item.prompt for item in found}) == len(found)
+    for choices in (("no", "yes"), ("True", "False")):  # whoever always says the same is right half the time
+        rights = [item.right for item in found if item.choices == choices]
+        assert len(rights) >= 20 and sum(rights) == len(rights) / 2
+    assert sum(item.prompt.startswith("Q: ") for item in found) >= 20
+    assert Beside(abilities=("own",), questions=5).read()[1]["own"] == read_abilities(OWN, 5)
 
 
 def test_published_suites_are_read(tmp_path: Path) -> None:
@@ -164,6 +215,11 @@ def test_published_suites_are_read(tmp_path: Path) -> None:
         (PAIRS + "2\tx\ty\tmaybe\n", "line 4"),
         ("a,b\n1,2\n", "none of those known"),
         ("", "none of those known"),
+        ("[{", "not valid JSON"),
+        ('["x"]', "record 1"),
+        ('[{"prompt": "x", "choices": ["a"], "right": 0}]', "1 choices"),
+        ('[{"prompt": 1, "choices": ["a", "b"], "right": 0}]', "no text"),
+        ("[]", "no question"),
     ],
 )
 def test_a_faulty_suite_is_named(tmp_path: Path, text: str, message: str) -> None:

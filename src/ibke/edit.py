@@ -1,4 +1,4 @@
-"""An Edit: low-rank updates of a model's linear modules, neurons added to its MLPs, and where they came from.
+"""An Edit: low-rank updates of linear modules, neurons added to MLPs, parts that act, and where they came from.
 
 Shape suffixes: R rank, I d_in, O d_out. An update is ΔW_OI = B_OR @ A_RI, in ``nn.Linear`` orientation.
 """
@@ -21,9 +21,11 @@ from torch import Tensor
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
 from ibke.files import write_atomically
 from ibke.neurons import Neurons
+from ibke.parts import Part, join_parts, part_class
 from ibke.request import EditRequest
 
-FORMAT, VERSION = "ibke-edit", 2
+FORMAT, VERSION = "ibke-edit", 3
+READABLE = (2, 3)  # 2 knows of no parts
 INDEX = "edit.json"
 
 Factors = tuple[Tensor, Tensor]
@@ -71,7 +73,7 @@ class EditInfo:
 
 @dataclass(eq=False)
 class Edit:
-    """What is changed in a model: linear modules, MLPs, or both.
+    """What is changed in a model: linear modules, MLPs, or what is done while it runs.
 
     Args:
         factors: module name to (A [R × I], B [O × R]), float32 and finite; kept on the CPU.
@@ -79,6 +81,7 @@ class Edit:
         info: how it was made.
         neurons: name of an MLP's output projection to the neurons added to it (K × width), float32 and finite; kept on
             the CPU. They are low-rank updates too, of an MLP padded with empty neurons (see :mod:`ibke.neurons`).
+        parts: what acts while the model runs, by its place (see :mod:`ibke.parts`); no weight is changed by it.
 
     Raises:
         FormatError: factors or neurons that do not fit each other or are not finite.
@@ -88,6 +91,7 @@ class Edit:
     requests: tuple[EditRequest, ...]
     info: EditInfo
     neurons: dict[str, Neurons] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.requests = tuple(self.requests)
@@ -116,18 +120,24 @@ class Edit:
         return b_OR @ a_RI
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that goes into a model, flat: ``factors/MODULE/A`` and ``B``, ``neurons/MODULE/gate`` etc."""
+        """Every tensor that goes into a model: ``factors/MODULE/A``, ``neurons/MODULE/gate``, ``parts/PLACE/…`` etc."""
         found: dict[str, Tensor] = {}
         for name, (a_RI, b_OR) in self.factors.items():
             found |= {f"factors/{name}/A": a_RI, f"factors/{name}/B": b_OR}
         for name, some in self.neurons.items():
             found |= {f"neurons/{name}/{part}": tensor for part, tensor in some.tensors().items()}
+        for place, acting in self.parts.items():
+            found |= {f"parts/{place}/{name}": tensor for name, tensor in acting.tensors().items()}
         return found
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What the parts hold beside tensors, JSON-ready: ``kind`` and ``record`` by place."""
+        return {place: {"kind": acting.kind, "record": acting.record()} for place, acting in self.parts.items()}
 
     def norm(self) -> dict[str, float]:
         """Frobenius norm of each module's update, from the Gram matrices of its factors.
 
-        Of neurons, what counts are the columns they add to the output projection.
+        Of neurons, what counts are the columns they add to the output projection. Parts change no weight.
         """
         norms = {name: some.out.norm().item() for name, some in self.neurons.items()}
         for name, (a_RI, b_OR) in self.factors.items():
@@ -140,11 +150,13 @@ class Edit:
     def compose(self, other: Edit) -> Edit:
         """Both edits as one: updates add up, so factors and neurons stand side by side and ranks add.
 
+        Parts of one place are joined as their kind says.
+
         The result is the output of no single code, so it has none; whether both targets still come is unknown.
 
         Raises:
             FingerprintMismatchError: they were made for different models.
-            FormatError: their shapes differ.
+            FormatError: their shapes differ, or parts of different kinds are in one place.
         """
         if self.info.fingerprint != other.info.fingerprint:
             raise FingerprintMismatchError(
@@ -171,12 +183,13 @@ class Edit:
             rate_nats=_sum(self.info.rate_nats, other.info.rate_nats),
             seconds=self.info.seconds + other.info.seconds,
         )
-        return Edit(factors, self.requests + other.requests, info, neurons)
+        return Edit(factors, self.requests + other.requests, info, neurons, join_parts([self.parts, other.parts]))
 
     def compress(self, rank: int) -> tuple[Edit, float]:
         """The nearest edit of at most this rank in each linear module (Eckart–Young, through QR of the factors).
 
         Added neurons stay as they are: a gate is not linear, so leaving one out gives no nearby edit but another one.
+        So do parts.
 
         Args:
             rank: the largest rank allowed, at least 1.
@@ -197,7 +210,7 @@ class Edit:
             root = s[:rank].sqrt()
             factors[name] = ((root[:, None] * v[:rank] @ q_a.T).float(), (q_b @ u[:, :rank] * root).float())
             lost, total = lost + s[rank:].square().sum().item(), total + s.square().sum().item()
-        small = Edit(factors, self.requests, replace(self.info), self.neurons)
+        small = Edit(factors, self.requests, replace(self.info), self.neurons, self.parts)
         return small, (lost / total) ** 0.5 if total else 0.0
 
     def save(self, folder: str | Path) -> Path:
@@ -230,6 +243,7 @@ class Edit:
             "sha256": digest,
             "modules": list(self.factors),
             "mlps": list(self.neurons),
+            "parts": self.records(),
             "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
         }
@@ -260,11 +274,12 @@ class Edit:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
             factors = {name: _factors_in(tensors, f"factors/{name}/") for name in index["modules"]}
             neurons = {name: _neurons_in(tensors, f"neurons/{name}/") for name in index["mlps"]}
+            parts = {place: _part_in(tensors, place, one) for place, one in index.get("parts", {}).items()}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
             requests = tuple(EditRequest.from_dict(record) for record in index["requests"])
-            return cls(factors, requests, info, neurons)
-        except (KeyError, TypeError, AttributeError, IBKEError) as error:
+            return cls(factors, requests, info, neurons, parts)
+        except (KeyError, TypeError, ValueError, AttributeError, IBKEError) as error:
             raise FormatError(f"the edit is not complete ({error}).", str(folder), "Make the edit again.") from error
 
 
@@ -296,6 +311,12 @@ def _neurons_in(tensors: Mapping[str, Tensor], at: str) -> Neurons:
     return Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
 
 
+def _part_in(tensors: Mapping[str, Tensor], place: str, one: Mapping[str, Any]) -> Part:
+    at = f"parts/{place}/"
+    own = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
+    return part_class(one["kind"]).read(own, one["record"])
+
+
 def _without_latent(info: EditInfo) -> dict[str, Any]:
     record = asdict(replace(info, latent={}))
     del record["latent"]
@@ -318,7 +339,7 @@ def _read_index(folder: Path) -> Mapping[str, Any]:
         raise FormatError(f"this is not valid JSON ({error}).", str(path), "Make the edit again.") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise FormatError("this is not an edit.", str(path), f"Its `format` should be {FORMAT!r}.")
-    if index.get("version") != VERSION:
+    if index.get("version") not in READABLE:
         raise FormatError(
             f"format version {index.get('version')!r} is not the one understood here, {VERSION}.",
             str(path),

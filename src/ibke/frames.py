@@ -28,6 +28,21 @@ def render(prompt: str, frame: Frame, tokenizer: Any) -> tuple[str, str]:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True), ""
 
 
+def opening(tokenizer: Any) -> list[list[int]]:
+    """Tokens that may stand before a prompt's own words, the longest first; a question form is part of the words.
+
+    They are those of the chat template with all that comes before the user's turn, and those that begin any text.
+    """
+    word = "qzx"
+    marked, plain = (tokenizer(word, add_special_tokens=special).input_ids for special in (True, False))
+    begin = next((at for at in range(len(marked)) if marked[at : at + len(plain)] == plain), 0)
+    heads = [marked[:begin]]
+    if _is_template("chat", tokenizer):
+        text = render(word, "chat", tokenizer)[0]
+        heads.append(tokenizer(text[: text.index(word)], add_special_tokens=False).input_ids)
+    return sorted(heads, key=len, reverse=True)
+
+
 def encode_pair(
     prompt: str, target: str, frame: Frame, tokenizer: Any, subject: str | None = None, context: str = ""
 ) -> Pair:

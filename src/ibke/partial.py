@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ibke.batch import Batch
+from ibke.errors import CaptureError
 
 
 class _Reached(Exception):
@@ -97,9 +98,14 @@ class PartialModel:
 
     @torch.no_grad()
     def prefix(self, batch: Batch) -> Tensor:
-        """Hidden states entering layer ``first`` (R × T × D), without gradient."""
+        """Hidden states entering layer ``first`` (R × T × D), without gradient.
+
+        Raises:
+            CaptureError: an attached edit puts tokens in front of the rows.
+        """
         with taking_input(self.layers[self.first], last=True) as taken:
             self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        _refuse_longer(taken[0], batch)
         return taken[0]
 
     @torch.no_grad()
@@ -107,6 +113,7 @@ class PartialModel:
         """What a module of the model is fed (R × T × its d_in, float32), without gradient; nothing after it is run."""
         with taking_input(module, last=True) as taken:
             self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        _refuse_longer(taken[0].reshape(batch.rows, -1, taken[0].shape[-1]), batch)
         # Some models flatten rows and tokens before a linear module.
         return taken[0].float().reshape(*batch.ids_RT.shape, -1)
 
@@ -212,6 +219,15 @@ class PartialModel:
         padded_ND = F.pad(states_ND, (0, 0, 0, -count % 4)) if torch.is_grad_enabled() else states_ND
         logits = self.head(padded_ND)[:count].float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _refuse_longer(states_RTD: Tensor, batch: Batch) -> None:
+    if states_RTD.shape[1] != batch.ids_RT.shape[1]:
+        raise CaptureError(
+            "an attached edit puts a text in front of the question, and this method reads states token by token.",
+            "capture",
+            "Detach that edit, make this one, and attach both.",
+        )
 
 
 def _replace_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -19,6 +19,7 @@ from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 from ibke.modules import add_delta_, in_out, parameters_of, resolve, set_parameters_, weight_OI
 from ibke.neurons import Neurons, Site
+from ibke.parts import attach_parts, join_parts
 
 
 class EditSession:
@@ -40,7 +41,7 @@ class EditSession:
     def __init__(self, lm: LanguageModel):
         self.lm = lm
         self._attached: list[tuple[Edit, list[RemovableHandle]]] = []
-        self._neurons: list[RemovableHandle] = []  # of all attached edits together
+        self._shared: list[RemovableHandle] = []  # neurons and parts of all attached edits together
         self._merged: list[Edit] = []
         self._saved: dict[str, Tensor] = {}
         self._narrow: dict[str, tuple[nn.Parameter, nn.Parameter | None]] = {}
@@ -56,7 +57,7 @@ class EditSession:
         return tuple(self._merged)
 
     def attach(self, edit: Edit) -> EditSession:
-        """Let an edit ride beside the weights: y ← y + (x Aᵀ) Bᵀ in the model's dtype, or neurons beside an MLP's own.
+        """Let an edit ride beside the weights: y ← y + (x Aᵀ) Bᵀ in the model's dtype, neurons, parts.
 
         Returns:
             This session, so that ``with EditSession(lm).attach(edit):`` reads as it should.
@@ -64,7 +65,7 @@ class EditSession:
         Raises:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: it names a module the model has not.
-            FormatError: its shapes are not the module's.
+            FormatError: its shapes are not the module's, or a part of another kind is in a place of its own.
             IBKEError: it is attached already.
         """
         if any(edit is other for other in self.attached):
@@ -74,10 +75,11 @@ class EditSession:
                 "a merged edit has added neurons to this module.", wide, "Merge this edit too, or restore first."
             )
         modules = self._checked(edit)
+        join_parts([*(other.parts for other in self.attached), edit.parts])
         hooks = {name: _adder(module, self.lm.dtype, *edit.factors[name]) for name, module in modules.items()}
         handles = [module.register_forward_hook(hooks[name]) for name, module in modules.items()]
         self._attached.append((edit, handles))
-        self._attach_neurons()
+        self._attach_shared()
         return self
 
     def detach(self, edit: Edit | None = None) -> EditSession:
@@ -93,7 +95,7 @@ class EditSession:
             for handle in pair[1]:
                 handle.remove()
             self._attached.remove(pair)
-        self._attach_neurons()
+        self._attach_shared()
         return self
 
     def merge(self, edit: Edit) -> EditSession:
@@ -105,7 +107,15 @@ class EditSession:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: a module does not exist, or its weight is packed or shared with another module.
             FormatError: its shapes are not the module's.
+            IBKEError: it has parts, which act while the model runs and are no weights.
         """
+        if edit.parts:
+            kinds = ", ".join(sorted({part.kind for part in edit.parts.values()}))
+            raise IBKEError(
+                f"it acts while the model runs ({kinds}) and changes no weight, so it cannot be merged.",
+                f"edit by {edit.info.method}",
+                "Attach it instead.",
+            )
         merged, modules = list(self._merged), {}
         self._make_narrow()
         try:
@@ -156,6 +166,8 @@ class EditSession:
             _refuse_size(name, (some.gate.shape[1], some.out.shape[1]), (width, width))
             if (site.value is None) != (some.value is None):
                 raise FormatError("only one of MLP and neurons is gated.", name, "Use the model the edit was made for.")
+        for place, part in edit.parts.items():
+            part.check(self.lm, place)
         return modules
 
     def _touched(self, edit: Edit, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -163,14 +175,18 @@ class EditSession:
         sites = [Site.find(self.lm.model, name) for name in edit.neurons]
         return modules | {name: module for site in sites for name, module in site.modules.items()}
 
-    def _attach_neurons(self) -> None:
-        """All attached edits' neurons as one set an MLP, so that a thousand edits cost as many products as one."""
-        for handle in self._neurons:
+    def _attach_shared(self) -> None:
+        """All attached edits' neurons as one set an MLP, so that a thousand edits cost as many products as one.
+
+        So with parts: which of them answers is decided once, over all of them.
+        """
+        for handle in self._shared:
             handle.remove()
-        self._neurons = []
+        self._shared = []
         for name, some in _joined(self.attached).items():
             site = Site.find(self.lm.model, name)
-            self._neurons += site.attach(some.to(next(site.entrance.parameters()).device))
+            self._shared += site.attach(some.to(next(site.entrance.parameters()).device))
+        self._shared += attach_parts(self.lm, [join_parts(edit.parts for edit in self.attached)])
 
     def _widen(self) -> None:
         """Append the merged edits' neurons to their MLPs."""

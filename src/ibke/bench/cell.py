@@ -37,6 +37,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     from ibke.data.readers import Skipped, count_reasons, read
     from ibke.editors.base import method_class
     from ibke.evaluation.protocols import evaluate, sample
+    from ibke.evaluation.side_effects import Battery
     from ibke.files import find_file
     from ibke.models import load_model
 
@@ -53,6 +54,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         cell.stage.protocol,
         frames=[cast(Any, frame) for frame in given.frames],
         edit_frame=cast(Any, given.edit_frame),
+        battery=Battery.of(lm, given.beside) if given.beside else None,
         config={
             "data": data.name,
             "format": data.format,

@@ -21,7 +21,7 @@ from ibke.evaluation.tally import ASPECTS
 
 DRAWS = 2000
 SCORE = "score"
-METRICS = (SCORE, *ASPECTS)
+METRICS = (SCORE, *ASPECTS, "portability")
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,13 @@ def by_edit(reports: Iterable[Mapping[str, Any]], block: str, metric: str) -> di
     Args:
         reports: of one method, data set and protocol.
         block: ``generation`` or ``teacher_forced``.
-        metric: one of the three, or ``score``: their mean, of edits that have them all.
+        metric: one of a report's, or ``score``: the mean of the three, of edits that have them all.
     """
     found: dict[str, list[float]] = {}
     for report in reports:
         scores = report["scores"]
-        columns = [scores[block][name] for name in (ASPECTS if metric == SCORE else (metric,))]
+        nothing = [None] * len(scores["edits"])
+        columns = [scores[block].get(name, nothing) for name in (ASPECTS if metric == SCORE else (metric,))]
         for edit, *values in zip(scores["edits"], *columns, strict=True):
             if None not in values:
                 found.setdefault(edit, []).append(fmean(values))

@@ -8,8 +8,9 @@ from typing import Any
 
 from ibke.bench import charts
 from ibke.bench.charts import Dot
-from ibke.bench.compare import METRICS
-from ibke.bench.summary import COSTS, by_place, conditions, number, share, unedited
+from ibke.bench.compare import SCORE
+from ibke.bench.effects import EFFECTS, RELATIVE, effect, effects_table, families_table
+from ibke.bench.summary import COSTS, by_place, cells, conditions, measured, number, share, unedited
 from ibke.evaluation.tally import ASPECTS
 
 STYLE = """
@@ -58,16 +59,16 @@ def page(summary: Mapping[str, Any]) -> str:
 
 def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """All there is of one data set and protocol."""
-    against = summary["against"]
+    against, metrics = summary["against"], measured(rows)
     base: Mapping[str, Any] = next(
         (one for one in summary["base"] if (one["data"], one["protocol"]) == (data, protocol)), {}
     )
     shown = [
         _figure(
-            f"Generated {name}" if name in ASPECTS else "Score: mean of the three",
+            "Score: mean of the three" if name == SCORE else f"Generated {name}",
             charts.bars(name, [_dot(row, row["generation"][name], against) for row in rows], base.get(name)),
         )
-        for name in METRICS
+        for name in metrics
     ]
     others = [row for row in rows if row["method"] != against]
     if others:
@@ -76,12 +77,13 @@ def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[
                 f"{name.capitalize()} less that of {against}, same edits",
                 charts.differences(name, [_dot(row, row["minus"][name], against, sign=True) for row in others]),
             )
-            for name in METRICS
+            for name in metrics
         ]
     shown += [
         _figure(title, charts.costs(title, [_cost(row, name, against) for row in rows]))
         for name, title in {"seconds_per_edit": "Seconds per edit", "bytes_per_edit": "Bytes per edit"}.items()
     ]
+    shown += [_figure(EFFECTS[name][0], chart) for name, chart in _effects(rows, against).items()]
     if protocol.startswith("sequential"):
         shown += [
             _figure(f"{name.capitalize()} by number of edits made later", _by_age(rows, name)) for name in ASPECTS
@@ -90,7 +92,7 @@ def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[
         f"<h2>{escape(data)}, {escape(protocol)}</h2>",
         f'<p class="dim">{escape(unedited(summary, data, protocol))} A dashed line marks it.</p>',
         f'<div class="grid-of-charts">{"".join(shown)}</div>',
-        _table(against, rows),
+        *_tables(against, rows),
     ]
 
 
@@ -120,21 +122,42 @@ def _by_age(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     return charts.lines(f"{name} by age", curves)
 
 
-def _table(against: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _effects(rows: Sequence[Mapping[str, Any]], against: str) -> dict[str, str]:
+    """Plots of how far weights, perplexity and abilities moved, where that was measured."""
+    plots = {"relative_norm": charts.costs} | dict.fromkeys(RELATIVE, charts.differences)
+    found = {}
+    for name, plot in plots.items():
+        values = [(row["method"], row["effects"][name]) for row in rows]
+        if any(value is not None for _, value in values):
+            dots = [Dot(m, v, text="" if v is None else effect(name, v), bold=m == against) for m, v in values]
+            found[name] = plot(EFFECTS[name][0], dots)
+    return found
+
+
+def _tables(against: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The numbers, and the files they come from."""
-    names = ["method", "n", *METRICS, f"score − {against}", *(f"forced {name}" for name in ASPECTS), *COSTS.values()]
-    lines = []
-    for row in rows:
-        cells = [row["method"], str(row["n"]), *(share(row["generation"][name]) for name in METRICS)]
-        cells += [share(row["minus"]["score"], sign=True)]
-        cells += [share(row["teacher_forced"][name]) for name in ASPECTS] + [number(row[name]) for name in COSTS]
-        lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    metrics = measured(rows)
+    head = ["method", "n", *metrics, f"score − {against}", *COSTS.values(), *(f"forced {name}" for name in ASPECTS)]
+    lines = [
+        [
+            *(row["method"], str(row["n"]), *cells(row, metrics)),
+            *(share(row["teacher_forced"][name]) for name in ASPECTS),
+        ]
+        for row in rows
+    ]
+    tables = {"Numbers": (head, lines), "Side effects": effects_table(rows), "By family": families_table(rows)}
     files = "<br>".join(f"<code>{escape(file)}</code>" for row in rows for file in row["files"])
+    return [
+        *(_details(title, *table) for title, table in tables.items() if len(table[0]) > 1),
+        f"<details><summary>Files</summary>{files}</details>",
+    ]
+
+
+def _details(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
     table = (
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
+        f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(line, 'td') for line in lines)}</tbody></table>"
     )
-    return (
-        f'<details open><summary>Numbers</summary><div class="scroll">{table}</div></details>'
-        f"<details><summary>Files</summary>{files}</details>"
-    )
+    return f'<details open><summary>{escape(title)}</summary><div class="scroll">{table}</div></details>'

@@ -9,6 +9,7 @@ from typing import Any
 
 from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import Protocol
+from ibke.evaluation.side_effects import Beside
 from ibke.files import digest
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -93,7 +94,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is the same in every cell: the model, and how it is asked."""
+    """What is the same in every cell: the model, how it is asked, and what is put to it beside the edits' questions."""
 
     model: str
     device: str = "auto"
@@ -101,6 +102,7 @@ class Conditions:
     modules: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("bare",)
     edit_frame: str = "bare"
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Cell:
             "protocol": str(self.stage.protocol),
             "limit": self.stage.limit,
             "seed": self.seed,
-            "conditions": _plain(asdict(self.conditions)),
+            # Left out where it is nothing, so that cells from before it could be asked for are still found.
+            "conditions": {k: v for k, v in _plain(asdict(self.conditions)).items() if k != "beside" or v},
         }
 
     @property
@@ -183,4 +186,10 @@ def _check_name(name: str, option: str) -> None:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same as JSON gives it back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _plain(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
 from typing import Any
 
 from ibke.bench.compare import METRICS, Interval, by_edit, mean, paired
+from ibke.bench.effects import EFFECTS, effects, effects_table, families, families_table, mean_known
 from ibke.bench.plan import Plan
 from ibke.evaluation.tally import ASPECTS
 
@@ -34,9 +34,10 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
 
     Returns:
         A JSON-ready summary. ``rows`` has, for each data set, protocol and method, ``generation`` and
-        ``teacher_forced`` with ``score`` (mean of the three), ``reliability``, ``generality`` and ``locality``, each
-        mean, 95 % interval and number of edits; ``minus``, the generated ones less those of ``against`` on the same
-        edits; the costs, means over seeds; ``by_age``, of the first seed; and ``files``, where all of it comes from.
+        ``teacher_forced`` with ``score`` (mean of the three), ``reliability``, ``generality``, ``locality`` and
+        ``portability``, each mean, 95 % interval and number of edits; ``minus``, the generated ones less those of
+        ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
+        ``by_age``, of the first seed; and ``files``, where all of it comes from.
         ``base`` has reliability and generality of the unedited model; ``failed`` the cells without a result.
     """
     against = against or plan.contenders[0].label
@@ -77,7 +78,8 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     row["n"] = sum(report["n"] for report in reports)
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
-    row |= {name: _mean(report[name] for report in reports) for name in COSTS}
+    row |= {name: mean_known(report[name] for report in reports) for name in COSTS}
+    row |= {"effects": effects(reports), "families": families(reports)}
     return row | {"by_age": reports[0]["by_age"] if reports else []}
 
 
@@ -91,14 +93,9 @@ def _minus(reports: Sequence[Document], other: Sequence[Document]) -> dict[str, 
 
 def _base(reports: Sequence[Document]) -> dict[str, float | None]:
     return {
-        name: _mean(report["base"]["generation"][name]["mean"] for report in reports)
+        name: mean_known(report["base"]["generation"][name]["mean"] for report in reports)
         for name in ("reliability", "generality")
     }
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -107,19 +104,21 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for data, protocol, rows in by_place(summary):
         lines += [f"## {data}, {protocol}", ""]
         lines += _table(
-            ["method", "n", *METRICS, f"score − {summary['against']}", *COSTS.values()],
-            [[row["method"], str(row["n"]), *_cells(row)] for row in rows],
+            ["method", "n", *measured(rows), f"score − {summary['against']}", *COSTS.values()],
+            [[row["method"], str(row["n"]), *cells(row, measured(rows))] for row in rows],
         )
         lines += ["", "Teacher-forced, to compare with published numbers:", ""]
         forced = [[row["method"], *(share(row["teacher_forced"][name]) for name in ASPECTS)] for row in rows]
         lines += [*_table(["method", *ASPECTS], forced), "", unedited(summary, data, protocol), ""]
+        for title, (head, body) in (("Side effects", effects_table(rows)), ("By family", families_table(rows))):
+            lines += [f"{title}:", "", *_table(head, body), ""] if len(head) > 1 else []
     if summary["failed"]:
         lines += ["## Failed", "", *(f"* {one['cell']}: {one['why']}" for one in summary["failed"]), ""]
     return "\n".join(lines)
 
 
 def csv_text(summary: Mapping[str, Any]) -> str:
-    """The summary as CSV, a metric a line; costs have no interval, and only generated metrics a difference."""
+    """The summary as CSV, a metric a line; only metrics have an interval, and only generated ones a difference."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     head = ["data", "protocol", "method", "block", "metric", "n", "mean", "low", "high"]
@@ -134,6 +133,10 @@ def csv_text(summary: Mapping[str, Any]) -> str:
                 table.writerow([*start, block, name, n, *found[0], summary["against"], *found[1], files])
         for name in COSTS:
             table.writerow([*start, "cost", name, row["n"], row[name], "", "", "", "", "", "", files])
+        for name in EFFECTS:
+            table.writerow([*start, "effect", name, row["n"], row["effects"][name], "", "", "", "", "", "", files])
+        for name, found in row["families"].items():
+            table.writerow([*start, "family", name, row["n"], found["edited"], "", "", "", "", "", "", files])
     return out.getvalue()
 
 
@@ -145,7 +148,7 @@ def conditions(summary: Mapping[str, Any]) -> list[str]:
         f"{machine.get('cpu', 'Unknown processor')}, {machine.get('threads', '?')} thread(s), "
         f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}.",
         "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
-        "score is the mean of the three.",
+        "score is the mean of reliability, generality and locality.",
         "Brackets hold 95 % intervals over edits: Wilson's, and for differences on the same edits the bootstrap's.",
     ]
 
@@ -180,8 +183,14 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    generated = [share(row["generation"][name]) for name in METRICS]
+def measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that any of some rows has."""
+    return [name for name in METRICS if any(row["generation"][name]["mean"] is not None for row in rows)]
+
+
+def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """A row's generated metrics, difference and costs as they are written."""
+    generated = [share(row["generation"][name]) for name in metrics]
     return [*generated, share(row["minus"]["score"], sign=True), *(number(row[name]) for name in COSTS)]
 
 

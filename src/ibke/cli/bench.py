@@ -9,7 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ibke.cli.console import DONE, JSON, NOT_ACHIEVED, Bars, Device, Dtype, ModelChoice, ModelName, Modules
+from ibke.cli.console import (
+    DONE,
+    JSON,
+    NOT_ACHIEVED,
+    AbilityFiles,
+    Bars,
+    Device,
+    Dtype,
+    Looks,
+    ModelChoice,
+    ModelName,
+    Modules,
+    Questions,
+    RunningText,
+    beside,
+)
 from ibke.cli.output import number, print_json, screen
 from ibke.cli.settings import parse
 from ibke.data.readers import READERS, read
@@ -44,6 +59,10 @@ def bench(
     editor: Annotated[
         list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A method's trained editor. Repeat.")
     ] = None,
+    text: RunningText = "",
+    abilities: AbilityFiles = None,
+    questions: Questions = 50,
+    looks: Looks = 8,
     model: ModelName = ModelChoice.name,
     module: Modules = None,
     device: Device = ModelChoice.device,
@@ -58,12 +77,13 @@ def bench(
     """
     from ibke.bench.plan import Conditions, DataSet, Plan, Stage
 
+    given = (model, device, dtype, tuple(module or ()), tuple(_split(frames)), edit_frame)
     plan = Plan(
         list(_contenders(_split(methods), settings or (), editor or ())),
         [DataSet.parse(text) for text in data],
         [Stage.parse(text, limit) for text in _split(protocols)],
         [_seed(text) for text in _split(seeds)],
-        Conditions(model, device, dtype, tuple(module or ()), tuple(_split(frames)), edit_frame),
+        Conditions(*given, beside(text, abilities, questions, looks)),
     )
     _check(plan, against)
     _measure(plan, out, against, as_json)

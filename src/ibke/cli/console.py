@@ -37,6 +37,7 @@ from ibke.errors import IBKEError, ModelError
 
 if TYPE_CHECKING:
     from ibke.editors.base import Editor
+    from ibke.evaluation.side_effects import Beside
     from ibke.models import LanguageModel
 
 DONE, NOT_ACHIEVED, WRONG_INPUT = 0, 1, 2
@@ -80,6 +81,15 @@ Method = Annotated[str, typer.Option("--method", help="The editing method (`ibke
 EditorPath = Annotated[
     str | None, typer.Option("--editor", help="Folder of a trained editor; the shipped one if left out.")
 ]
+RunningText = Annotated[str, typer.Option("--text", help="Running text, to measure perplexity after editing.")]
+AbilityFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--abilities", help="BoolQ, sentence pairs or TruthfulQA, asked after editing; `own` is ours. Repeat."
+    ),
+]
+Questions = Annotated[int, typer.Option("--questions", min=1, help="Draw so many questions of each such file.")]
+Looks = Annotated[int, typer.Option("--looks", min=1, help="After so many of the edits, unless all stay.")]
 NoRefine = Annotated[bool, typer.Option("--no-refine", help="Take the editor's first guess as it is.")]
 
 
@@ -149,6 +159,21 @@ def load_for_editing(
     with Bars() as tick:
         tick(f"Loading the {method} editor", 0, None)
         return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}), **given)
+
+
+def beside(text: str, abilities: Sequence[str] | None, questions: int, looks: int) -> Beside | None:
+    """What is put to models beside the requests' own questions, if anything.
+
+    Raises:
+        IBKEError: a file of it cannot be read.
+    """
+    from ibke.evaluation.side_effects import Beside
+
+    if not text and not abilities:
+        return None
+    found = Beside(text, tuple(abilities or ()), questions, looks)
+    found.read()
+    return found
 
 
 class _TimeLeft(TimeRemainingColumn):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -11,15 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from ibke.cli.console import (
+    AbilityFiles,
     Bars,
     Device,
     Dtype,
     EditorPath,
+    Looks,
     Method,
     ModelChoice,
     ModelName,
     Modules,
     NoRefine,
+    Questions,
+    RunningText,
+    beside,
     load_for_editing,
 )
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
@@ -30,7 +34,9 @@ from ibke.errors import RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ibke.evaluation.side_effects import Battery
+    from ibke.editors.base import Editor
+    from ibke.evaluation.protocols import Protocol
+    from ibke.evaluation.side_effects import Beside
     from ibke.models import LanguageModel
     from ibke.request import EditRequest
 
@@ -43,20 +49,16 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="single: each edit alone; batch: a group at once, then off; sequential: all stay.")
     ] = "single",
-    group: Annotated[
-        int | None, typer.Option(min=1, help="Requests edited at once (sequential: 1 if left out).")
-    ] = None,
+    group: Annotated[int | None, typer.Option(min=1, help="Requests edited at once; of a sequence 1.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many edits.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which, and a random order.")] = 0,
     order: Annotated[str, typer.Option(help="In which order edits are made: file or random.")] = "file",
     frames: Annotated[str, typer.Option(help="How prompts are asked, by commas: bare, question, chat.")] = "bare",
     edit_frame: Annotated[str, typer.Option(help="How edits are worded for the editor: bare or question.")] = "bare",
-    text: Annotated[Path | None, typer.Option(help="Running text, to measure perplexity after editing.")] = None,
-    abilities: Annotated[
-        list[Path] | None, typer.Option(help="BoolQ, sentence pairs or TruthfulQA, asked after editing. Repeat.")
-    ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Draw so many questions of each such file.")] = 50,
-    looks: Annotated[int, typer.Option(min=1, help="After so many of the edits, unless all stay.")] = 8,
+    text: RunningText = "",
+    abilities: AbilityFiles = None,
+    questions: Questions = 50,
+    looks: Looks = 8,
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -71,58 +73,55 @@ def evaluate(
 
     Answers are generated greedily; teacher-forced figures are shown for comparison with published ones.
     """
-    to_stdout = out == "-"
-    console = screen(to_stdout)
-    if out and not to_stdout:
+    console = screen(out == "-")
+    if out and out != "-":
         check_writable(Path(out))
     asked, skipped = _read(data, format, console)
     from ibke.evaluation.protocols import Protocol, sample
-    from ibke.evaluation.protocols import evaluate as examine
 
     how = Protocol.parse(protocol if group is None else f"{protocol}:{group}")
     chosen = sample(asked, limit, seed, cast(Any, order))
+    besides = beside(text, abilities, questions, looks)
     choice = ModelChoice(model, device, dtype, tuple(module or ()))
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
-    with Bars() as tick:
-        if text or abilities:
-            tick("Unedited model", 0, None)
-        battery = _battery(lm, text, abilities or [], questions, looks)
-        report = examine(
-            lm,
-            editing,
-            chosen,
-            how,
-            battery=battery,
-            frames=[cast(Any, name.strip()) for name in frames.split(",")],
-            edit_frame=cast(Any, edit_frame),
-            config=config | {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)},
-            progress=lambda what, done, total: tick(what.capitalize(), done, total),
-        )
+    config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
+    asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
+    report = _measure(lm, editing, chosen, how, besides, asking)
     _show(report, console)
-    if to_stdout:
+    _hand_over(report, out, console)
+
+
+def _measure(
+    lm: LanguageModel,
+    editor: Editor,
+    requests: list[EditRequest],
+    protocol: Protocol,
+    besides: Beside | None,
+    asking: dict[str, Any],
+) -> dict[str, Any]:
+    """The report, with bars while it is made."""
+    from ibke.evaluation import protocols
+    from ibke.evaluation.side_effects import Battery
+
+    with Bars() as tick:
+        if besides:
+            tick("Unedited model", 0, None)
+        battery = Battery.of(lm, besides) if besides else None
+
+        def progress(what: str, done: int, total: int) -> None:
+            tick(what.capitalize(), done, total)
+
+        return protocols.evaluate(lm, editor, requests, protocol, battery=battery, progress=progress, **asking)
+
+
+def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> None:
+    if out == "-":
         print_json(report)
     elif out:
         write_json(report, Path(out))
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
-
-
-def _battery(
-    lm: LanguageModel, text: Path | None, abilities: Sequence[Path], questions: int, looks: int
-) -> Battery | None:
-    """What is put to the model beside the requests' own questions, if anything."""
-    from ibke.data.abilities import read_abilities
-    from ibke.evaluation.side_effects import Battery
-
-    if text is None and not abilities:
-        return None
-    try:
-        running = None if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"it cannot be read ({error}).", str(text), "Give a text file in UTF-8.") from None
-    suites = {path.stem: read_abilities(path, questions) for path in abilities}
-    return Battery(lm, running, suites=suites, edits=looks)
 
 
 def _read(data: Path, format: str, console: Console) -> tuple[list[EditRequest], list[Skipped]]:

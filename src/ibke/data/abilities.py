@@ -14,6 +14,9 @@ from pathlib import Path
 
 from ibke.errors import FormatError
 
+OWN = Path(__file__).with_name("own.json")
+"""66 questions of ours, of the three published kinds, for where there are no others."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,8 +37,8 @@ def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[
     """The questions of one file, known by its fields.
 
     Args:
-        path: BoolQ's JSON Lines, GLUE's table of sentence pairs (``sentence1``, ``sentence2``, ``label``), or
-            TruthfulQA's CSV.
+        path: BoolQ's JSON Lines, GLUE's table of sentence pairs (``sentence1``, ``sentence2``, ``label``),
+            TruthfulQA's CSV, or a JSON list as in ``OWN``: objects with ``prompt``, ``choices`` and ``right``.
         limit: draw at most so many.
         seed: of the draw.
 
@@ -57,6 +60,8 @@ def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[
 def _reader(path: Path, first: str) -> Callable[[Path, Iterable[str]], Iterator[Choice]]:
     if first.startswith("{") and '"passage"' in first:
         return _boolq
+    if first.startswith("["):
+        return _listed
     if {"sentence1", "sentence2", "label"} <= set(first.rstrip("\r\n").split("\t")):
         return _pairs
     if {"Question", "Best Answer", "Incorrect Answers"} <= set(next(csv.reader([first]), [])):
@@ -64,7 +69,7 @@ def _reader(path: Path, first: str) -> Callable[[Path, Iterable[str]], Iterator[
     raise FormatError(
         "its fields are none of those known.",
         str(path),
-        "Known are BoolQ (JSON Lines), sentence pairs (TSV) and TruthfulQA (CSV).",
+        "Known are BoolQ (JSON Lines), sentence pairs (TSV), TruthfulQA (CSV) and a JSON list of questions.",
     )
 
 
@@ -76,6 +81,27 @@ def _boolq(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
             yield Choice(prompt, ("no", "yes"), int(bool(record["answer"])))
         except (ValueError, KeyError, TypeError) as error:
             raise _fault(path, number, error) from None
+
+
+def _listed(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
+    try:
+        records = json.loads("".join(lines))
+    except ValueError as error:
+        raise FormatError(f"this is not valid JSON ({error}).", str(path), "Mend it.") from None
+    for number, record in enumerate(records, 1):
+        try:
+            choice = Choice(record["prompt"], tuple(record["choices"]), record["right"])
+            if not all(isinstance(text, str) for text in (choice.prompt, *choice.choices)):
+                raise TypeError("a prompt or choice is no text")
+            if len(choice.choices) < 2 or not 0 <= choice.right < len(choice.choices):
+                raise ValueError(f"{len(choice.choices)} choices, right is {choice.right}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"it is no question ({error!r}).",
+                f"{path}, record {number}",
+                "Give `prompt`, `choices` (two or more) and `right` (the index of one).",
+            ) from None
+        yield choice
 
 
 def _pairs(path: Path, lines: Iterable[str]) -> Iterator[Choice]:

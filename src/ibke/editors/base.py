@@ -29,6 +29,9 @@ METHODS: dict[str, str] = {
     "ft-l": "ibke.editors.fine_tuning:BoundedFineTuning",
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
+    "grace": "ibke.editors.grace:GRACE",
+    "ike": "ibke.editors.ike:IKE",
+    "ike-retrieval": "ibke.editors.ike:IKERetrieval",
 }
 
 Progress = Callable[[int, int], None]

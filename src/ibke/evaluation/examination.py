@@ -118,7 +118,7 @@ class Costs:
         start = time.perf_counter()
         edit = editor.edit(requests)
         self.seconds += [(time.perf_counter() - start) / len(requests)] * len(requests)
-        self.bytes += [sum(tensor.nbytes for tensor in edit.tensors().values()) / len(requests)] * len(requests)
+        self.bytes += [_bytes(edit) / len(requests)] * len(requests)
         self.steps.append(edit.info.refine_steps)
         if edit.info.rate_nats is not None:
             self.rates += [edit.info.rate_nats / len(requests)] * len(requests)
@@ -150,6 +150,15 @@ class Costs:
             "achieved": asdict(proportion(self.achieved)),
             "peak_memory_editing_mb": self.editing_mb,
         }
+
+
+def _bytes(edit: Edit) -> int:
+    """What goes into the model; an update of full rank need be no more than its matrix."""
+    size = sum(part.nbytes for part in edit.parts.values())
+    size += sum(tensor.nbytes for some in edit.neurons.values() for tensor in some.tensors().values())
+    for a_RI, b_OR in edit.factors.values():
+        size += min(a_RI.nbytes + b_OR.nbytes, a_RI.shape[1] * b_OR.shape[0] * a_RI.element_size())
+    return size
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ from ibke.models import LanguageModel
 from ibke.modules import resolve
 from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import row_updates
+from ibke.parts import row_parts
 from ibke.session import EditSession
 
 MAX_NEW_TOKENS = 40
@@ -132,7 +133,8 @@ def edited_rows(lm: LanguageModel, edits: Sequence[Edit | None] | None) -> Itera
     factors = {name: (a.to(lm.device, lm.dtype), b.to(lm.device, lm.dtype)) for name, (a, b) in factors.items()}
     neurons = {name: some.to(lm.device) for name, some in neurons.items()}
     sites = {name: Site.find(lm.model, name) for name in neurons}
-    with row_updates(resolve(lm.model, factors), factors), row_neurons(sites, neurons):
+    parts = [edit.parts if edit else {} for edit in edits]
+    with row_updates(resolve(lm.model, factors), factors), row_neurons(sites, neurons), row_parts(lm, parts):
         yield
 
 

@@ -16,11 +16,11 @@ from ibke.errors import RequestError
 from ibke.evaluation.examination import Costs, Examination, Progress
 from ibke.evaluation.generate import BATCH_SIZE, Together
 from ibke.evaluation.machine import peak_memory_mb
+from ibke.evaluation.sequence import InSequence
 from ibke.evaluation.side_effects import Battery
 from ibke.frames import Frame, render
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
-from ibke.session import EditSession
 
 EditFrame = Literal["bare", "question"]
 Regime = Literal["single", "batch", "sequential"]
@@ -246,16 +246,17 @@ def _sequential(
     exam: Examination, costs: Costs, editor: Editor, shown: Sequence[EditRequest], groups: Sequence[range]
 ) -> Iterator[None]:
     """Group after group on the same model, asked about after the last."""
-    with EditSession(exam.lm) as session:
+    with InSequence(exam.lm) as edits:
         for group in groups:
             edit = costs.time(editor, shown[group.start : group.stop])
-            session.attach(edit)
+            edits.add(edit)
             editor = costs.after(editor, edit, len(group))
             yield
-        made = session.attached
+        whole = edits.whole
+    assert whole
     costs.note_memory()
-    exam.examine(range(len(shown)), Together(made))
-    exam.look(made)
+    exam.examine(range(len(shown)), Together((whole,)))
+    exam.look((whole,))
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:

@@ -16,17 +16,51 @@ import torch
 from torch import Tensor
 
 from ibke.batch import Pair
-from ibke.data.abilities import Choice
+from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.generate import Together
 from ibke.evaluation.metrics import average
 from ibke.evaluation.scoring import score
+from ibke.files import find_file
 from ibke.models import LanguageModel
 from ibke.modules import resolve, weight_OI
 
 WINDOW = 256  # tokens of text read at once
+MOST = 100.0  # nats per token that a ratio can say: a model that needs as much more is broken, and exp soon overflows
 LEADING = 8  # singular vectors whose drift is measured
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is put to models beside the requests' own questions, by the files it is in.
+
+    Args:
+        text: running text; empty for none. Relative paths are looked for in the data folder too.
+        abilities: files of questions, or ``own`` for those that come with the package.
+        questions: how many of each are drawn.
+        looks: how many edits are looked at where each is alone on the model.
+    """
+
+    text: str = ""
+    abilities: tuple[str, ...] = ()
+    questions: int = 50
+    looks: int = 8
+
+    def read(self) -> tuple[str | None, dict[str, list[Choice]]]:
+        """The text, and the questions by file.
+
+        Raises:
+            RequestError: the text cannot be read.
+            FormatError: a file of questions cannot.
+        """
+        place = find_file(self.text)
+        try:
+            running = place.read_text(encoding="utf-8") if self.text else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"it cannot be read ({error}).", str(place), "Give a text file in UTF-8.") from None
+        suites = {name: OWN if name == OWN.stem else find_file(name) for name in self.abilities}
+        return running, {path.stem: read_abilities(path, self.questions) for path in suites.values()}
 
 
 @dataclass(frozen=True)
@@ -35,10 +69,12 @@ class Condition:
 
     Args:
         nll: of the text (nats per token); its exponential is the perplexity.
+        chosen: by suite, the choice it makes at each question; −1 where none has a likelihood.
         abilities: by suite, whether each question is answered right.
     """
 
     nll: float | None
+    chosen: Mapping[str, tuple[int, ...]]
     abilities: Mapping[str, tuple[bool, ...]]
 
 
@@ -74,53 +110,73 @@ class Battery:
         self.seconds = 0.0
         self.base = self.condition(())
 
+    @classmethod
+    def of(cls, lm: LanguageModel, beside: Beside) -> Battery:
+        """The battery that some files make.
+
+        Raises:
+            IBKEError: one cannot be read, or there is none.
+        """
+        text, suites = beside.read()
+        return cls(lm, text, suites=suites, edits=beside.looks)
+
     def condition(self, edits: Sequence[Edit]) -> Condition:
         """How the model is with some edits in force together."""
         began = time.perf_counter()
         force = Together(tuple(edits)) if edits else None
-        abilities = {}
+        chosen, abilities = {}, {}
         for name, asked in self._asked.items():
             rows = [pair for pairs in asked for pair in pairs]
             said = iter(score(self.lm, rows, force, batch_size=self.batch_size))
-            likely = [[-sum(next(said).nll) for _ in pairs] for pairs in asked]
+            chosen[name] = tuple(_least([sum(next(said).nll) for _ in pairs]) for pairs in asked)
             rights = [choice.right for choice in self.suites[name]]
-            chosen = [max(range(len(of)), key=of.__getitem__) for of in likely]
-            abilities[name] = tuple(mine == right for mine, right in zip(chosen, rights, strict=True))
+            abilities[name] = tuple(mine == right for mine, right in zip(chosen[name], rights, strict=True))
         nll = None
         if self._windows:
             read = score(self.lm, self._windows, force, batch_size=self.batch_size)
             nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
         self.seconds += time.perf_counter() - began
-        return Condition(nll, abilities)
+        return Condition(nll, chosen, abilities)
 
     def note(self, edits: Sequence[Edit]) -> None:
         """Look at the model with some edits in force together, beside the unedited one."""
-        now, size = self.condition(edits), update_size(self.lm, edits)
-        row: dict[str, Any] = {**size}
-        if now.nll is not None and self.base.nll is not None:
-            row["perplexity_ratio"] = math.exp(now.nll - self.base.nll)
-        row["abilities"] = {name: fmean(right) for name, right in now.abilities.items()}
+        row: dict[str, Any] = {**update_size(self.lm, edits)}
         self.found.append(row)
+        try:
+            now = self.condition(edits)
+        except RequestError:  # what an edit puts in front of a question leaves it no room in the window
+            return
+        if now.nll is not None and self.base.nll is not None:
+            row["perplexity_ratio"] = _ratio(now.nll - self.base.nll)
+        row["abilities"] = {name: fmean(right) for name, right in now.abilities.items()}
+        row["kept"] = {
+            name: fmean(float(mine == own) for mine, own in zip(now.chosen[name], before, strict=True))
+            for name, before in self.base.chosen.items()
+        }
 
     def report(self) -> dict[str, Any]:
-        """Means over what was looked at (``n``), each with its 95 % interval."""
+        """Means over what was looked at (``n``) or could be asked (``asked``), each with its 95 % interval."""
 
         def mean(values: Sequence[float]) -> dict[str, float | None]:
             return asdict(average(values))
 
-        base = self.base
+        base, asked = self.base, [row for row in self.found if "kept" in row]
+        ratios = [row["perplexity_ratio"] for row in asked if "perplexity_ratio" in row]
         return {
             "n": len(self.found),
+            "asked": len(asked),
             "text_tokens": sum(len(pair.answer) for pair in self._windows),
             "perplexity": {
                 "base": None if base.nll is None else math.exp(base.nll),
-                "ratio": mean([row["perplexity_ratio"] for row in self.found if "perplexity_ratio" in row]),
+                "ratio": mean(ratios),
+                "each": ratios,
             },
             "abilities": {
                 name: {
                     "n": len(right),
                     "base": fmean(right),
-                    "edited": mean([row["abilities"][name] for row in self.found]),
+                    "edited": mean([row["abilities"][name] for row in asked]),
+                    "kept": mean([row["kept"][name] for row in asked]),
                 }
                 for name, right in base.abilities.items()
             },
@@ -148,6 +204,15 @@ class Battery:
         return [Pair(prompt, answer, (0, len(prompt))) for answer in answers]
 
 
+def _ratio(nats: float) -> float:
+    return math.exp(MOST if math.isnan(nats) else min(nats, MOST))
+
+
+def _least(nats: Sequence[float]) -> int:
+    """Index of the least; a broken model's NaN is never that."""
+    return min((i for i, value in enumerate(nats) if value == value), key=nats.__getitem__, default=-1)
+
+
 @torch.no_grad()
 def update_size(lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, float]:
     """How much edits that are in force together change the weights, mean over the modules they touch.
@@ -155,7 +220,7 @@ def update_size(lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, float]:
     Returns:
         ``relative_norm``, ‖ΔW‖/‖W‖ (Frobenius; neurons count by the columns they add to the output projection), and
         ``drift``, 1 − the mean cosine² between the spaces of the eight leading left singular vectors before and after
-        (ratio 0–1; 0: they span the same space).
+        (ratio 0–1; 0: they span the same space). Both are 0 for edits that change no weight.
     """
     names = list(dict.fromkeys(name for edit in edits for name in (*edit.factors, *edit.neurons)))
     modules, ratios, drifts = resolve(lm.model, names), [], []

@@ -81,10 +81,10 @@ class Tally:
         return found
 
     def each(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
-        """The three metrics edit by edit, None where nothing was asked, and by which name to know an edit again."""
+        """The metrics edit by edit, None where nothing was asked, and by which name to know an edit again."""
         parts: dict[str, Any] = {"edits": [digest(request.to_dict()) for request in requests]}
         for block in ("generation", "teacher_forced"):
-            values = {name: self.per_edit("edited", block, name) for name in ASPECTS}
+            values = {name: self.per_edit("edited", block, name) for name in (*ASPECTS, "portability")}
             parts[block] = {n: [_short(v.get(edit)) for edit in range(len(requests))] for n, v in values.items()}
         return parts
 

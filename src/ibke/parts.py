@@ -1,0 +1,143 @@
+"""What an Edit may hold beside changed weights: parts that act while the model runs.
+
+A codebook at a layer, a side memory with its own routing, a scope classifier before the model, a text in front of the
+question: none of them is a sum of weights, and all are put on, served row by row and taken off in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ibke.errors import FormatError
+
+if TYPE_CHECKING:
+    from ibke.models import LanguageModel
+
+# One line a kind: its name in files and where its class is. A file can name nothing that is not here.
+PARTS: dict[str, str] = {
+    "codebook": "ibke.editors.grace:Codebook",
+    "context": "ibke.context:Context",
+}
+
+
+class Part(ABC):
+    """Something that acts while the model runs, at one place of it.
+
+    A place is a name: of the module that is acted on, or ``prompt``. Parts never change once they are made.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes to keep: its tensors, and its record as JSON in UTF-8."""
+        record = json.dumps(self.record(), ensure_ascii=False).encode()
+        return len(record) + sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds in tensors, by name; on the CPU."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Everything else it holds, as JSON-ready values."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Self:
+        """The part that :meth:`tensors` and :meth:`record` came from, checked before it is believed.
+
+        Raises:
+            FormatError: they are not what this kind of part holds.
+        """
+
+    @classmethod
+    @abstractmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Several parts of one place in force together, as one; where they disagree, the last counts.
+
+        Raises:
+            FormatError: they do not fit each other.
+        """
+
+    @abstractmethod
+    def check(self, lm: LanguageModel, place: str) -> None:
+        """Refuse a model that this part does not fit.
+
+        Raises:
+            FormatError: shapes differ.
+            ModuleNotEditableError: there is no such place.
+        """
+
+    @classmethod
+    @abstractmethod
+    def attach(cls, lm: LanguageModel, place: str, rows: Sequence[Self | None]) -> list[RemovableHandle]:
+        """Let parts act on a model until their handles are removed.
+
+        Args:
+            lm: the model; each part fits it.
+            place: where.
+            rows: the part for each row of the batches to come, None for a row without; a single one is for all rows.
+        """
+
+
+def part_class(kind: str) -> type[Part]:
+    """The class of a registered kind.
+
+    Raises:
+        FormatError: there is no such kind.
+    """
+    if kind not in PARTS:
+        raise FormatError(f"there is no kind of part {kind!r}.", "parts", f"Known: {', '.join(sorted(PARTS))}.")
+    module, _, attribute = PARTS[kind].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def join_parts(several: Iterable[Mapping[str, Part]]) -> dict[str, Part]:
+    """The parts of several edits, one a place.
+
+    Raises:
+        FormatError: parts of different kinds, or that do not fit each other, are at one place.
+    """
+    found: dict[str, list[Part]] = {}
+    for parts in several:
+        for place, part in parts.items():
+            found.setdefault(place, []).append(part)
+    joined = {}
+    for place, same in found.items():
+        if len(kinds := {type(part): part.kind for part in same}) > 1:
+            raise FormatError(
+                f"parts of different kinds are in one place: {', '.join(kinds.values())}.",
+                place,
+                "Use them one at a time.",
+            )
+        joined[place] = same[0] if len(same) == 1 else type(same[0]).join(same)
+    return joined
+
+
+def attach_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> list[RemovableHandle]:
+    """Let the parts of each row's edit act on that row; those of a single row on all rows."""
+    found: dict[tuple[str, type[Part]], list[Part | None]] = {}
+    for row, parts in enumerate(rows):
+        for place, part in parts.items():
+            found.setdefault((place, type(part)), [None] * len(rows))[row] = part
+    return [handle for (place, kind), some in found.items() for handle in kind.attach(lm, place, some)]
+
+
+@contextmanager
+def row_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> Iterator[None]:
+    """Give every row of the next batches parts of its own."""
+    handles = attach_parts(lm, rows)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
