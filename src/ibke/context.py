@@ -21,12 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError, RequestError
 from ibke.frames import opening
-from ibke.parts import Part
+from ibke.parts import PROMPT, Part
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
 
-PLACE = "prompt"
+PLACE = PROMPT
 
 
 @dataclass(frozen=True)

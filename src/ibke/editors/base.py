@@ -30,6 +30,7 @@ METHODS: dict[str, str] = {
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
     "grace": "ibke.editors.grace:GRACE",
+    "wise": "ibke.editors.wise.editor:WISE",
     "ike": "ibke.editors.ike:IKE",
     "ike-retrieval": "ibke.editors.ike:IKERetrieval",
 }
