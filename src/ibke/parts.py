@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PARTS: dict[str, str] = {
     "codebook": "ibke.editors.grace:Codebook",
     "context": "ibke.context:Context",
+    "scoped-facts": "ibke.editors.serac.editor:ScopedFacts",
     "side-memory": "ibke.editors.wise.memory:SideMemory",
 }
 

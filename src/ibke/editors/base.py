@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
     "grace": "ibke.editors.grace:GRACE",
     "wise": "ibke.editors.wise.editor:WISE",
+    "serac": "ibke.editors.serac.editor:SERAC",
     "ike": "ibke.editors.ike:IKE",
     "ike-retrieval": "ibke.editors.ike:IKERetrieval",
 }
