@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ibke.context import PLACE
+from ibke.data.readers import read
 from ibke.edit import Edit, EditInfo
 from ibke.editors.fine_tuning import FineTuning, FineTuningSettings
 from ibke.editors.ike import IKE
@@ -172,9 +173,14 @@ def test_what_is_trained_on_leaves_out_the_hard_split_and_what_is_excluded(data_
     requests = training_requests(settings)
     assert len(requests) == 40 and all(len(request.rephrase_prompts) and request.locality for request in requests)
     assert training_requests(settings) == requests
-    file = "counterfact:counterfact/counterfact-val.json"
-    excluded = {request.subject for request in training_requests(replace(settings, exclude=(file,), requests=200))}
-    assert excluded and not excluded & {"Jimi Hendrix", "Miles Davis"}
+    name = "counterfact/counterfact-val.json"
+    theirs = {request.subject for request in read(data_folder / name, "counterfact", [])}
+    more = replace(settings, requests=300)
+    assert theirs & {request.subject for request in training_requests(more)}
+    apart = {request.subject for request in training_requests(replace(more, exclude=(f"counterfact:{name}",)))}
+    assert apart and not theirs & apart
+    with pytest.raises(TrainingError, match="no two requests"):
+        training_requests(replace(settings, held_out=1.0))
 
 
 def test_what_is_none_is_refused(tiny_model):

@@ -156,8 +156,8 @@ class SERAC(Editor):
     """Keeps edits in a memory and tells the model the one a question is about (SERAC, with the base as second model).
 
     Args:
-        lm: the model. Its scope classifier is trained now where it is not in the cache folder, half a minute for
-            SmolLM2-135M, so it must be the pristine one: detach edits first.
+        lm: the model. Its scope classifier is trained now where it is not in the cache folder, 40 seconds for
+            SmolLM2-135M on one core, so it must be the pristine one: detach edits first.
         settings: see :class:`~ibke.editors.serac.scope.ScopeSettings`.
 
     Raises:
