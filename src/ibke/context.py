@@ -10,7 +10,7 @@ Shape suffixes: R rows, T tokens as the caller sees them, C tokens put in at mos
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -21,12 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError, RequestError
 from ibke.frames import opening
-from ibke.parts import Part
+from ibke.parts import PROMPT, Part
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
 
-PLACE = "prompt"
+PLACE = PROMPT
+
+Choose = Callable[[Tensor, Tensor], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,37 @@ class Context(Part):
         """Put each row's context in front of it."""
         del place
         texts = [row.text if row else "" for row in rows]
-        ids = {text: lm.tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in set(texts)}
-        inserting = _Inserting(lm, [ids[text] for text in texts])
-        # Some models call the one, some the other within it; the outermost acts.
-        handles = []
-        for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
-            handles.append(decoder.register_forward_pre_hook(inserting.before, with_kwargs=True))
-            handles.append(decoder.register_forward_hook(inserting.after, with_kwargs=True, always_call=True))
-        return handles
+        ids = {text: context_ids(lm, text) for text in set(texts)}
+        contexts = [ids[text] for text in texts]
+        return insert(lm, lambda ids_RT, _: contexts * (len(ids_RT) if len(contexts) == 1 else 1))
+
+
+def context_ids(lm: LanguageModel, text: str) -> list[int]:
+    """The tokens of a text that stands in front of a question."""
+    return lm.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+def insert(lm: LanguageModel, choose: Choose) -> list[RemovableHandle]:
+    """Put tokens in front of the rows of every first pass, until the handles are removed.
+
+    Args:
+        lm: the model.
+        choose: given the rows and which of their tokens are real (R × T), the tokens for each.
+    """
+    inserting = _Inserting(lm, choose)
+    # Some models call the one, some the other within it; the outermost acts.
+    handles = []
+    for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
+        handles.append(decoder.register_forward_pre_hook(inserting.before, with_kwargs=True))
+        handles.append(decoder.register_forward_hook(inserting.after, with_kwargs=True, always_call=True))
+    return handles
 
 
 class _Inserting:
     """Puts tokens into the rows a decoder is given, and takes their states out of what it returns."""
 
-    def __init__(self, lm: LanguageModel, contexts: Sequence[Sequence[int]]):
-        self.contexts = contexts
+    def __init__(self, lm: LanguageModel, choose: Choose):
+        self.choose = choose
         self.pad_id = lm.tokenizer.pad_token_id
         self.openings = opening(lm.tokenizer)
         self.window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
@@ -167,7 +185,7 @@ class _Inserting:
     def _put_in(self, ids_RT: Tensor, attention_RT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows with their contexts (R × S), which of their tokens are real, and where the caller's stand (R × T)."""
         rows, length = ids_RT.shape
-        contexts = list(self.contexts) * (rows if len(self.contexts) == 1 else 1)
+        contexts = self.choose(ids_RT, attention_RT.bool())
         most = max(map(len, contexts))
         ids_RS = torch.full((rows, length + most), self.pad_id)
         real_RS = torch.zeros_like(ids_RS)

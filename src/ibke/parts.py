@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 PARTS: dict[str, str] = {
     "codebook": "ibke.editors.grace:Codebook",
     "context": "ibke.context:Context",
+    "scoped-facts": "ibke.editors.serac.editor:ScopedFacts",
+    "side-memory": "ibke.editors.wise.memory:SideMemory",
 }
+
+
+PROMPT = "prompt"  # the place in front of the question
 
 
 class Part(ABC):
@@ -129,7 +134,9 @@ def attach_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> list[
     for row, parts in enumerate(rows):
         for place, part in parts.items():
             found.setdefault((place, type(part)), [None] * len(rows))[row] = part
-    return [handle for (place, kind), some in found.items() for handle in kind.attach(lm, place, some)]
+    # What changes the tokens comes before what looks at them.
+    ordered = sorted(found.items(), key=lambda item: item[0][0] != PROMPT)
+    return [handle for (place, kind), some in ordered for handle in kind.attach(lm, place, some)]
 
 
 @contextmanager

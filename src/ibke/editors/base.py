@@ -30,6 +30,8 @@ METHODS: dict[str, str] = {
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
     "grace": "ibke.editors.grace:GRACE",
+    "wise": "ibke.editors.wise.editor:WISE",
+    "serac": "ibke.editors.serac.editor:SERAC",
     "ike": "ibke.editors.ike:IKE",
     "ike-retrieval": "ibke.editors.ike:IKERetrieval",
 }

@@ -9,7 +9,6 @@ as they are, then under the folder of data sets.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from itertools import islice
 from ibke.data.facts import generate
 from ibke.data.readers import READERS, Skipped, read
 from ibke.data.relations import load_wordings
+from ibke.data.split import held_out
 from ibke.data.triples import Skips, Triple, read_csv, read_entityquestions, read_facts, read_lre, read_pararel
 from ibke.errors import TrainingError
 from ibke.files import data_folder, find_file
@@ -26,35 +26,6 @@ from ibke.request import EditRequest
 from ibke.training.episodes import Episode, EpisodeMaker
 
 TABLES = ("facts", "pararel", "lre", "entityquestions", "csv")
-
-SPLIT_SALT = 2002  # chosen once so that about a fifth of ParaRel's and of LRE's relations fall out; never changes
-
-# Relations of other tables that ask the same thing as a Wikidata property; they are held out together.
-SAME_AS = {
-    "facts:country_capital": "P36",
-    "facts:country_borders": "P47",
-    "facts:country_continent": "P30",
-    "facts:country_currency": "lre:country currency",
-    "facts:country_language": "P37",
-    "facts:city_country": "P17",
-    "facts:airport_country": "P17",
-    "facts:subdivision_country": "P17",
-    "facts:province_country": "P17",
-    "facts:us_city_state": "P131",
-    "lre:city in country": "P17",
-    "lre:company hq": "P159",
-    "lre:country capital city": "P36",
-    "lre:country language": "P37",
-    "lre:landmark in country": "P17",
-    "lre:landmark on continent": "P30",
-    "lre:object superclass": "P279",
-    "lre:person native language": "P103",
-    "lre:person occupation": "P106",
-    "lre:person plays instrument": "P1303",
-    "lre:person sport position": "P413",
-    "lre:person university": "P69",
-    "lre:product by company": "P176",
-}
 
 
 @dataclass(frozen=True)
@@ -80,12 +51,6 @@ class Source:
         if share <= 0:
             raise TrainingError(f"the share of {text!r} is not positive.", "training data", "Leave it out instead.")
         return cls(match[1], match[2] or "", share)
-
-
-def held_out(relation: str, share: float) -> bool:
-    """Whether a relation is kept out of training; depends on its name and the share alone, never on a seed."""
-    digest = hashlib.sha256(f"{SPLIT_SALT}:{SAME_AS.get(relation, relation)}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < share
 
 
 def triples(source: Source, share_held_out: float, *, want_held_out: bool = False) -> Iterator[Triple]:
