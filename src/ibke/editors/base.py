@@ -30,6 +30,8 @@ METHODS: dict[str, str] = {
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
     "mend": "ibke.editors.mend:MEND",
+    "malmen": "ibke.editors.malmen:MALMEN",
+    "rledit": "ibke.editors.rledit:RLEdit",
 }
 
 Progress = Callable[[int, int], None]

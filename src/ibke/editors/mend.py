@@ -23,6 +23,7 @@ from torch import Tensor
 from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.editors.hypernetwork.network import Hypernetwork, HypernetworkConfig, RowFactors
 from ibke.editors.hypernetwork.tokens import Tokens
+from ibke.errors import IBKEError
 from ibke.models import LanguageModel
 from ibke.modules import by_depth, target_modules
 
@@ -33,6 +34,11 @@ class MENDConfig(HypernetworkConfig):
 
     step_size: float = 1e-4
     generality_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.turns != 1:
+            raise IBKEError("MEND is trained on single edits, not on `turns`.", "settings", "Leave it out.")
 
 
 class MENDNetwork(Hypernetwork):

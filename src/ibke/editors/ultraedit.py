@@ -77,19 +77,13 @@ class UltraEdit(Editor):
     def __init__(self, lm: LanguageModel, settings: UltraEditSettings | None = None):
         super().__init__(lm)
         self.settings: UltraEditSettings = settings or self.Settings()
-        names = lm.architecture.modules or self._default_modules()
+        depth = by_depth(lm, (18, 26), of=28)
+        layers = self.settings.gate_layers or depth, self.settings.value_layers or depth
+        names = lm.architecture.modules or input_projections(lm, *layers)
         self.modules = resolve(lm.model, names)
         self.part = PartialModel(lm.model, lm.architecture.layers, first_layer(names))
         self.history: History = {}
         """Statistics of the edits in force; empty as long as there is none."""
-
-    def _default_modules(self) -> list[str]:
-        lm, found = self.lm, []
-        for layers, branch in ((self.settings.gate_layers, "gate"), (self.settings.value_layers, "value")):
-            for out in target_modules(lm, lm.architecture, layers or by_depth(lm, (18, 26), of=28)):
-                site = Site.find(lm.model, out)
-                found.append((getattr(site, branch) or site.gate).name)
-        return list(dict.fromkeys(found))
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together: one turn of a sequence.
@@ -154,3 +148,19 @@ class UltraEdit(Editor):
             gram_II = keys_NI.T @ keys_NI + torch.eye(d_in, dtype=torch.float64)
             return dense_factors(torch.linalg.solve(gram_II, keys_NI.T @ values_NO).T.float())
         return regress(keys_NI, lambda rows: rows).float(), values_NO.T.float()
+
+
+def input_projections(lm: LanguageModel, gate_layers: Sequence[int], value_layers: Sequence[int]) -> list[str]:
+    """Names of the projections into some layers' MLPs, those that go through the activation first.
+
+    Args:
+        lm: the model.
+        gate_layers: whose projection into the activation is meant.
+        value_layers: whose projection is meant that the gate is multiplied with; an MLP without gate has one for both.
+    """
+    found = []
+    for layers, branch in ((gate_layers, "gate"), (value_layers, "value")):
+        for out in target_modules(lm, lm.architecture, layers):
+            site = Site.find(lm.model, out)
+            found.append((getattr(site, branch) or site.gate).name)
+    return list(dict.fromkeys(found))

@@ -109,7 +109,8 @@ class Run(ABC):
             {"params": list(scalars), "weight_decay": 0.0, "scale": scalar_step},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-        self.step, self.best, self.bad, self.seconds = 0, -1.0, 0, 0.0
+        self.step, self.best, self.bad = 0, -1.0, 0
+        self.seconds, self.prepared = 0.0, 0.0  # spent in all, and before the first step
         self.out = Path(settings.out)
 
     @abstractmethod
@@ -135,18 +136,24 @@ class Run(ABC):
         return self.out / "checkpoint.safetensors"
 
     @property
+    def pace(self) -> float:
+        """Seconds a step."""
+        return (self.seconds - self.prepared) / self.step
+
+    @property
     def seconds_left(self) -> float:
         """At the pace so far."""
-        return self.seconds / self.step * (self.settings.steps - self.step)
+        return self.pace * (self.settings.steps - self.step)
 
     def state(self) -> dict[str, Any]:
         """Counters and random states of a checkpoint."""
-        return {"step": self.step, "best": self.best, "bad": self.bad, "seconds": self.seconds}
+        names = ("step", "best", "bad", "seconds", "prepared")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over counters and random states of a checkpoint."""
         self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
-        self.seconds = state["seconds"]
+        self.seconds, self.prepared = state["seconds"], state.get("prepared", 0.0)
 
     def start(self, resume: bool) -> None:
         """Begin, or go on from the last checkpoint; then every number is the one an unbroken run would have had.
@@ -210,7 +217,7 @@ class Run(ABC):
     def _tell(self, record: dict[str, float]) -> None:
         settings = self.settings
         entry: dict[str, Any] = {"stage": "training", "step": self.step, "done": self.step, "total": settings.steps}
-        entry |= record | {"edits_per_second": self.edits_per_step * self.step / self.seconds, "seconds": self.seconds}
+        entry |= record | {"edits_per_second": self.edits_per_step / self.pace, "seconds": self.seconds}
         entry["peak_memory_mb"] = peak_memory_mb()
         self._log(entry)
         figures = " ".join(f"{label} {record[name]:.3g}" for name, label in self.shown.items()) + " nats"

@@ -8,7 +8,7 @@ the update of turn t and W_t = W + Σ_{s≤t} ΔW_s, the loss of a turn is
 
 means over tokens (nats). Its gradient reaches ΔW_t alone: W_{t−1}, and keys and gradients taken there, are given. The
 model is passed backwards only as far as ∂L/∂ΔW; from there the network is, so the two graphs are never held together
-(Tan et al. 2024, section 4.3).
+(Tan et al. 2024, section 4).
 
 Shape suffixes: B edits, R rows, K tokens of an edit, N tokens, I d_in, O d_out, V vocabulary.
 """

@@ -13,7 +13,7 @@ from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.editors.hypernetwork.network import Hypernetwork
 from ibke.editors.hypernetwork.storage import run_folder
 from ibke.errors import TrainingError
-from ibke.models import load_model
+from ibke.models import LanguageModel, load_model
 from ibke.rows import EDIT, INSIDE, OUTSIDE
 from ibke.training.building import RowBuilder
 from ibke.training.cache import RowCache
@@ -33,7 +33,7 @@ class HypernetworkTrainer(Run):
         settings: what to do.
         editor: the method, with the network to train.
         caches: training episodes, and validation's.
-        seconds: spent so far.
+        seconds: spent already.
         report: called with progress.
     """
 
@@ -52,7 +52,7 @@ class HypernetworkTrainer(Run):
         super().__init__(settings, editor.network, editor.network.scalars(), settings.scalar_step, report)
         self.editor, self.warmup, self.minutes = editor, settings.warmup, settings.minutes
         self.lessons, self.validation = (Lessons(editor, cache) for cache in caches)
-        self.seconds = seconds
+        self.seconds = self.prepared = seconds
 
     @property
     def edits_per_step(self) -> int:
@@ -105,14 +105,23 @@ def train(settings: HypernetworkSettings, on_progress: OnProgress | None = None,
     Raises:
         TrainingError: nothing to resume, settings that do not fit the run found there, or not a method trained here.
     """
+    lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
+    return train_for(lm, settings, on_progress, resume)
+
+
+def train_for(
+    lm: LanguageModel, settings: HypernetworkSettings, on_progress: OnProgress | None = None, resume: bool = False
+) -> Path:
+    """The same for a model that is loaded already."""
     began = time.monotonic()
     report = on_progress or (lambda _: None)
     kind = method_class(settings.method)
     if not issubclass(kind, HypernetworkEditor) or not isinstance(settings.config, kind.Config):
         raise TrainingError(
-            "this is not a hypernetwork, or the configuration is another method's.", settings.method, "Name one."
+            "it is no hypernetwork, or `config` is another method's.",
+            settings.method,
+            "Name one, with its own configuration.",
         )
-    lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
     settings = replace(settings, out=settings.out or str(run_folder(lm, settings.method)))
     open_run(settings, resume)
     editor = kind(lm, kind.untrained(lm, settings.config, settings.seed))
