@@ -153,10 +153,10 @@ def test_edits_are_examined_as_they_are_made(kind, facts, tmp_path):
     lm = make_tiny("llama")
     editor, lessons = classroom(kind, lm, facts, tmp_path)
     with torch.no_grad():
-        editor.network.log_step += 3.0
+        editor.network.log_step -= 4.0  # so that some answers out of scope stay as they were and others do not
     editor.network.requires_grad_(False)
     editor.network.observe(lessons._tokens(editor.network, range(8)))
-    turns = [[0, 1, 2]] if kind is not RLEdit else [[0, 1], [2]]
+    turns = [[0, 1, 2, 3, 4, 5]] if kind is not RLEdit else [[0, 1, 2], [3, 4, 5]]
     found = lessons.examine(editor.network, turns)
     episodes = draw_episodes(training(kind, facts, tmp_path / "run", SMALL))[0]
     from ibke.request import EditRequest
@@ -199,7 +199,7 @@ def test_the_loss_falls_and_the_editor_loads(kind, facts, tmp_path):
     settings = training(kind, facts, tmp_path / "run", config, **changes)
     folder = train_for(lm, settings, seen.append)
     losses = [entry["generality_nats"] for entry in log(tmp_path / "run")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert {"locality_nats", "edits_per_second", "seconds_left", "figures"} <= set().union(*seen)
     manifest = json.loads((folder / "editor.json").read_text())
     assert manifest["fingerprint"] == lm.fingerprint and manifest["method"] == kind.name
