@@ -12,7 +12,7 @@ and one update serves them all as well as it can,
 
 with η and λ learned for each module. It is trained on batches of edits, for
 
-    L = NLL(o at other wordings) + KL(base‖edited out of scope).
+    L = NLL(o in scope) + KL(base‖edited out of scope).
 
 Statistics take in the keys and gradients of every batch, also when editing.
 """

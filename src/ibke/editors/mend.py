@@ -8,7 +8,7 @@ transformed as in :mod:`ibke.editors.hypernetwork.network`, and
 
 with a learned α for each module. It is trained on single edits, for
 
-    L = c_e · NLL(o at other wordings) + KL(base‖edited out of scope),      c_e = 0.1.
+    L = c_e · NLL(o in scope) + KL(base‖edited out of scope),      c_e = 0.1.
 
 Statistics are taken in training and stay as they are when editing. Several requests are one sum.
 """

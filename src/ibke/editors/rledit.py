@@ -5,7 +5,7 @@ Li et al., "Reinforced Lifelong Editing for Language Models", ICML 2025, arXiv 2
 are made one after another, each at the model as the ones before have left it, and each is judged also by what it leaves
 of those before,
 
-    L = Σ_t { Σ_{j≤10} 0.95^j [ NLL(other wordings of batch t−j) + 0.6 KL(out of scope of batch t−j) ] + 10⁻⁴ ‖ΔW_t‖² }.
+    L = Σ_t { Σ_{j≤10} 0.95^j [ NLL(in scope of batch t−j) + 0.6 KL(out of scope of batch t−j) ] + 10⁻⁴ ‖ΔW_t‖² }.
 
 The "reward" is −L, additive and differentiable, so the gradient is plain backpropagation, of each turn's loss into its
 own update; one optimiser step follows a sequence.

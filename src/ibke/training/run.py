@@ -234,7 +234,8 @@ class Run(ABC):
             self.best = score
             # Where the run happened to lie is nobody's business but its own.
             kept = {name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache")}
-            self.keep(self.out / "editor", {"training": kept, "step": self.step, "validation": scores})
+            about = {"training": kept, "step": self.step, "seconds": self.seconds, "validation": scores}
+            self.keep(self.out / "editor", about)
 
     def _log(self, entry: dict[str, Any]) -> None:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:

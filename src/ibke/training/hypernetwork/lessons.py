@@ -3,10 +3,10 @@
 A step has one turn or several, each with a batch of edits made at the model as the turns before have left it. With ΔW_t
 the update of turn t and W_t = W + Σ_{s≤t} ΔW_s, the loss of a turn is
 
-    L_t = Σ_{j≤depth} decay^j [ c_e NLL(o of turn t−j, other wordings) + c_loc KL(base‖W_t, out of scope of turn t−j) ]
+    L_t = Σ_{j≤depth} decay^j [ c_e NLL(o of turn t−j, in scope) + c_loc KL(base‖W_t, out of scope of turn t−j) ]
           + penalty ‖ΔW_t‖²,
 
-means over tokens (nats). Its gradient reaches ΔW_t alone: W_{t−1}, and keys and gradients taken there, are given. The
+means over tokens (nats). In scope are an edit's own prompt and its other wordings. Its gradient reaches ΔW_t alone: W_{t−1}, and keys and gradients taken there, are given. The
 model is passed backwards only as far as ∂L/∂ΔW; from there the network is, so the two graphs are never held together
 (Tan et al. 2024, section 4).
 
@@ -30,6 +30,9 @@ from ibke.editors.row_statistics import joined
 from ibke.partial import row_updates
 from ibke.rows import EDIT, INSIDE, OUTSIDE, RowGroup, RowTerms, row_terms
 from ibke.training.cache import RowCache
+
+KINDS = (EDIT, INSIDE, OUTSIDE)
+LOGGED = {EDIT: "reliability_nats", INSIDE: "generality_nats", OUTSIDE: "locality_nats"}
 
 Updates = dict[str, tuple[Tensor, Tensor]]
 """By module, A and B: N × I and N × O of one joint edit, or B × K × I and B × K × O of edits each on its own model."""
@@ -55,26 +58,23 @@ class Lessons:
             turns: the episodes of each turn.
 
         Returns:
-            ``generality_nats`` and ``locality_nats`` a token, and the mean step size.
+            NLL in scope and KL out of scope, a token, by kind (``LOGGED``), and the mean step size.
         """
         config = network.config
         standing: dict[str, Tensor] = {}
         asked: list[list[RowGroup]] = []
-        record = {"generality_nats": 0.0, "locality_nats": 0.0}
+        record = dict.fromkeys(LOGGED.values(), 0.0)
         for chosen in turns:
             with standing_updates(self.modules, standing):
                 tokens = self._tokens(network, chosen)
                 network.observe(tokens)
                 made = _updates(network, tokens, network.statistics, len(chosen))
-                leaves = {
-                    name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in made.items()
-                }
-                asked.append(self._groups(chosen, (INSIDE, OUTSIDE)))
+                leaves = {name: (_leaf(a), _leaf(b)) for name, (a, b) in made.items()}
+                asked.append(self._groups(chosen, KINDS))
                 for back, groups in enumerate(reversed(asked[-1 - config.depth :])):
-                    nll, divergence = self._backward(network, leaves, groups, config.decay**back)
-                    if not back:
-                        record["generality_nats"] += nll / len(turns)
-                        record["locality_nats"] += divergence / len(turns)
+                    found = self._backward(network, leaves, groups, config.decay**back)
+                    for kind, name in LOGGED.items() if not back else ():
+                        record[name] += found[kind] / len(turns)
             if config.penalty:
                 (config.penalty * _squared_norm(leaves)).backward()
             ends = [tensor for pair in made.values() for tensor in pair]
@@ -101,9 +101,9 @@ class Lessons:
                 stack.close()
                 stack.enter_context(standing_updates(self.modules, standing))
                 update = {}
-            right: dict[int, list[float]] = {EDIT: [], INSIDE: [], OUTSIDE: []}
+            right: dict[int, list[float]] = {kind: [] for kind in KINDS}
             for chosen in turns:
-                for group in self._groups(chosen, (EDIT, INSIDE, OUTSIDE)):
+                for group in self._groups(chosen, KINDS):
                     rows = self._terms(update, group)
                     for kind, found in right.items():
                         found += rows.right_R[rows.kind_R == kind].float().tolist()
@@ -122,21 +122,22 @@ class Lessons:
 
     def _backward(
         self, network: Hypernetwork, leaves: Updates, groups: Sequence[RowGroup], weight: float
-    ) -> tuple[float, float]:
-        """Add the gradient at the updates; returns NLL in scope and KL out of scope (nats a token)."""
+    ) -> dict[int, float]:
+        """Add the gradient at the updates; returns NLL in scope and KL out of scope, by kind (nats a token)."""
         config = network.config
-        counts = {
-            kind: max(1, sum(int((group.kind_R == kind)[group.batch.row_N].sum()) for group in groups))
-            for kind in (INSIDE, OUTSIDE)
-        }
-        nll = divergence = 0.0
+        kind_N = torch.cat([group.kind_R[group.batch.row_N] for group in groups])
+        counts = {kind: int((kind_N == kind).sum()) for kind in KINDS}
+        inside, outside = max(1, counts[EDIT] + counts[INSIDE]), max(1, counts[OUTSIDE])
+        found = dict.fromkeys(KINDS, 0.0)
         for group in groups:
             rows = self._terms(leaves, group)
-            inside, outside = rows.nll_R.sum() / counts[INSIDE], rows.forward_R.sum() / counts[OUTSIDE]
-            loss = config.generality_weight * inside + config.locality_weight * outside
+            loss = config.generality_weight * rows.nll_R.sum() / inside
+            loss = loss + config.locality_weight * rows.forward_R.sum() / outside
             (weight * loss).backward()
-            nll, divergence = nll + inside.item(), divergence + outside.item()
-        return nll, divergence
+            for kind in KINDS:
+                values_R = rows.forward_R if kind == OUTSIDE else rows.nll_R
+                found[kind] += values_R.detach()[rows.kind_R == kind].sum().item() / max(1, counts[kind])
+        return found
 
 
 def _leaf(tensor: Tensor) -> Tensor:

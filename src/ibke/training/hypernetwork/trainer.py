@@ -23,7 +23,7 @@ from ibke.training.run import OnProgress, Run, batch_of, cached_shards, draw_epi
 
 Settings = HypernetworkSettings
 LAYOUT = 1  # of cached shards; a new one makes old caches unseen, never misread
-KINDS = {EDIT: "reliability", INSIDE: "generality", OUTSIDE: "locality"}
+SCORES = {EDIT: "reliability", INSIDE: "generality", OUTSIDE: "locality"}
 
 
 class HypernetworkTrainer(Run):
@@ -39,7 +39,7 @@ class HypernetworkTrainer(Run):
 
     network: Hypernetwork
     averaged: Hypernetwork
-    shown = {"generality_nats": "NLL", "locality_nats": "KL"}
+    shown = {"reliability_nats": "edit", "generality_nats": "wordings", "locality_nats": "KL"}
 
     def __init__(
         self,
@@ -82,13 +82,13 @@ class HypernetworkTrainer(Run):
 
     def scores(self) -> dict[str, float]:
         """Share of prompts answered exactly as they should be, under edits made as in training."""
-        right: dict[int, list[float]] = {kind: [] for kind in KINDS}
+        right: dict[int, list[float]] = {kind: [] for kind in SCORES}
         everything = range(len(self.validation.episodes))
         for begin in range(0, len(everything), self.edits_per_step):
             chosen = everything[begin : begin + self.edits_per_step]
             for kind, some in self.validation.examine(self.averaged, self._turns(chosen)).items():
                 right[kind] += some
-        return {name: sum(right[kind]) / max(1, len(right[kind])) for kind, name in KINDS.items()}
+        return {name: sum(right[kind]) / max(1, len(right[kind])) for kind, name in SCORES.items()}
 
     def keep(self, folder: Path, about: dict[str, Any]) -> None:
         """Write the averaged weights."""
