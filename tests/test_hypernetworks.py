@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -270,4 +269,3 @@ def test_mend_is_not_trained_on_sequences():
 
 def test_methods_are_registered():
     assert [method_class(kind.name) for kind in KINDS] == KINDS
-    assert math.isclose(MENDConfig().step_size, 1e-4)

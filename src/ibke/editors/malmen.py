@@ -36,7 +36,12 @@ from ibke.modules import by_depth, target_modules
 
 @dataclass(frozen=True)
 class MALMENConfig(HypernetworkConfig):
-    """Settings of MALMEN's training, as published: rank 1920, two blocks, η from 1e-6, both weights 1."""
+    """Settings of MALMEN's training, as published: rank 1920, two blocks, both weights 1.
+
+    Only η does not begin at 1e-6, which is for models of 6 billion parameters.
+    """
+
+    step_size: float = 1e-4
 
 
 class MALMENNetwork(Hypernetwork):

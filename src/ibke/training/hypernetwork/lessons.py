@@ -6,9 +6,9 @@ the update of turn t and W_t = W + Σ_{s≤t} ΔW_s, the loss of a turn is
     L_t = Σ_{j≤depth} decay^j [ c_e NLL(o of turn t−j, in scope) + c_loc KL(base‖W_t, out of scope of turn t−j) ]
           + penalty ‖ΔW_t‖²,
 
-means over tokens (nats). In scope are an edit's own prompt and its other wordings. Its gradient reaches ΔW_t alone: W_{t−1}, and keys and gradients taken there, are given. The
-model is passed backwards only as far as ∂L/∂ΔW; from there the network is, so the two graphs are never held together
-(Tan et al. 2024, section 4).
+means over tokens (nats). In scope are an edit's own prompt and its other wordings. The gradient of L_t reaches ΔW_t
+alone: W_{t−1}, and keys and gradients taken there, are given. The model is passed backwards only as far as ∂L/∂ΔW; from
+there the network is, so the two graphs are never held together (Tan et al. 2024, section 4).
 
 Shape suffixes: B edits, R rows, K tokens of an edit, N tokens, I d_in, O d_out, V vocabulary.
 """

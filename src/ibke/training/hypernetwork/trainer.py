@@ -63,7 +63,7 @@ class HypernetworkTrainer(Run):
     def seconds_left(self) -> float:
         """Until the last step, or until the budget is spent."""
         left = super().seconds_left
-        return min(left, 60 * self.minutes - self.seconds) if self.minutes else left
+        return min(left, max(0.0, 60 * self.minutes - self.seconds)) if self.minutes else left
 
     def over(self) -> bool:
         """Whether there is no step left to take, or no time; one step is always taken."""
