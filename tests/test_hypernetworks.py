@@ -78,7 +78,8 @@ def pseudo(network, name, taken, seen):
     keys, grads = taken
     rows = torch.cat([torch.cat(some, 1) for other, some in seen if network.shapes[other] == network.shapes[name]])
     normal = (torch.cat([keys, grads], 1) - rows.mean(0)) / rows.std(0)
-    made = dense_blocks(network.transforms[network.shapes[name]], normal, network.places[name], network.film_first)
+    shape = network.shapes[name]
+    made = dense_blocks(network.transforms[shape], normal, network.names[shape].index(name), network.film_first)
     return made[:, : keys.shape[1]], made[:, keys.shape[1] :]
 
 

@@ -16,7 +16,7 @@ Shape suffixes: N tokens, I d_in, O d_out, F = I + O, M modules of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -85,14 +85,14 @@ class Block(nn.Module):
         self.scale_MF = nn.Parameter(torch.ones(modules, width))
         self.shift_MF = nn.Parameter(torch.zeros(modules, width))
 
-    def forward(self, y_NF: Tensor, module: int) -> Tensor:
-        """What the block makes of some rows of one module."""
+    def forward(self, y_NF: Tensor, module_N: Tensor) -> Tensor:
+        """What the block makes of some rows, each of one of the modules."""
         x_NF = y_NF @ self.v_RF.T @ self.u_FR.T + self.bias_F
-        scale_F, shift_F = self.scale_MF[module], self.shift_MF[module]
+        scale_NF, shift_NF = self.scale_MF[module_N], self.shift_MF[module_N]
         # Not relu, whose gradient at 0, where all begins, is 0.
         if self.film_first:
-            return y_NF + (scale_F * x_NF + shift_F).clamp(min=0)
-        return y_NF + scale_F * x_NF.clamp(min=0) + shift_F
+            return y_NF + (scale_NF * x_NF + shift_NF).clamp(min=0)
+        return y_NF + scale_NF * x_NF.clamp(min=0) + shift_NF
 
 
 class Transform(nn.Module):
@@ -124,13 +124,18 @@ class Transform(nn.Module):
         for name in PARTS[1:]:
             self.register_buffer(name, torch.zeros(width, dtype=torch.float64))
 
-    def forward(self, tokens: Tokens, module: int, known: RowStatistics) -> tuple[Tensor, Tensor]:
-        """Pseudo-keys (N × I) and pseudo-gradients (N × O)."""
-        features_NF = torch.cat([tokens.keys_NI, tokens.grads_NO], dim=1)
+    def forward(self, tokens: Sequence[Tokens], known: RowStatistics) -> list[tuple[Tensor, Tensor]]:
+        """Pseudo-keys (N × I) and pseudo-gradients (N × O) of each module's tokens.
+
+        All go through the blocks together, so that their weights are read once for all modules.
+        """
+        features_NF = torch.cat([torch.cat([some.keys_NI, some.grads_NO], dim=1) for some in tokens])
+        counts = torch.tensor([len(some.keys_NI) for some in tokens], device=features_NF.device)
+        module_N = torch.arange(len(tokens), device=features_NF.device).repeat_interleave(counts)
         y_NF = known.normalise(features_NF).to(features_NF)
         for block in self.blocks:
-            y_NF = block(y_NF, module)
-        return y_NF[:, : self.d_in], y_NF[:, self.d_in :]
+            y_NF = block(y_NF, module_N)
+        return [(rows_NF[:, : self.d_in], rows_NF[:, self.d_in :]) for rows_NF in y_NF.split(counts.tolist())]
 
 
 class Hypernetwork(nn.Module):
@@ -155,15 +160,16 @@ class Hypernetwork(nn.Module):
         self.config, self.sizes = config, dict(modules)
         generator = torch.Generator().manual_seed(seed)
         self.shapes = {name: f"{d_in}x{d_out}" for name, (d_in, d_out) in modules.items()}
-        self.places: dict[str, int] = {}
-        """Of each module, which it is among those of its shape."""
+        self.names: dict[str, list[str]] = {}
+        """Modules of each shape."""
         for name, shape in self.shapes.items():
-            self.places[name] = list(self.shapes.values())[: len(self.places)].count(shape)
-        self.transforms = nn.ModuleDict()
-        for name, shape in self.shapes.items():
-            if shape not in self.transforms:
-                alike = list(self.shapes.values()).count(shape)
-                self.transforms[shape] = Transform(*modules[name], alike, config, self.film_first, generator)
+            self.names.setdefault(shape, []).append(name)
+        self.transforms = nn.ModuleDict(
+            {
+                shape: Transform(*modules[names[0]], len(names), config, self.film_first, generator)
+                for shape, names in self.names.items()
+            }
+        )
         self.log_step = nn.Parameter(torch.full((len(modules),), math.log(config.step_size)))
 
     @property
@@ -202,11 +208,11 @@ class Hypernetwork(nn.Module):
             tokens: of all edits that are made together, by module name.
             known: statistics to normalise with, by shape.
         """
-        made = {}
-        for place, (name, shape) in enumerate(self.shapes.items()):
-            keys_NI, grads_NO = self.transforms[shape](tokens[name], self.places[name], known[shape])
-            made[name] = self.write(tokens[name], keys_NI, grads_NO, place)
-        return made
+        pseudo: dict[str, tuple[Tensor, Tensor]] = {}
+        for shape, names in self.names.items():
+            found = self.transforms[shape]([tokens[name] for name in names], known[shape])
+            pseudo.update(zip(names, found, strict=True))
+        return {name: self.write(tokens[name], *pseudo[name], place) for place, name in enumerate(self.shapes)}
 
     def write(self, tokens: Tokens, keys_NI: Tensor, grads_NO: Tensor, place: int) -> RowFactors:
         """The update of one module.
