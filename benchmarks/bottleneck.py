@@ -78,10 +78,10 @@ def main() -> None:
             continue
         settings = settings_for(change, manifest, args, folder, args.runs / name)
         Path(settings.out).mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(settings, ground, started_from(folder, settings, ground), lambda _: None)
-        if trainer.checkpoint.exists():
-            trainer.resume()
-        trainer.run(episodes, validation)
+        network = started_from(folder, settings, ground)
+        trainer = Trainer(settings, ground, network, (episodes, validation), lambda _: None)
+        trainer.start(resume=True)
+        trainer.run()
         report["points"][name] = validate(trainer.averaged, ground.part, ground.site, validation)
         print(name, report["points"][name], flush=True)
         write(args.out, report)

@@ -20,9 +20,10 @@ def test_train_settings(run: Run, tmp_path: Path):
 
 
 def test_train_overrides_reach_the_settings():
-    from ibke.cli.train import _overrides
+    from ibke.cli.train import _overrides, _trainer
 
-    run_settings, config = _overrides(["layer=4", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"])
+    given = ["layer=4", "noise=false", "warmup=7", "prior=ceb", "beta=0.5"]
+    run_settings, config = _overrides(given, *_trainer("ibke"))
     assert run_settings == {"warmup": 7}
     assert (config.layer, config.noise, config.prior, config.beta) == (4, False, "ceb", 0.5)
 

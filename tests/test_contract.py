@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tests.hypernetworks import briefly_trained
 
 from ibke.edit import Edit
 from ibke.editors.base import METHODS, method_class
+from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.errors import IBKEError, MissingPackageError, RequestError, TrainingError
 from ibke.evaluation.generate import generate
 from ibke.fingerprint import fingerprint
@@ -19,10 +21,13 @@ FACTS = [
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
-def editor(request, smollm32):
+def editor(request, smollm32, tmp_path_factory):
     kind = method_class(request.param)
+    path = None  # of what ships
+    if issubclass(kind, HypernetworkEditor):
+        path = briefly_trained(kind, smollm32, tmp_path_factory.mktemp("trained") / kind.name)
     try:
-        return kind.for_model(smollm32, **kind.quick)
+        return kind.for_model(smollm32, path, **kind.quick)
     except (MissingPackageError, TrainingError) as error:
         pytest.skip(str(error))
 

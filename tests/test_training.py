@@ -49,6 +49,10 @@ PEOPLE = [
 ]
 
 
+# A child finds this package where its parent does, and the tests beside it.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     """A tiny model and a file of requests on disk."""
@@ -136,7 +140,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(ground, tmp_path):
         "train(s, lambda e: print(e['stage'], e.get('step'), flush=True), resume=len(sys.argv) > 3)"
     )
     arguments = [sys.executable, "-c", script, str(ground), str(tmp_path / "killed")]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("validation 8"):
@@ -144,9 +148,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(ground, tmp_path):
     time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = subprocess.run(
-        [*arguments, "resume"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
-    )
+    finished = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     mine, theirs = (load_file(folder / "editor.safetensors") for folder in (whole, tmp_path / "killed" / "editor"))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -11,7 +11,8 @@ from tests.conftest import make_tiny
 from tests.test_tuning import ARCHITECTURES, FACTS
 
 from ibke.edit import Edit, EditInfo
-from ibke.editors.ultraedit import RowStatistics, UltraEdit, UltraEditSettings
+from ibke.editors.row_statistics import RowStatistics
+from ibke.editors.ultraedit import UltraEdit, UltraEditSettings
 from ibke.errors import FormatError
 from ibke.frames import encode_pair
 from ibke.session import EditSession

@@ -9,7 +9,7 @@ Shape suffixes: R rows, T tokens, N answer positions, D hidden, V vocabulary, P 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -136,13 +136,12 @@ def edited_logits(part: PartialModel, site: Site, neurons: Neurons, group: RowGr
 
 def run_rows(part: PartialModel, site: Site, neurons: Neurons, groups: Sequence[RowGroup]) -> RowTerms:
     """Run every row under its edit's neurons (B × K × D)."""
-    parts = [_terms(edited_logits(part, site, neurons, group), group) for group in groups]
-    nll, forward, backward, right = (torch.cat(values) for values in zip(*parts, strict=True))
-    kind, owner = torch.cat([group.kind_R for group in groups]), torch.cat([group.owner_R for group in groups])
-    return RowTerms(nll, forward, backward, right, kind, owner)
+    parts = [row_terms(edited_logits(part, site, neurons, group), group) for group in groups]
+    return RowTerms(*(torch.cat([getattr(some, item.name) for some in parts]) for item in fields(RowTerms)))
 
 
-def _terms(logits_NV: Tensor, group: RowGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_terms(logits_NV: Tensor, group: RowGroup) -> RowTerms:
+    """What logits at the answer positions are worth, row by row."""
     batch, outside_N = group.batch, group.kind_R[group.batch.row_N] == OUTSIDE
     inside_N = ~outside_N
     values_N = F.cross_entropy(logits_NV[inside_N], batch.labels_N[inside_N], reduction="none")
@@ -150,11 +149,13 @@ def _terms(logits_NV: Tensor, group: RowGroup) -> tuple[Tensor, Tensor, Tensor, 
     forward_N, backward_N = binned_kl(logits_NV[outside_N], group.base_tokens_NP, group.base_log_probs_NP)
     row_N = batch.row_N[outside_N]
     wrong_N = (logits_NV.detach().argmax(-1) != batch.labels_N).float()
-    return (
+    return RowTerms(
         nll_R,
         _per_row(forward_N, row_N, batch.rows),
         _per_row(backward_N, row_N, batch.rows),
         _per_row(wrong_N, batch.row_N, batch.rows) == 0,
+        group.kind_R,
+        group.owner_R,
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ibke.cli.console import JSON, Bars, Dtype, ModelChoice, ModelName
+from ibke.cli.console import JSON, Bars, Dtype, Method, ModelChoice, ModelName
 from ibke.cli.output import print_json, screen
 from ibke.cli.settings import Settings, parse
+from ibke.errors import IBKEError
 
 if TYPE_CHECKING:
-    from ibke.editors.ibke.config import IBKEConfig
+    from ibke.editors.base import Editor
 
 
 def train(
@@ -23,8 +25,15 @@ def train(
             "counterfact:FILE, zsre:FILE, knowedit:FILE or jsonl:FILE, as in facts=2. Repeat."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, and the finished editor.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: checkpoints, log, and the finished editor. Methods whose editors do not ship have "
+            "one in the cache folder, where they look for it."
+        ),
+    ] = None,
     model: ModelName = ModelChoice.name,
+    method: Method = "ibke",
     resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the run in --out stopped.")] = False,
     seed: Annotated[int | None, typer.Option(help="Decides data, order, noise and initial weights.")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Training edits, all sources together.")] = None,
@@ -45,11 +54,10 @@ def train(
     options = {name: value for name, value in given.items() if value is not None}
     with Bars() as tick:
         tick("Loading", 0, None)
-        from ibke.training.settings import TrainSettings
-        from ibke.training.trainer import train as run
-
-        chosen, config = _overrides(settings or [])
-        wanted = TrainSettings(model, tuple(data), str(out), config=config, **{**options, **chosen})
+        kind, trainer = _trainer(method)
+        chosen, config = _overrides(settings or [], kind, trainer)
+        named = {"model": model, "data": tuple(data), "out": str(out or ""), "method": method, "config": config}
+        wanted = trainer.Settings(**{**named, **options, **chosen})
         last: dict[str, Any] = {}
 
         def report(state: dict[str, Any]) -> None:
@@ -63,32 +71,48 @@ def train(
                     state.get("seconds_left"),
                 )
 
-        folder = run(wanted, on_progress=report, resume=resume)
+        folder = trainer.train(wanted, on_progress=report, resume=resume)
     if not as_json:
-        screen().print(f"The editor is in {folder}. Use it:  ibke edit --editor {folder} …", soft_wrap=True)
+        screen().print(f"The editor is in {folder}. Use it:  {_use(method)} --editor {folder} …", soft_wrap=True)
     else:
         print_json({"editor": str(folder), "settings": wanted.to_dict(), "last": last})
 
 
 def _figures(state: dict[str, Any]) -> str:
-    """Rate, sufficiency and independence in nats, and the pace."""
+    """What the method is worth so far (nats), its pace, and its score."""
     parts = []
-    if "rate_nats" in state:
-        parts.append(f"R {state['rate_nats']:.0f} SG {state['sg_nats']:.2f} IL {state['il_nats']:.2f} nats")
-        parts.append(f"{state['edits_per_second']:.0f} edits/s")
+    if "figures" in state:
+        parts += [state["figures"], f"{state['edits_per_second']:.0f} edits/s"]
     if "score" in state:
         parts.append(f"score {state['score']:.3f}")
     return " · ".join(parts)
 
 
-def _overrides(settings: list[str]) -> tuple[dict[str, Any], IBKEConfig]:
-    """Settings given as NAME=VALUE: those of the run, and the editor's own.
+def _use(method: str) -> str:
+    return "ibke edit" if method == "ibke" else f"ibke edit --method {method}"
+
+
+def _trainer(method: str) -> tuple[type[Editor], Any]:
+    """A method and the module that trains it.
+
+    Raises:
+        IBKEError: no such method, or one without weights.
+    """
+    from ibke.editors.base import METHODS, method_class
+
+    kind = method_class(method)
+    if not kind.trained_by:
+        trained = ", ".join(name for name in METHODS if method_class(name).trained_by)
+        raise IBKEError(f"the method {method!r} has nothing to train.", "--method", f"Those that have: {trained}.")
+    return kind, import_module(kind.trained_by)
+
+
+def _overrides(settings: list[str], kind: type[Editor], trainer: Any) -> tuple[dict[str, Any], Any]:
+    """Settings given as NAME=VALUE: those of the run, and the configuration of what is trained.
 
     Raises:
         IBKEError: an unknown name, with the nearest one, or a value of the wrong kind.
     """
-    from ibke.editors.ibke.config import IBKEConfig
-    from ibke.training.settings import TrainSettings
-
-    of_run, of_editor = parse(settings, TrainSettings, IBKEConfig)
-    return of_run, IBKEConfig(**of_editor)
+    assert kind.Config is not None
+    of_run, of_editor = parse(settings, trainer.Settings, kind.Config)
+    return of_run, kind.Config(**of_editor)

@@ -29,6 +29,9 @@ METHODS: dict[str, str] = {
     "ft-l": "ibke.editors.fine_tuning:BoundedFineTuning",
     "lora": "ibke.editors.lora:LoRA",
     "ultraedit": "ibke.editors.ultraedit:UltraEdit",
+    "mend": "ibke.editors.mend:MEND",
+    "malmen": "ibke.editors.malmen:MALMEN",
+    "rledit": "ibke.editors.rledit:RLEdit",
     "grace": "ibke.editors.grace:GRACE",
     "wise": "ibke.editors.wise.editor:WISE",
     "serac": "ibke.editors.serac.editor:SERAC",
@@ -49,6 +52,10 @@ class Editor(ABC):
     name: ClassVar[str]
     Settings: ClassVar[type | None] = None
     """Dataclass of the method's settings, of which the constructor takes one; the command line's ``--set`` reads it."""
+    Config: ClassVar[type | None] = None
+    """Dataclass of what is settled when the method is trained, for methods that are."""
+    trained_by: ClassVar[str] = ""
+    """Module whose ``train`` makes the method's weights, with ``Settings`` of a run; empty where there are none."""
     quick: ClassVar[Mapping[str, Any]] = {}
     """Settings under which the method is rough and fast, for tests of what holds whatever the settings are."""
 

@@ -17,29 +17,26 @@ Shape suffixes: B requests, T tokens, N answer tokens of all requests, I d_in, O
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibke.batch import by_length, collate
 from ibke.capture import capture
 from ibke.edit import Edit, EditInfo, Factors, dense_factors
 from ibke.editors.aggregate import regress
 from ibke.editors.base import Editor
+from ibke.editors.row_statistics import History, RowStatistics, from_latent, joined, shape_of, to_latent
 from ibke.editors.settings import refuse_not_positive
-from ibke.errors import FormatError
 from ibke.models import LanguageModel
 from ibke.modules import by_depth, first_layer, in_out, resolve, target_modules
 from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
-
-EPSILON = torch.finfo(torch.float32).eps
-PARTS = ("count", "mean_F", "square_F")  # of statistics, as an edit carries them
 
 
 @dataclass(frozen=True)
@@ -63,45 +60,6 @@ class UltraEditSettings:
         refuse_not_positive(self, "learning_rate")
 
 
-@dataclass(frozen=True)
-class RowStatistics:
-    """Mean and spread of some rows, in double precision, on the CPU.
-
-    Args:
-        count: how many.
-        mean_F: their mean.
-        square_F: sum of squared differences from it.
-    """
-
-    count: Tensor
-    mean_F: Tensor
-    square_F: Tensor
-
-    @classmethod
-    def of(cls, rows_NF: Tensor) -> RowStatistics:
-        """Of rows as they are."""
-        rows_NF = rows_NF.double().cpu()
-        mean_F = rows_NF.mean(0)
-        return cls(torch.tensor(float(len(rows_NF)), dtype=torch.float64), mean_F, (rows_NF - mean_F).square().sum(0))
-
-    def join(self, other: RowStatistics) -> RowStatistics:
-        """Of both sets of rows (pairwise update of Chan, Golub and LeVeque)."""
-        count, shift_F = self.count + other.count, other.mean_F - self.mean_F
-        between_F = shift_F.square() * self.count * other.count / count
-        return RowStatistics(
-            count, self.mean_F + shift_F * other.count / count, self.square_F + other.square_F + between_F
-        )
-
-    def normalise(self, rows_NF: Tensor) -> Tensor:
-        """Rows less the mean, over the deviation (N × F, double precision); 0 where nothing has varied yet."""
-        deviation_F = (self.square_F / (self.count - 1 + EPSILON)).sqrt()
-        return (rows_NF.double().cpu() - self.mean_F) / (deviation_F + EPSILON)
-
-
-History = Mapping[str, RowStatistics]
-"""By shape of module, what is known of keys and gradients side by side."""
-
-
 class UltraEdit(Editor):
     """Closed-form update from normalised keys and gradients of several layers (UltraEdit).
 
@@ -119,19 +77,13 @@ class UltraEdit(Editor):
     def __init__(self, lm: LanguageModel, settings: UltraEditSettings | None = None):
         super().__init__(lm)
         self.settings: UltraEditSettings = settings or self.Settings()
-        names = lm.architecture.modules or self._default_modules()
+        depth = by_depth(lm, (18, 26), of=28)
+        layers = self.settings.gate_layers or depth, self.settings.value_layers or depth
+        names = lm.architecture.modules or input_projections(lm, *layers)
         self.modules = resolve(lm.model, names)
         self.part = PartialModel(lm.model, lm.architecture.layers, first_layer(names))
         self.history: History = {}
         """Statistics of the edits in force; empty as long as there is none."""
-
-    def _default_modules(self) -> list[str]:
-        lm, found = self.lm, []
-        for layers, branch in ((self.settings.gate_layers, "gate"), (self.settings.value_layers, "value")):
-            for out in target_modules(lm, lm.architecture, layers or by_depth(lm, (18, 26), of=28)):
-                site = Site.find(lm.model, out)
-                found.append((getattr(site, branch) or site.gate).name)
-        return list(dict.fromkeys(found))
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together: one turn of a sequence.
@@ -146,10 +98,10 @@ class UltraEdit(Editor):
         features, nll_B = self._features(requests)
         new: History = {}
         for name, module in self.modules.items():
-            new = joined(new, {_shape(module): RowStatistics.of(features[name])})
+            new = joined(new, {shape_of(module): RowStatistics.of(features[name])})
         known = joined(self.history, new)
         factors = {
-            name: self._factors(features[name], known[_shape(module)], *in_out(module))
+            name: self._factors(features[name], known[shape_of(module)], *in_out(module))
             for name, module in self.modules.items()
         }
         info = EditInfo(
@@ -158,7 +110,7 @@ class UltraEdit(Editor):
             self.lm.name,
             seconds=time.perf_counter() - began,
             nll_before=float(nll_B.mean()),
-            latent={f"{shape}/{part}": getattr(some, part) for shape, some in new.items() for part in PARTS},
+            latent=to_latent(new),
         )
         return Edit(factors, tuple(requests), info)
 
@@ -168,17 +120,8 @@ class UltraEdit(Editor):
         Raises:
             FormatError: the edit has none: another method made it, or it is a composition of several.
         """
-        latent = edit.info.latent
-        shapes = {name.partition("/")[0] for name in latent}
-        if not shapes or {f"{shape}/{part}" for shape in shapes for part in PARTS} != set(latent):
-            raise FormatError(
-                "the edit does not carry the statistics of keys and gradients that UltraEdit goes on from.",
-                f"an edit by {edit.info.method}",
-                "Tell an UltraEdit editor of edits by UltraEdit alone, one by one before they are composed.",
-            )
-        new = {shape: RowStatistics(*(latent[f"{shape}/{part}"] for part in PARTS)) for shape in sorted(shapes)}
         knows = copy(self)
-        knows.history = joined(self.history, new)
+        knows.history = joined(self.history, from_latent(edit, self.name))
         return knows
 
     def _features(self, requests: Sequence[EditRequest]) -> tuple[dict[str, Tensor], Tensor]:
@@ -207,10 +150,17 @@ class UltraEdit(Editor):
         return regress(keys_NI, lambda rows: rows).float(), values_NO.T.float()
 
 
-def joined(one: History, other: History) -> History:
-    """Both, shape by shape."""
-    return {**one, **{shape: one[shape].join(some) if shape in one else some for shape, some in other.items()}}
+def input_projections(lm: LanguageModel, gate_layers: Sequence[int], value_layers: Sequence[int]) -> list[str]:
+    """Names of the projections into some layers' MLPs, those that go through the activation first.
 
-
-def _shape(module: nn.Module) -> str:
-    return "{}x{}".format(*in_out(module))
+    Args:
+        lm: the model.
+        gate_layers: whose projection into the activation is meant.
+        value_layers: whose projection is meant that the gate is multiplied with; an MLP without gate has one for both.
+    """
+    found = []
+    for layers, branch in ((gate_layers, "gate"), (value_layers, "value")):
+        for out in target_modules(lm, lm.architecture, layers):
+            site = Site.find(lm.model, out)
+            found.append((getattr(site, branch) or site.gate).name)
+    return list(dict.fromkeys(found))

@@ -38,24 +38,17 @@ KEPT = torch.bfloat16  # keys and values that training only reads: half the byte
 
 
 @dataclass
-class Builder:
-    """Computes shards for one frozen model.
+class RowBuilder:
+    """Computes shards of rows for one frozen model.
 
     Args:
         model, tokenizer: the base.
         part: the base split at the edited layer.
-        site: the edited MLP.
-        addresser: finds where an edit applies.
-        shut_D: θ c, which an address has to exceed for its edit to be in force; None where addresses are learned, so
-            that nobody knows yet which tokens an edit reaches.
     """
 
     model: Any
     tokenizer: Any
     part: PartialModel
-    site: Site
-    addresser: Addresser
-    shut_D: Tensor | None
 
     @cached_property
     def prefixes(self) -> Prefixes:
@@ -63,11 +56,20 @@ class Builder:
         return frame_prefixes(self.part, self.tokenizer)
 
     def shard(self, episodes: Sequence[Episode], whole: bool) -> dict[str, Tensor]:
-        """Everything about some episodes as flat tensors.
+        """Everything about some episodes as flat tensors; an edit may reach every token.
 
         Args:
             episodes: some episodes.
             whole: keep rows that no edit reaches too; they cost time and give no gradient, but they count in scores.
+        """
+        pairs, kinds, owner = self.asked(episodes)
+        return self.rows([pair.reached(0) for pair in pairs], kinds, owner)
+
+    def asked(self, episodes: Sequence[Episode]) -> tuple[list[Pair], list[int], list[int]]:
+        """Tokenised prompts with the answers they must have, their kinds, and the episode each belongs to.
+
+        Raises:
+            TrainingError: there is nothing out of scope.
         """
         outside = [asked for episode in episodes for asked in episode.outside]
         prompts = [encode_pair(asked.prompt, "-", asked.frame, self.tokenizer).prompt for asked in outside]
@@ -93,45 +95,9 @@ class Builder:
             raise TrainingError(
                 "no request names a prompt whose answer must stay.", "training data", "Give some `locality` prompts."
             )
-        out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        asked_about = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
-        out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
-        first = self._first_reached(pairs, out["address_BD"][owner])
-        kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
-        # Before it is in force an edit changes nothing, so what stands there is computed once and for all.
-        tails = [pairs[row].reached(first[row]) for row in kept]
-        out |= self._rows(tails, [kinds[row] for row in kept])
-        return out | {"row_kind": torch.tensor(kinds)[kept], "row_owner": torch.tensor(owner)[kept]}
+        return pairs, kinds, owner
 
-    def _first_reached(self, pairs: list[Pair], address_RD: Tensor) -> list[int | None]:
-        if self.shut_D is None:
-            return [0] * len(pairs)
-        return first_open(self.part, self.site.entrance, pairs, address_RD - self.shut_D)
-
-    def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
-        keys, grads, roles, counts, answers = [], [], [], [], []
-        device = next(self.model.parameters()).device
-        for begin in range(0, len(pairs), 64):
-            part = pairs[begin : begin + 64]
-            batch = collate(part, self.tokenizer.pad_token_id, device)
-            taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
-            position, role, mask = coded_positions(part)
-            row, place = torch.arange(len(part))[:, None].expand_as(position)[mask], position[mask]
-            keys.append(taken.keys[self.site.gate.name][row, place].cpu())
-            grads.append(taken.value_grads[self.site.out][row, place].cpu())
-            roles.append(role[mask])
-            counts.append(mask.sum(1))
-            embedding = self.model.get_input_embeddings()
-            answers.append(answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows).cpu())
-        return {
-            "keys_TD": torch.cat(keys),
-            "grads_TD": torch.cat(grads),
-            "role": torch.cat(roles),
-            "coded": torch.cat(counts),
-            "answer_BD": torch.cat(answers),
-        }
-
-    def _rows(self, pairs: list[Pair], kinds: list[int]) -> dict[str, Tensor]:
+    def rows(self, pairs: list[Pair], kinds: list[int], owner: list[int]) -> dict[str, Tensor]:
         """Rows from their marked token on, and what attention keeps of those before."""
         hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
         past: list[Tensor] = [torch.empty(0)] * len(pairs)
@@ -162,6 +128,8 @@ class Builder:
             "past_shapes": shapes,
             "past_length": torch.tensor(starts),
             "ids": torch.tensor(flat_ids, dtype=torch.int32),
+            "row_kind": torch.tensor(kinds),
+            "row_owner": torch.tensor(owner),
             "length": torch.tensor([len(pair) - start for pair, start in zip(pairs, starts, strict=True)]),
             "answer": torch.tensor([token for pair in pairs for token in pair.answer], dtype=torch.int32),
             "answer_length": torch.tensor([len(pair.answer) for pair in pairs]),
@@ -170,10 +138,71 @@ class Builder:
         }
 
 
+@dataclass
+class Builder(RowBuilder):
+    """Computes shards of episodes for one frozen model and the bottleneck.
+
+    Args:
+        site: the edited MLP.
+        addresser: finds where an edit applies.
+        shut_D: θ c, which an address has to exceed for its edit to be in force; None where addresses are learned, so
+            that nobody knows yet which tokens an edit reaches.
+    """
+
+    site: Site
+    addresser: Addresser
+    shut_D: Tensor | None
+
+    def shard(self, episodes: Sequence[Episode], whole: bool) -> dict[str, Tensor]:
+        """Everything about some episodes as flat tensors; rows begin where their edit comes into force.
+
+        Args:
+            episodes: some episodes.
+            whole: keep rows that no edit reaches too; they cost time and give no gradient, but they count in scores.
+        """
+        pairs, kinds, owner = self.asked(episodes)
+        out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
+        asked_about = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+        out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
+        first = self._first_reached(pairs, out["address_BD"][owner])
+        kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
+        # Before it is in force an edit changes nothing, so what stands there is computed once and for all.
+        tails = [pairs[row].reached(first[row]) for row in kept]
+        return out | self.rows(tails, [kinds[row] for row in kept], [owner[row] for row in kept])
+
+    def _first_reached(self, pairs: list[Pair], address_RD: Tensor) -> list[int | None]:
+        if self.shut_D is None:
+            return [0] * len(pairs)
+        return first_open(self.part, self.site.entrance, pairs, address_RD - self.shut_D)
+
+    def _edits(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        keys, grads, roles, counts, answers = [], [], [], [], []
+        device = next(self.model.parameters()).device
+        for begin in range(0, len(pairs), 64):
+            part = pairs[begin : begin + 64]
+            batch = collate(part, self.tokenizer.pad_token_id, device)
+            taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
+            position, role, mask = coded_positions(part)
+            row, place = torch.arange(len(part))[:, None].expand_as(position)[mask], position[mask]
+            keys.append(taken.keys[self.site.gate.name][row, place].cpu())
+            grads.append(taken.value_grads[self.site.out][row, place].cpu())
+            roles.append(role[mask])
+            counts.append(mask.sum(1))
+            embedding = self.model.get_input_embeddings()
+            answers.append(answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows).cpu())
+        return {
+            "keys_TD": torch.cat(keys),
+            "grads_TD": torch.cat(grads),
+            "role": torch.cat(roles),
+            "coded": torch.cat(counts),
+            "answer_BD": torch.cat(answers),
+        }
+
+
 def build(
-    builder: Builder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None], *, whole: bool
+    builder: RowBuilder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None], *, whole: bool
 ) -> None:
-    """Write all shards that are not there yet; safe to interrupt at any moment (``whole``: see :class:`Builder`)."""
+    """Write all shards that are not there yet; safe to interrupt at any moment (``whole``: see :class:`RowBuilder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     for begin in range(0, len(episodes), SHARD):
         path = folder / f"{begin // SHARD:05d}.safetensors"

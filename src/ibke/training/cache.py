@@ -18,7 +18,7 @@ from torch import Tensor
 from ibke.batch import Batch, by_length
 from ibke.editors.ibke.bottleneck import Written
 from ibke.partial import Past
-from ibke.rows import OUTSIDE, RowGroup
+from ibke.rows import EDIT, INSIDE, OUTSIDE, RowGroup
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "I64": torch.int64}
 ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "past_TF", "base_tokens_NP", "base_log_probs_NP")
@@ -56,7 +56,7 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, StoredRows]]:
         for name, entry in header.items()
     }
     small = {name: rows[0 : rows.shape[0]] for name, rows in stored.items() if name not in ON_DISK}
-    return small, {name: stored[name] for name in ON_DISK}
+    return small, {name: rows for name, rows in stored.items() if name in ON_DISK}
 
 
 @dataclass
@@ -79,8 +79,8 @@ class EpisodeBatch:
         return EpisodeBatch(Written(**moved), [group.to(device) for group in self.groups])
 
 
-class EpisodeCache:
-    """The episodes of a folder of shards.
+class RowCache:
+    """The rows of the episodes of a folder of shards.
 
     Args:
         folder: where :func:`ibke.training.building.build` wrote them.
@@ -95,34 +95,25 @@ class EpisodeCache:
             data["row_start"] = _starts(data["length"])
             data["past_start"] = _starts(data["past_length"])
             data["answer_start"] = _starts(data["answer_length"])
-            data["coded_start"] = _starts(data["coded"])
             data["base_start"] = _starts((data["row_kind"] == OUTSIDE) * data["answer_length"])
             self.shards.append(data)
             self.stored.append(stored)
-            self.index += [(number, episode) for episode in range(len(data["coded"]))]
+            # Every episode has the row of its edit.
+            self.index += [(number, episode) for episode in range(int(data["row_owner"].max()) + 1)]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def batch(self, chosen: Sequence[int]) -> EpisodeBatch:
-        """Gather and pad some episodes."""
-        found = [self.index[item] for item in chosen]
+    def groups(self, chosen: Sequence[int], kinds: Sequence[int] = (EDIT, INSIDE, OUTSIDE)) -> list[RowGroup]:
+        """The rows of some episodes, of like length together; each is owned by its episode's place among them."""
         rows = [
             (shard, int(row), slot)
-            for slot, (shard, episode) in enumerate(found)
+            for slot, (shard, episode) in enumerate(self.index[item] for item in chosen)
             for row in (self.shards[shard]["row_owner"] == episode).nonzero()[:, 0]
+            if int(self.shards[shard]["row_kind"][row]) in kinds
         ]
-        keys, mask = self._padded(found, "keys_TD")
-        grads, _ = self._padded(found, "grads_TD")
-        role = torch.zeros(mask.shape, dtype=torch.long)
-        role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "coded_start", e))] for s, e in found])
-        address, answer = (
-            torch.stack([self.shards[shard][name][episode] for shard, episode in found])
-            for name in ("address_BD", "answer_BD")
-        )
         lengths = [int(self.shards[shard]["length"][row]) for shard, row, _ in rows]
-        groups = [self._group([rows[item] for item in some]) for some in by_length(lengths)]
-        return EpisodeBatch(Written(keys, grads, role, mask, address, answer), groups)
+        return [self._group([rows[item] for item in some]) for some in by_length(lengths)]
 
     def _group(self, rows: list[tuple[int, int, int]]) -> RowGroup:
         hidden, batch = self._rows(rows)
@@ -135,10 +126,12 @@ class EpisodeCache:
             self._past(rows, hidden.dtype),
         )  # fmt: skip
 
-    def _past(self, rows: list[tuple[int, int, int]], dtype: torch.dtype) -> Past:
-        """What attention keeps of the tokens before, padded on the left."""
+    def _past(self, rows: list[tuple[int, int, int]], dtype: torch.dtype) -> Past | None:
+        """What attention keeps of the tokens before, padded on the left; None where rows are whole."""
         spans = [(shard, *self._span(shard, "past_start", row)) for shard, row, _ in rows]
         longest = max(end - begin for _, begin, end in spans)
+        if not longest:
+            return None
         shapes = self.shards[0]["past_shapes"].tolist()
         flat_RTF = torch.zeros(len(rows), longest, sum(heads * size for heads, size in shapes), dtype=dtype)
         real_RT = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -148,26 +141,6 @@ class EpisodeCache:
         parts = flat_RTF.split([heads * size for heads, size in shapes], dim=2)
         whole = [part.unflatten(2, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
         return Past(real_RT, list(zip(whole[::2], whole[1::2], strict=True)))
-
-    def initial(self, count: int) -> tuple[Tensor, Tensor]:
-        """Gradients at the written token and addresses of the first ``count`` episodes (each B × D)."""
-        grads, addresses = [], []
-        for shard, episode in self.index[:count]:
-            begin = int(self.shards[shard]["coded_start"][episode])
-            grads.append(self.stored[shard]["grads_TD"][begin : begin + 1])
-            addresses.append(self.shards[shard]["address_BD"][episode])
-        return torch.cat(grads).float(), torch.stack(addresses)
-
-    def _padded(self, found: list[tuple[int, int]], name: str) -> tuple[Tensor, Tensor]:
-        """Keys or gradients of some episodes' coded tokens (B × T × D), with the mask B × T."""
-        spans = [(shard, *self._span(shard, "coded_start", episode)) for shard, episode in found]
-        longest = max(end - begin for _, begin, end in spans)
-        block = torch.zeros(len(found), longest, self.stored[0][name].shape[1])
-        mask = torch.zeros(len(found), longest, dtype=torch.bool)
-        for slot, (shard, begin, end) in enumerate(spans):
-            block[slot, : end - begin] = self.stored[shard][name][begin:end]
-            mask[slot, : end - begin] = True
-        return block, mask
 
     def _span(self, shard: int, name: str, item: int) -> tuple[int, int]:
         starts = self.shards[shard][name]
@@ -192,6 +165,48 @@ class EpisodeCache:
             labels.append(answer)
         row_N = torch.cat([torch.full((len(answer),), slot) for slot, answer in enumerate(labels)])
         return hidden, Batch(ids, attention, predicts, torch.cat(labels), row_N)
+
+
+class EpisodeCache(RowCache):
+    """Episodes with what the bottleneck may know of each edit."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        for data in self.shards:
+            data["coded_start"] = _starts(data["coded"])
+
+    def batch(self, chosen: Sequence[int]) -> EpisodeBatch:
+        """Gather and pad some episodes."""
+        found = [self.index[item] for item in chosen]
+        keys, mask = self._padded(found, "keys_TD")
+        grads, _ = self._padded(found, "grads_TD")
+        role = torch.zeros(mask.shape, dtype=torch.long)
+        role[mask] = torch.cat([self.shards[s]["role"][slice(*self._span(s, "coded_start", e))] for s, e in found])
+        address, answer = (
+            torch.stack([self.shards[shard][name][episode] for shard, episode in found])
+            for name in ("address_BD", "answer_BD")
+        )
+        return EpisodeBatch(Written(keys, grads, role, mask, address, answer), self.groups(chosen))
+
+    def initial(self, count: int) -> tuple[Tensor, Tensor]:
+        """Gradients at the written token and addresses of the first ``count`` episodes (each B × D)."""
+        grads, addresses = [], []
+        for shard, episode in self.index[:count]:
+            begin = int(self.shards[shard]["coded_start"][episode])
+            grads.append(self.stored[shard]["grads_TD"][begin : begin + 1])
+            addresses.append(self.shards[shard]["address_BD"][episode])
+        return torch.cat(grads).float(), torch.stack(addresses)
+
+    def _padded(self, found: list[tuple[int, int]], name: str) -> tuple[Tensor, Tensor]:
+        """Keys or gradients of some episodes' coded tokens (B × T × D), with the mask B × T."""
+        spans = [(shard, *self._span(shard, "coded_start", episode)) for shard, episode in found]
+        longest = max(end - begin for _, begin, end in spans)
+        block = torch.zeros(len(found), longest, self.stored[0][name].shape[1])
+        mask = torch.zeros(len(found), longest, dtype=torch.bool)
+        for slot, (shard, begin, end) in enumerate(spans):
+            block[slot, : end - begin] = self.stored[shard][name][begin:end]
+            mask[slot, : end - begin] = True
+        return block, mask
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -39,14 +39,15 @@ def save_checkpoint(
         network: weights in training.
         averaged: their running average.
         optimizer: AdamW.
-        state: JSON-ready counters; ``generator`` is a random generator's state (uint8 tensor).
+        state: JSON-ready counters; ``generator``, if there is one, is a random generator's state (uint8 tensor).
     """
     state = dict(state)
     tensors = {f"network/{name}": tensor for name, tensor in network.state_dict().items()}
     tensors |= {f"averaged/{name}": tensor.clone() for name, tensor in averaged.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors["generator"] = state.pop("generator")
+    if "generator" in state:
+        tensors["generator"] = state.pop("generator")
     write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {"state": json.dumps(state)})
 
 
@@ -75,7 +76,8 @@ def load_checkpoint(
         index, _, slot = name.partition("/")
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    state["generator"] = tensors["generator"]
+    if "generator" in tensors:
+        state["generator"] = tensors["generator"]
     return state
 
 

@@ -10,19 +10,20 @@ from ibke.errors import TrainingError
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Settings of one training run.
+class RunSettings:
+    """Settings of one training run, of whichever method.
 
     Args:
         model: bundled name, folder, .gguf file or hub id.
         data: sources with their shares, e.g. ``facts=2``, ``counterfact:train.json``; see ``training.mixture``.
         out: folder of the run; checkpoints, log and the finished editor are written there.
+        method: the method trained.
         seed: decides data, order, noise and initial weights.
         episodes: training edits, all sources together.
         validation: edits held out of training, all sources together.
         steps: optimiser steps.
         batch: independent edits per step.
-        learning_rate: peak of the cosine schedule.
+        learning_rate: peak of the schedule.
         warmup: steps of linear warm-up.
         weight_decay: of AdamW.
         clip: largest gradient norm.
@@ -33,17 +34,15 @@ class TrainSettings:
         dtype: of the frozen base; ``auto`` takes bfloat16 where the hardware has it.
         hold_out_relations: share of relations kept out of training altogether (the hard split).
         exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
-        modules: full dotted names of the modules to edit, for an architecture that is not in the table; ``layers``
-            of the configuration then chooses among them.
-        text: file of running text for the generic keys C₀; empty takes the training prompts alone.
-        start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.
+        modules: full dotted names of the modules to edit, for an architecture that is not in the table; the layers
+            of the configuration then choose among them.
         cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
-        config: the editor's own settings.
     """
 
     model: str
     data: tuple[str, ...]
-    out: str
+    out: str = ""
+    method: str = "ibke"
     seed: int = 0
     episodes: int = 5000
     validation: int = 256
@@ -61,10 +60,7 @@ class TrainSettings:
     hold_out_relations: float = 0.2
     exclude: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
-    text: str = ""
-    start: str = ""
     cache: str = ""
-    config: IBKEConfig = field(default_factory=IBKEConfig)
 
     def __post_init__(self) -> None:
         for name in ("episodes", "steps", "batch", "validate_every"):
@@ -76,3 +72,23 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainSettings(RunSettings):
+    """Settings of one training run of IBKE.
+
+    Args:
+        text: file of running text for the generic keys C₀; empty takes the training prompts alone.
+        start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.
+        config: the editor's own settings.
+    """
+
+    text: str = ""
+    start: str = ""
+    config: IBKEConfig = field(default_factory=IBKEConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out:
+            raise TrainingError("no folder named for the run.", "--out", "Name one.")

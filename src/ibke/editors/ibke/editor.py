@@ -19,6 +19,7 @@ from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
 from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
+from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
@@ -49,6 +50,8 @@ class IBKEEditor(Editor):
 
     name: ClassVar[str] = "ibke"
     Settings: ClassVar[type | None] = RefineSettings
+    Config: ClassVar[type | None] = IBKEConfig
+    trained_by = "ibke.training.trainer"
 
     def __init__(
         self, lm: LanguageModel, network: Bottleneck, refine: RefineSettings | None = None, frame: Frame = "bare"

@@ -1,0 +1,1 @@
+"""Training of MEND, MALMEN and RLEdit."""
