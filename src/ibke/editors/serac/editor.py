@@ -105,7 +105,7 @@ class ScopedFacts(Part):
         if place != PLACE:
             raise FormatError("facts are told in front of the question only.", place, f"Their place is {PLACE!r}.")
         layer_of(lm, self.scope.layer)
-        mine, wanted = len(self.scope.mean_D), lm.model.get_input_embeddings().weight.shape[-1]
+        mine, wanted = len(self.scope.mean_D), lm.model.config.get_text_config().hidden_size
         if mine != wanted:
             raise FormatError(
                 f"the scope classifier is for a model of width {mine}, this one has {wanted}.",
