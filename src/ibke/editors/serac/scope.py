@@ -60,9 +60,9 @@ class ScopeSettings:
 
     Args:
         requests: edit requests it is trained on, each with other wordings and probes of its own.
-        steps: of Adam. Published: until the loss on validation data no longer falls.
+        steps: of Adam.
         batch: pairs a step.
-        learning_rate: of Adam. Published: 1e-5, of a whole language model.
+        learning_rate: of Adam. Published: 1e-5, all of DistilBERT.
         width: K.
         layer: whose input represents a text; None is an eighth of the model's depth.
         tables: tables of facts that requests are made of: facts, lre, pararel.
