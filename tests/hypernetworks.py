@@ -54,9 +54,10 @@ def training(kind: type[HypernetworkEditor], facts: Path, out: Path, config: dic
 
 
 def briefly_trained(kind: type[HypernetworkEditor], lm: Any, folder: Path) -> Path:
-    """Folder of an editor that has seen twelve edits; its steps are long enough for edits to show."""
+    """Folder of an editor that has seen a few edits; its steps are long enough for edits to show."""
     folder.mkdir()
-    settings = training(kind, write_facts(folder), folder / "run", {"step_size": 1e-3}, steps=2)
+    few = {"episodes": 4, "validation": 2, "batch": 1, "steps": 2}
+    settings = training(kind, write_facts(folder), folder / "run", {"step_size": 1e-3}, **few)
     return train_for(lm, settings)
 
 

@@ -15,8 +15,8 @@ Shape suffixes: B edits, R rows, K tokens of an edit, N tokens, I d_in, O d_out,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.editors.hypernetwork.network import Hypernetwork
 from ibke.editors.hypernetwork.tokens import Tokens, take_tokens
-from ibke.editors.row_statistics import joined
+from ibke.editors.row_statistics import History, joined
 from ibke.partial import row_updates
 from ibke.rows import EDIT, INSIDE, OUTSIDE, RowGroup, RowTerms, row_terms
 from ibke.training.cache import RowCache
@@ -36,6 +36,8 @@ LOGGED = {EDIT: "reliability_nats", INSIDE: "generality_nats", OUTSIDE: "localit
 
 Updates = dict[str, tuple[Tensor, Tensor]]
 """By module, A and B: N × I and N × O of one joint edit, or B × K × I and B × K × O of edits each on its own model."""
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 class Lessons:
@@ -88,25 +90,22 @@ class Lessons:
     def examine(self, network: Hypernetwork, turns: Sequence[Sequence[int]]) -> dict[int, list[float]]:
         """Which prompts are answered exactly as they should be after the last turn (1 or 0), by kind."""
         standing: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for chosen in turns:
-                stack.close()
-                stack.enter_context(standing_updates(self.modules, standing))
+        update: Updates = {}
+        known = network.statistics
+        for chosen in turns:
+            with standing_updates(self.modules, standing):
                 tokens = self._tokens(network, chosen)
-                own = network.statistics_of(tokens) if network.goes_on else {}
-                update = _updates(network, tokens, joined(network.statistics, own), len(chosen))
-                if len(turns) > 1:
-                    standing = _stand(standing, update)
-            if len(turns) > 1:
-                stack.close()
-                stack.enter_context(standing_updates(self.modules, standing))
-                update = {}
-            right: dict[int, list[float]] = {kind: [] for kind in KINDS}
-            for chosen in turns:
-                for group in self._groups(chosen, KINDS):
-                    rows = self._terms(update, group)
-                    for kind, found in right.items():
-                        found += rows.right_R[rows.kind_R == kind].float().tolist()
+            if network.goes_on:
+                known = joined(known, network.statistics_of(tokens))
+            update = _updates(network, tokens, known, len(chosen))
+            if network.joint:
+                standing, update = _stand(standing, update), {}
+        right: dict[int, list[float]] = {kind: [] for kind in KINDS}
+        with standing_updates(self.modules, standing):
+            for group in (group for chosen in turns for group in self._groups(chosen, KINDS)):
+                rows = self._terms(update, group)
+                for kind, found in right.items():
+                    found += rows.right_R[rows.kind_R == kind].float().tolist()
         return right
 
     def _groups(self, chosen: Sequence[int], kinds: Sequence[int]) -> list[RowGroup]:
@@ -144,7 +143,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _updates(network: Hypernetwork, tokens: Mapping[str, Tokens], known: Mapping, edits: int) -> Updates:
+def _updates(network: Hypernetwork, tokens: Mapping[str, Tokens], known: History, edits: int) -> Updates:
     """The network's updates: one for all edits, or one for each."""
     made = network(tokens, known)
     if network.joint:
@@ -179,7 +178,7 @@ def updates(modules: Mapping[str, nn.Module], update: Updates, owner_R: Tensor) 
             yield
         return
 
-    def hook(a_NI: Tensor, b_NO: Tensor):  # type: ignore[no-untyped-def]
+    def hook(a_NI: Tensor, b_NO: Tensor) -> Hook:
         def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             return out + F.linear(F.linear(args[0], a_NI.to(out.dtype)), b_NO.T.to(out.dtype))
 
@@ -193,7 +192,7 @@ def updates(modules: Mapping[str, nn.Module], update: Updates, owner_R: Tensor) 
 def standing_updates(modules: Mapping[str, nn.Module], deltas: Mapping[str, Tensor]) -> Iterator[None]:
     """Put dense updates (O × I) in force on all rows."""
 
-    def hook(delta_OI: Tensor):  # type: ignore[no-untyped-def]
+    def hook(delta_OI: Tensor) -> Hook:
         def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             return out + F.linear(args[0], delta_OI.to(out.dtype))
 
@@ -204,7 +203,7 @@ def standing_updates(modules: Mapping[str, nn.Module], deltas: Mapping[str, Tens
 
 
 @contextmanager
-def _hooks(modules: Mapping[str, nn.Module], hooks: Mapping) -> Iterator[None]:
+def _hooks(modules: Mapping[str, nn.Module], hooks: Mapping[str, Hook]) -> Iterator[None]:
     handles = [modules[name].register_forward_hook(hook) for name, hook in hooks.items()]
     try:
         yield
