@@ -75,7 +75,7 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
 
 
 def constant(words_SD: Tensor, first_DD: Tensor, first_D: Tensor) -> Tensor:
-    """C with c·x ≈ 1 for every key, and seldom much less (D, float32).
+    """The constant c, with c·x ≈ 1 for every key and seldom much less (D, float32).
 
     A gate opens where a·x exceeds θ c·x, so where c·x is small it opens at nearly anything: by least squares alone
     one word in a hundred was below a half. So words below ``LOW`` count more, and the fit is made again.

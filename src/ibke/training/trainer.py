@@ -110,7 +110,7 @@ def prepare_episodes(
     threshold = config.threshold if config.keys == "address" else None
     shut_D = None if threshold is None else threshold * statistics.constant_D.cpu()
     builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
-    identity = (LAYOUT, lm.fingerprint, config.layer, addresser.identity, threshold, settings.text)
+    identity = (LAYOUT, lm.fingerprint, config.layer, config.keys, config.threshold, addresser.identity, settings.text)
     return [EpisodeCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report)]
 
 

@@ -243,7 +243,7 @@ class Addresser:
         return address_D
 
     def _near(self, address_D: Tensor, mine: Tensor) -> Tensor:
-        """Common words that answer, or nearly, although they are none of some tokens."""
+        """Common words that answer, or nearly, the subject's own last tokens apart."""
         over_S = (self.common.keys_SD @ address_D - self.shut_S).masked_fill(torch.isin(self.common.ids_S, mine), -1.0)
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
         return self.common.keys_SD[which_S[most_S > -NEAR]]
