@@ -1,6 +1,7 @@
 """The bottleneck's parts: priors, addresses, keys through the code, refining."""
 
 from dataclasses import replace
+from functools import reduce
 from importlib.resources import files
 
 import pytest
@@ -26,6 +27,7 @@ from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
 from ibke.editors.key_statistics import text_batches
 from ibke.errors import FormatError
+from ibke.evaluation.generate import generate
 from ibke.frames import encode_pair
 from ibke.modules import in_out, target_modules
 from ibke.neurons import Neurons, Site
@@ -40,7 +42,7 @@ REQUESTS = [
     EditRequest("The capital of Borduria is", "Rome", subject="Borduria"),
     EditRequest("Who wrote the play Maskenball?", "Ann", subject="Maskenball"),
 ]
-SMALL = {"layer": 1, "relay_layer": 2, "content_dim": 10, "context_dim": 6, "width": 16, "depth": 1}
+SMALL = {"layer": 1, "relay_layer": 2, "relay_gamma": 0.1, "content_dim": 10, "context_dim": 6, "width": 16, "depth": 1}
 TEXT = ["The capital of France is Paris. Who wrote the play? Answer: the author of the play is known to all. " * 9]
 
 
@@ -229,7 +231,7 @@ def test_a_relay_answers_to_the_first_write_alone(joint):
     edited_TD, base_TD = (torch.randn(4, 32, generator=generator) for _ in range(2))
     owner_T = torch.tensor([0, 0, 1, 1])
     relay.key_values_E.mul_(1e-6)  # so few keys are met exactly where generic ones weigh nothing
-    addresses = relay.addresses(edited_TD, base_TD, owner_T, 2, joint=joint)
+    addresses = relay.addresses(relay.told(edited_TD, base_TD, owner_T, 2), joint=joint)
     for edit, address_D in enumerate(addresses):
         mine = owner_T == edit
         torch.testing.assert_close(edited_TD[mine] @ address_D, torch.ones(2), rtol=1e-2, atol=1e-2)
@@ -240,8 +242,9 @@ def test_a_relay_answers_to_the_first_write_alone(joint):
     generic_DD = (basis_DE * (values_E + relay.config.ridge * values_E.mean())) @ basis_DE.T
     rows_TD, silent_TD = (keys_TD.double() if joint else keys_TD[:2].double() for keys_TD in (edited_TD, base_TD))
     moment_DD = rows_TD.T @ rows_TD + silent_TD.T @ silent_TD + relay.config.relay_gamma * generic_DD
-    wanted_D = torch.linalg.solve(moment_DD, rows_TD[:2].sum(0)).float()
-    torch.testing.assert_close(addresses[0], wanted_D, rtol=1e-4, atol=1e-5)
+    wanted_D = torch.linalg.solve(moment_DD, rows_TD[:2].sum(0))
+    wanted_D = wanted_D / (rows_TD[:2] @ wanted_D).mean()
+    torch.testing.assert_close(addresses[0], wanted_D.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_relay_is_silent_where_nothing_was_written(smollm32):
@@ -256,6 +259,25 @@ def test_a_relay_is_silent_where_nothing_was_written(smollm32):
             base = smollm32.model(ids).logits
             with EditSession(smollm32).attach(alone):
                 assert torch.equal(smollm32.model(ids).logits, base)
+
+
+def test_edits_made_apart_do_not_answer_for_each_other(smollm32):
+    """Relays hear what other edits have written too; together they are told apart, whoever puts them together."""
+    editor, tokenizer = IBKEEditor.for_model(smollm32), smollm32.tokenizer
+    wanted = {"Myanmar": "Lagos", "Peru": "Oslo", "Kenya": "Madrid", "Poland": "Tokyo"}
+    edits = [
+        editor.edit([EditRequest(f"The capital of {name} is", target, subject=name)]) for name, target in wanted.items()
+    ]
+    second = editor.listening.site.out
+    silent = replace(edits[0].neurons[second], told=None)  # as if made alone, and summed
+    composed = reduce(Edit.compose, edits).neurons[second]
+    assert not torch.allclose(composed.gate[:2], silent.gate, rtol=1e-2, atol=1e-2)
+    prompts = [tokenizer(f"The capital of {name} is").input_ids for name in wanted]
+    with EditSession(smollm32) as session:
+        for edit in edits:
+            session.attach(edit)
+        answers = [answer.text for answer in generate(smollm32, prompts)]
+    assert all(answer.startswith(target) for answer, target in zip(answers, wanted.values(), strict=True)), answers
 
 
 def test_a_joint_edit_gives_every_request_neurons_of_its_own():

@@ -6,8 +6,9 @@ from tests.conftest import make_tiny
 
 from ibke.edit import Edit, EditInfo
 from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.gates import Gate
 from ibke.modules import ARCHITECTURES, in_out, parameters_of, target_modules
-from ibke.neurons import Gate, Neurons, Site, row_neurons
+from ibke.neurons import Neurons, Site, row_neurons
 from ibke.session import EditSession
 
 EVERY = sorted(ARCHITECTURES)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
 from ibke.files import write_atomically
+from ibke.gates import Told
 from ibke.neurons import Neurons
 from ibke.parts import Part, join_parts, part_class
 from ibke.request import EditRequest
 
-FORMAT, VERSION = "ibke-edit", 3
-READABLE = (2, 3)  # 2 knows of no parts
+FORMAT, VERSION = "ibke-edit", 4
+READABLE = (2, 3, 4)  # 2 knows of no parts, 3 of no gates to be told apart
 INDEX = "edit.json"
 
 Factors = tuple[Tensor, Tensor]
@@ -150,7 +151,7 @@ class Edit:
     def compose(self, other: Edit) -> Edit:
         """Both edits as one: updates add up, so factors and neurons stand side by side and ranks add.
 
-        Parts of one place are joined as their kind says.
+        Parts of one place are joined as their kind says, and gates that have to be told apart are found again.
 
         The result is the output of no single code, so it has none; whether both targets still come is unknown.
 
@@ -227,6 +228,9 @@ class Edit:
         """
         folder = Path(folder)
         tensors = self.tensors() | {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
+        told = {name: some.told for name, some in self.neurons.items() if some.told}
+        for name, known in told.items():
+            tensors |= {f"told/{name}/{part}": tensor for part, tensor in known.tensors().items()}
         for name, (a_RI, b_OR) in self.factors.items():
             if _is_identity(b_OR):
                 del tensors[f"factors/{name}/B"]
@@ -243,6 +247,7 @@ class Edit:
             "sha256": digest,
             "modules": list(self.factors),
             "mlps": list(self.neurons),
+            "gates": {name: list(astuple(known.gate)) for name, known in told.items()},
             "parts": self.records(),
             "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
@@ -273,7 +278,8 @@ class Edit:
         try:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
             factors = {name: _factors_in(tensors, f"factors/{name}/") for name in index["modules"]}
-            neurons = {name: _neurons_in(tensors, f"neurons/{name}/") for name in index["mlps"]}
+            gates = index.get("gates", {})
+            neurons = {name: _neurons_in(tensors, name, gates.get(name)) for name in index["mlps"]}
             parts = {place: _part_in(tensors, place, one) for place, one in index.get("parts", {}).items()}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
@@ -307,8 +313,14 @@ def _factors_in(tensors: Mapping[str, Tensor], at: str) -> Factors:
     return torch.eye(b_OR.shape[1]), b_OR
 
 
-def _neurons_in(tensors: Mapping[str, Tensor], at: str) -> Neurons:
-    return Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
+def _neurons_in(tensors: Mapping[str, Tensor], name: str, gate: Sequence[float] | None) -> Neurons:
+    at = f"neurons/{name}/"
+    some = Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
+    if gate is None:
+        return some
+    at, (count, width) = f"told/{name}/", some.gate.shape
+    known = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
+    return replace(some, told=Told.checked(name, known, gate, width, count))
 
 
 def _part_in(tensors: Mapping[str, Tensor], place: str, one: Mapping[str, Any]) -> Part:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.gates import Gate, Told, gate_rows
 from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any
 
 # Where architectures keep the activation of an MLP, beside its projections or in the configuration.
@@ -44,11 +45,14 @@ class Neurons:
         gate: rows of the branch that goes through the activation (K × D, or R × K × D with rows of their own).
         value: rows of the branch the gate is multiplied with, shaped like ``gate``; None where the MLP has none.
         out: what each neuron writes, shaped like ``gate``.
+        told: what the gates of the first ones were found from, where they have to be found again beside those of
+            other edits (see :mod:`ibke.gates`). Neurons changed or picked out of others have none.
     """
 
     gate: Tensor
     value: Tensor | None
     out: Tensor
+    told: Told | None = None
 
     @property
     def count(self) -> int:
@@ -68,16 +72,40 @@ class Neurons:
         return self.map(lambda tensor: tensor[rows])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors there are, by name."""
+        """The tensors there are, by name; what gates were found from is none of them."""
         found = {"gate": self.gate, "value": self.value, "out": self.out}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @classmethod
     def join(cls, parts: Sequence[Neurons]) -> Neurons:
-        """Several sets side by side."""
+        """Several sets side by side; gates that have to be told apart are found again, together.
+
+        Raises:
+            FormatError: their gates open at different thresholds.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        # Those to be told apart come first, and what else there is of each behind them.
+        told = [part.told for part in parts if part.told]
+        if told:
+            parts = [part.heard() for part in parts if part.told] + [part.unheard() for part in parts]
         values = [part.value for part in parts if part.value is not None]
         gate, out = (torch.cat([getattr(part, name) for part in parts], dim=-2) for name in ("gate", "out"))
-        return cls(gate, torch.cat(values, dim=-2) if values else None, out)
+        whole = cls(gate, torch.cat(values, dim=-2) if values else None, out)
+        return whole.found_from(Told.join(told)) if told else whole
+
+    def heard(self) -> Neurons:
+        """Those whose gates were found from keys that are known."""
+        return self[..., : 2 * self.told.count if self.told else 0, :]
+
+    def unheard(self) -> Neurons:
+        """The others."""
+        return self[..., 2 * self.told.count if self.told else 0 :, :]
+
+    def found_from(self, told: Told) -> Neurons:
+        """The same with the gates of the first ones found from these keys."""
+        rows = told.rows(told.constant(self.gate)).to(self.gate)
+        return replace(self, gate=torch.cat([rows, self.gate[len(rows) :]]), told=told)
 
     @classmethod
     def checked(cls, name: str, neurons: Neurons) -> Neurons:
@@ -86,13 +114,14 @@ class Neurons:
         Raises:
             FormatError: they are not.
         """
+        told = neurons.told
         neurons = neurons.map(lambda tensor: tensor.detach().to("cpu", torch.float32))
         shapes = {part: tuple(tensor.shape) for part, tensor in neurons.tensors().items()}
         if neurons.gate.dim() != 2 or len(set(shapes.values())) > 1:
             raise FormatError(f"the neurons do not fit: {shapes}.", name, "Each is [neurons, width].")
         if not all(torch.isfinite(tensor).all() for tensor in neurons.tensors().values()):
             raise FormatError("the neurons hold values that are not finite.", name, "Make the edit again, in float32.")
-        return neurons
+        return replace(neurons, told=told)
 
 
 @dataclass(frozen=True)
@@ -106,15 +135,6 @@ class Branch:
 
     name: str
     end: int
-
-
-@dataclass(frozen=True)
-class Gate:
-    """When an edit is in force (see the module's formula): θ, α and τ."""
-
-    threshold: float
-    sharpness: float
-    ramp: float
 
 
 @dataclass(frozen=True)
@@ -193,8 +213,7 @@ class Site:
             values_BD: what is written while the gate is open; gradients flow through it and through the address.
             gate: threshold, sharpness and ramp.
         """
-        low_BD = gate.sharpness * (address_BD - gate.threshold * constant_D)
-        rows_BKD = torch.stack([low_BD, low_BD - gate.ramp * constant_D], dim=1)
+        rows_BKD = gate_rows(address_BD, constant_D, gate)
         ones_BKD = constant_D.expand_as(rows_BKD) if self.value else None
         return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 

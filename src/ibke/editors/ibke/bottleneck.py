@@ -16,7 +16,8 @@ from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior
 from ibke.editors.ibke.relay import Relay
 from ibke.editors.ibke.statistics import COMMON, Common, Grounded, direction, whitening
 from ibke.errors import FormatError
-from ibke.neurons import Gate, Neurons, Site
+from ibke.gates import Gate
+from ibke.neurons import Neurons, Site
 
 
 @dataclass

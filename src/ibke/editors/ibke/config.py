@@ -29,7 +29,7 @@ class IBKEConfig:
             does not silence it (ratio 0–1).
         relay_layer: the later layer that repeats the edit where it is read (see ``relay.py``); 0 is none.
         relay_threshold: response from which on the relay writes (ratio 0–1).
-        relay_gamma: weight of generic keys in the relay's closed form.
+        relay_gamma: against how many generic keys a relay's own stand in its closed form.
         prior: r(z): ``standard`` N(0, I), ``diagonal`` learned, ``ceb`` conditioned on the answer.
         beta: weight of the rate R (per nat).
         beta_schedule: ``fixed``; ``anneal`` from 0 over the first tenth of training; ``target`` steers
@@ -53,7 +53,7 @@ class IBKEConfig:
     alike: float = 0.6
     relay_layer: int = 20
     relay_threshold: float = 0.4
-    relay_gamma: float = 0.1
+    relay_gamma: float = 3000.0
     prior: Literal["standard", "diagonal", "ceb"] = "standard"
     beta: float = 1e-3
     beta_schedule: Literal["fixed", "anneal", "target"] = "anneal"

@@ -173,11 +173,13 @@ class IBKEEditor(Editor):
         with torch.no_grad():
             made = self.network.decode(z_BZ, code.written, self.site, joint=joint)
             rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
-            sets = {self.network.name: made}
+            # One set of neurons an Edit, where its edits are made together as well.
+            sets = {self.network.name: [made[row] for row in range(len(made.gate))]}
             if refined and refined.relay_BD is not None and refined.listens_BD is not None and self.listening:
                 listening = self.listening
-                made = listening.neurons(refined.relay_BD, refined.listens_BD, joint=joint)
-                sets[listening.site.out] = made
+                sets[listening.site.out] = listening.neurons(
+                    refined.relay_BD, refined.listens_BD, refined.told_B, joint=joint
+                )
                 rate_B = rate_B + relay_rate(refined.relay_BD)
                 z_BZ = torch.cat([z_BZ, refined.relay_BD], dim=-1)
         seconds = time.perf_counter() - began

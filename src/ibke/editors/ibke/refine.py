@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.editors.ibke.relay import Listening, relay_rate
+from ibke.gates import Told
 from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
@@ -55,7 +56,7 @@ class Refined:
 
     ``z_BZ`` is the best code found, ``steps_B`` the Adam steps taken, ``achieved_B`` whether the target is generated
     in every frame asked, ``nll_B`` the target's NLL there (nats, mean over frames). Of the relay, where there is one,
-    ``relay_BD`` is its part of the code and ``listens_BD`` its address.
+    ``relay_BD`` is its part of the code, ``listens_BD`` its address and ``told_B`` what that was found from.
     """
 
     z_BZ: Tensor
@@ -64,6 +65,7 @@ class Refined:
     nll_B: Tensor
     relay_BD: Tensor | None = None
     listens_BD: Tensor | None = None
+    told_B: tuple[Told, ...] = ()
 
 
 @dataclass
@@ -142,7 +144,8 @@ class Refiner:
             neurons = self._neurons(first.z_BZ, code)
         _, base_TD, _ = listening.heard(self.part, self.site, None, targets)
         onward, edited_TD, owner_T = listening.heard(self.part, self.site, neurons, targets)
-        address_BD = relay.addresses(edited_TD, base_TD, owner_T, count, joint=self.joint)
+        told_B = tuple(relay.told(edited_TD, base_TD, owner_T, count))
+        address_BD = relay.addresses(told_B, joint=self.joint)
 
         def run(z_BD: Tensor, groups: Sequence[RowGroup]) -> RowTerms:
             made = self._shared(relay.decode(z_BD, address_BD, listening.site))
@@ -160,7 +163,8 @@ class Refiner:
         wanted_B = first.steps_B.clamp(settings.relay_steps, max(settings.relay_steps, RELAY_MOST))
         found = self._descend(start_BD, write, onward, watched, wanted_B, extra=None)
         steps_B = first.steps_B + found.steps_B
-        return replace(found, z_BZ=first.z_BZ, steps_B=steps_B, relay_BD=found.z_BZ, listens_BD=address_BD)
+        both = replace(found, z_BZ=first.z_BZ, steps_B=steps_B)
+        return replace(both, relay_BD=found.z_BZ, listens_BD=address_BD, told_B=told_B)
 
     def _descend(
         self,

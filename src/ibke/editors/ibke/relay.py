@@ -6,8 +6,10 @@ its address answers 1 at what the first write makes of the request's last positi
 
     a = A⁻¹ Kᵀ1,   A = KᵀK + NᵀN + γ (C₀ + λ I),   K edited, N base, in every frame of the request.
 
-Where no subject was written to, nothing is heard, so what the first gate leaves alone the relay does too. What the
-relay writes is decoded from further dimensions of the code, which begin at zero and are found by refining.
+Where no subject was written to, nothing is heard, so what the first gate leaves alone the relay does too. What other
+edits have written is heard as well, so edits in force together have their addresses found together
+(:mod:`ibke.gates`). What the relay writes is decoded from further dimensions of the code, which begin at zero and are
+found by refining.
 
 Shape suffixes: B edits, R rows, T tokens, D width of the residual stream.
 """
@@ -20,10 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ibke.editors.aggregate import solve
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.statistics import Grounded
-from ibke.neurons import Gate, Neurons, Site, row_neurons
+from ibke.gates import Gate, Told
+from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import PartialModel, Past, taking_input
 from ibke.rows import OUTSIDE, RowGroup
 
@@ -40,33 +42,40 @@ class Relay(Grounded):
         super().__init__(d_out)
         self.config = config
 
-    def addresses(self, edited_TD: Tensor, base_TD: Tensor, owner_T: Tensor, count: int, *, joint: bool) -> Tensor:
-        """Where each edit is to be heard (B × D, float32).
+    def told(self, edited_TD: Tensor, base_TD: Tensor, owner_T: Tensor, count: int) -> list[Told]:
+        """What each edit is to be told from others by, and its address to be found from (B).
 
         Args:
             edited_TD: what the MLP sees at the last positions of the requests, the first write in force.
             base_TD: the same without it.
             owner_T: the edit each belongs to.
             count: B.
-            joint: edits that share a model must not answer for each other, so they are solved together.
         """
-        if joint:
-            rows_TD = self._solved(edited_TD, base_TD)
-            return rows_TD.new_zeros(count, self.d_out).index_add(0, owner_T, rows_TD).float()
-        mine = [owner_T == edit for edit in range(count)]
-        return torch.stack([self._solved(edited_TD[own], base_TD[own]).sum(0) for own in mine]).float()
-
-    def _solved(self, edited_TD: Tensor, base_TD: Tensor) -> Tensor:
         pull = self.spectrum.inverse(self.config.relay_gamma, self.config.ridge)
-        ones_T = torch.ones(1, len(edited_TD), dtype=torch.float64)
-        found = solve(edited_TD[None].cpu().double(), ones_T, base_TD[None].cpu().double(), ones_T, pull)
-        return found[0].to(edited_TD.device)
+        answer_TD, silent_TD, owner_T = edited_TD.cpu(), base_TD.cpu(), owner_T.cpu()
+        pulled_2TD = pull(torch.cat([answer_TD, silent_TD]).double()).float()
+        found = []
+        for edit in range(count):
+            own_T = owner_T == edit
+            keys = (answer_TD[own_T], silent_TD[own_T], pulled_2TD[own_T.repeat(2)])
+            found.append(Told(*keys, torch.zeros(int(own_T.sum()), dtype=torch.long), self.gate))
+        return found
+
+    def addresses(self, told: Sequence[Told], *, joint: bool) -> Tensor:
+        """Where edits are heard (B × D, float32), each alone or, if ``joint``, all in force together."""
+        constant_D = self.constant_D.cpu()
+        sets = [Told.join(told)] if joint else told
+        return torch.cat([one.addresses(constant_D) for one in sets]).to(self.constant_D.device)
+
+    @property
+    def gate(self) -> Gate:
+        """When a relay is in force."""
+        return Gate(self.config.relay_threshold, self.config.sharpness, self.config.ramp)
 
     def decode(self, z_BD: Tensor, address_BD: Tensor, site: Site) -> Neurons:
         """Neurons (B × 2 × D) from the relay's part of the code (B × D)."""
         values_BD = z_BD * (self.output_scale / self.d_out**0.5)
-        gate = Gate(self.config.relay_threshold, self.config.sharpness, self.config.ramp)
-        return site.neurons(address_BD, self.constant_D, values_BD, gate)
+        return site.neurons(address_BD, self.constant_D, values_BD, self.gate)
 
 
 def relay_rate(z_BD: Tensor) -> Tensor:
@@ -88,10 +97,19 @@ class Listening:
     part: PartialModel
     site: Site
 
-    def neurons(self, z_BD: Tensor, address_BD: Tensor, *, joint: bool) -> Neurons:
-        """As :meth:`Relay.decode`; ``joint`` puts all edits side by side as one."""
-        neurons = self.relay.decode(z_BD, address_BD, self.site)
-        return neurons.map(lambda tensor: tensor.flatten(0, 1)[None]) if joint else neurons
+    def neurons(self, z_BD: Tensor, address_BD: Tensor, told: Sequence[Told], *, joint: bool) -> list[Neurons]:
+        """As :meth:`Relay.decode`, one set an edit; ``joint`` puts all edits side by side as one.
+
+        Args:
+            z_BD: the relay's part of the code.
+            address_BD: where each is heard.
+            told: what the addresses were found from.
+            joint: as said.
+        """
+        made = self.relay.decode(z_BD, address_BD, self.site)
+        if joint:
+            return [replace(made.map(lambda tensor: tensor.flatten(0, 1)), told=Told.join(told))]
+        return [replace(made[row], told=one) for row, one in enumerate(told)]
 
     @torch.no_grad()
     def heard(

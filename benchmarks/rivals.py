@@ -1,0 +1,145 @@
+"""The comparison of docs/results.md: rivals tuned on validation edits, then all methods on the same held-out ones.
+
+    IBKE_DATA=... python benchmarks/rivals.py tune [--methods rome,memit]
+    IBKE_DATA=... python benchmarks/rivals.py table [--methods ...] [--data ...] [--protocols ...]
+
+Both are `ibke bench` commands, which are printed; what is finished is not run again. The winner of a method's
+candidates is the one of the largest score, mean over data sets and protocols of the tuning, and is written to TUNED.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+from ibke.data.readers import read
+from ibke.evaluation.protocols import sample
+
+DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
+RESULTS = Path("benchmarks/results/rivals")
+TUNED = RESULTS / "tuned.json"
+TUNING = Path("build/tuning")
+EDITS = 24  # of each data set in tuning
+TUNING_PROTOCOLS = f"single,batch:{EDITS}"
+SEED = 0
+COUNTS = {"single": 200, "batch:100": 200, "sequential": 500}  # edits of a cell of the table
+
+# name: file under IBKE_DATA, format, file of validation edits (the same: those of it that no cell of the table draws)
+DATASETS = {
+    "counterfact": ("counterfact/counterfact-val.json", "counterfact", "counterfact/counterfact-train.json"),
+    "zsre": ("zsre/zsre_mend_train-1k.json", "zsre", "zsre/zsre_mend_train-1k.json"),
+    "knowedit": ("knowedit/recent_train.json", "knowedit", "knowedit/train_cf.json"),
+}
+PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items())
+METHODS = "ibke,ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
+ALWAYS = {"serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())}}
+
+# Beside its own defaults, which are the published settings where the paper's model is of another size.
+CANDIDATES: dict[str, list[dict[str, object]]] = {
+    "ft": [{"learning_rate": 2e-3}, {"layer": 10}, {"layer": 20}, {"layer": 20, "learning_rate": 2e-3}],
+    "ft-l": [{"bound": 2e-3}, {"bound": 1e-2}, {"layer": 10, "bound": 2e-3}, {"layer": 20, "bound": 2e-3}],
+    "lora": [{"learning_rate": 1e-3}, {"learning_rate": 2e-4}, {"rank": 2, "learning_rate": 1e-3}],
+    "rome": [{"layer": 3}, {"layer": 8}, {"layer": 12}, {"layer": 8, "learning_rate": 0.1}],
+    "memit": [
+        {"clamp": 4.0},
+        {"clamp": 4.0, "moment_weight": 10.0},
+        {"clamp": 4.0, "moment_weight": 0.1},
+        {"clamp": 4.0, "layers": "8,9,10,11,12"},
+    ],
+    "alphaedit": [
+        {"clamp": 4.0},
+        {"clamp": 4.0, "ridge": 1.0},
+        {"clamp": 4.0, "threshold": 0.2},
+        {"clamp": 4.0, "ridge": 1.0, "threshold": 0.2},
+    ],
+    "ultraedit": [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"learning_rate": 1e-3}],
+    "grace": [{"radius": 5.0}, {"radius": 20.0}, {"layer": 10, "radius": 5.0}, {"layer": 20, "radius": 20.0}],
+    "wise": [{"layer": 20, "alpha": 20.0, "beta": 40.0, "gamma": 20.0, "ratio": 0.8}, {"layer": 20}],
+    "serac": [{"width": 256}, {"layer": 8}],
+    "ike-retrieval": [{"copies": 0, "updates": 0, "retains": 6}, {"copies": 2, "updates": 2, "retains": 6}],
+}
+"""Settings tried for a method, beside its defaults."""
+
+
+def main() -> None:
+    """Tune or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "table"))
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--data", default=",".join(DATASETS))
+    parser.add_argument("--protocols", default=PROTOCOLS)
+    args = parser.parse_args()
+    if args.what == "tune":
+        for method in args.methods.split(",") if args.methods else CANDIDATES:
+            tune(method)
+    else:
+        table(args.methods.split(",") if args.methods else METHODS.split(","), args.data.split(","), args.protocols)
+
+
+def tune(method: str) -> None:
+    """Find a method's best settings among its candidates."""
+    candidates: dict[str, dict[str, object]] = {method: {}} | {
+        f"{method}-{number}": given for number, given in enumerate(CANDIDATES[method], 1)
+    }
+    out = Path("build/tuned") / method
+    data = [f"{name}={validation_edits(name)}:jsonl" for name in DATASETS]
+    labels = {label: (method, settings) for label, settings in candidates.items()}
+    run(labels, data, TUNING_PROTOCOLS, out)
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    scores = {
+        label: fmean(row["generation"]["score"]["mean"] for row in rows if row["method"] == label)
+        for label in candidates
+        if all(row["generation"]["score"] for row in rows if row["method"] == label)
+    }
+    best = max(scores, key=lambda label: scores[label])
+    known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    known[method] = {
+        "settings": candidates[best],
+        "tried": [{"settings": candidates[label], "score": round(score, 4)} for label, score in scores.items()],
+    }
+    TUNED.parent.mkdir(parents=True, exist_ok=True)
+    TUNED.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    print(method, candidates[best], scores[best])
+
+
+def validation_edits(name: str) -> Path:
+    """A file of edits that no cell of the table draws."""
+    path, form, source = DATASETS[name]
+    target = TUNING / f"{name}.jsonl"
+    if not target.exists():
+        requests = list(read(DATA / source, form, []))
+        cells = COUNTS.values() if source == path else ()
+        drawn = {request.prompt for count in cells for request in sample(requests, count, SEED)}
+        usable = [request for request in requests if request.prompt not in drawn and request.rephrase_prompts]
+        chosen = random.Random(SEED).sample(usable, EDITS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(json.dumps(request.to_dict()) + "\n" for request in chosen))
+    return target
+
+
+def table(methods: list[str], names: list[str], protocols: str) -> None:
+    """Run the cells of the table that are missing."""
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    labels = {method: (method, tuned.get(method, {}).get("settings", {})) for method in methods}
+    run(labels, [f"{name}={DATASETS[name][0]}:{DATASETS[name][1]}" for name in names], protocols, RESULTS)
+
+
+def run(labels: Mapping[str, tuple[str, Mapping[str, object]]], data: list[str], protocols: str, out: Path) -> None:
+    """One `ibke bench` of methods under their labels."""
+    command = ["ibke", "bench", "--methods", ",".join(f"{label}={method}" for label, (method, _) in labels.items())]
+    command += [part for item in data for part in ("--data", item)]
+    command += ["--protocols", protocols, "--seeds", str(SEED), "--out", str(out)]
+    for label, (method, settings) in labels.items():
+        for key, value in {**ALWAYS.get(method, {}), **settings}.items():
+            command += ["--set", f"{label}.{key}={value}"]
+    print(" ".join(command), flush=True)
+    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""When an edit is in force: its gate, and what the gates of several edits are told apart by.
+
+Edits made apart know nothing of each other. Where their gates listen for what an edit has written, as IBKE's relays
+do, one edit sounds much like the next, and each would answer for all. So neurons may carry what their addresses were
+found from, and edits that come to stand side by side have theirs found again, together:
+
+    a_e = s_e Σ_t A⁻¹ k_t,   A = Σ_j u_j u_jᵀ + B,   t over the keys of edit e, j over all keys of all edits,
+
+as if all had been made at once. No edit holds B, the generic keys: with p_j = B⁻¹ u_j beside each key u_j,
+
+    A⁻¹ k_t = (I + Σ_j p_j u_jᵀ)⁻¹ p_t .
+
+s_e makes an edit's own keys answer 1 in the mean. Where another's key still answers louder than ``QUIET`` of the
+threshold, s_e is lowered until it does not: an edit that cannot be told from another one falls silent before it speaks
+for it.
+
+Shape suffixes: E edits, T keys that answer, S keys that must not, U = T + S, D width of what gates look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ibke.errors import FormatError
+
+QUIET = 0.8  # of the threshold, at keys of other edits
+LEAST = 0.05  # response at an edit's own keys that is still made 1
+LEAST_CONSTANT = 0.1  # c·x, by which responses are divided, counts as so much at least
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When an edit is in force (see :mod:`ibke.neurons`): θ, α and τ."""
+
+    threshold: float
+    sharpness: float
+    ramp: float
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the addresses of some edits were found from.
+
+    Args:
+        answer_TD: keys u that shall answer.
+        silent_SD: keys u that shall not.
+        pulled_UD: B⁻¹ u of both, those that answer first.
+        owner_T: the edit each answering key belongs to, from 0; edit e has the neurons 2e and 2e + 1.
+        gate: of all of them.
+    """
+
+    answer_TD: Tensor
+    silent_SD: Tensor
+    pulled_UD: Tensor
+    owner_T: Tensor
+    gate: Gate
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return int(self.owner_T.max()) + 1 if len(self.owner_T) else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by name."""
+        return {
+            "answer": self.answer_TD,
+            "silent": self.silent_SD,
+            "pulled": self.pulled_UD,
+            "owner": self.owner_T,
+        }
+
+    @classmethod
+    def checked(cls, name: str, tensors: Mapping[str, Tensor], gate: Sequence[float], width: int, count: int) -> Told:
+        """From :meth:`tensors`, checked before it is believed.
+
+        Args:
+            name: of the MLP, for messages.
+            tensors: float32, the owners integers.
+            gate: θ, α and τ.
+            width: D.
+            count: neurons there are at least two of for each edit.
+
+        Raises:
+            FormatError: shapes or values are not what they should be.
+        """
+        threshold, sharpness, ramp = gate
+        keys = (tensors["answer"], tensors["silent"], tensors["pulled"])
+        told = cls(*keys, tensors["owner"], Gate(threshold, sharpness, ramp))
+        sound = (
+            all(key.dim() == 2 and key.shape[1] == width and torch.isfinite(key).all() for key in keys)
+            and len(told.pulled_UD) == len(told.answer_TD) + len(told.silent_SD)
+            and told.owner_T.shape == (len(told.answer_TD),)
+            and not told.owner_T.is_floating_point()
+            and len(told.owner_T) > 0
+            and int(told.owner_T.min()) >= 0
+            and 2 * told.count <= count
+        )
+        if not sound:
+            raise FormatError("the keys its gates were found from do not fit.", name, "Make the edit again.")
+        return told
+
+    @classmethod
+    def join(cls, several: Sequence[Told]) -> Told:
+        """Those of several edits as one, in this order.
+
+        Raises:
+            FormatError: their gates differ.
+        """
+        if len({told.gate for told in several}) > 1:
+            raise FormatError(
+                "their gates open at different thresholds.", "edits to compose", "Make them with one editor."
+            )
+        owners, first = [], 0
+        for told in several:
+            owners.append(told.owner_T + first)
+            first += told.count
+        return cls(
+            torch.cat([told.answer_TD for told in several]),
+            torch.cat([told.silent_SD for told in several]),
+            torch.cat(
+                [told.pulled_UD[: len(told.answer_TD)] for told in several]
+                + [told.pulled_UD[len(told.answer_TD) :] for told in several]
+            ),
+            torch.cat(owners),
+            several[0].gate,
+        )
+
+    def addresses(self, constant_D: Tensor) -> Tensor:
+        """Where each edit answers when all are in force (E × D, float32).
+
+        Args:
+            constant_D: c, with c·x = 1 for every input.
+        """
+        rows_TD = self._solved()
+        found_ED = rows_TD.new_zeros(self.count, rows_TD.shape[1]).index_add(0, self.owner_T, rows_TD)
+        if not len(found_ED):
+            return found_ED.float()
+        answer_TD = self.answer_TD.double()
+        own_T = (answer_TD * found_ED[self.owner_T]).sum(-1)
+        found_ED = found_ED / self._mean_by_edit(own_T).clamp_min(LEAST).unsqueeze(-1)
+        loudest_E = self._loudest(found_ED, constant_D.double())
+        return (found_ED / (loudest_E / (QUIET * self.gate.threshold)).clamp_min(1.0).unsqueeze(-1)).float()
+
+    def rows(self, constant_D: Tensor) -> Tensor:
+        """The gates' rows (2E × D, float32) of neurons that listen there; see :meth:`ibke.neurons.Site.neurons`."""
+        return gate_rows(self.addresses(constant_D), constant_D, self.gate).flatten(0, 1)
+
+    def constant(self, rows_KD: Tensor) -> Tensor:
+        """c, from the gates' rows of an edit (K × D)."""
+        return (rows_KD[0] - rows_KD[1]) / self.gate.ramp
+
+    def _solved(self) -> Tensor:
+        """A⁻¹ k of every key that answers (T × D, float64)."""
+        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).double()
+        pulled_UD = self.pulled_UD.double()
+        answering, width = len(self.answer_TD), keys_UD.shape[1]
+        if len(keys_UD) > width:
+            eye_DD = torch.eye(width, dtype=torch.float64)
+            return torch.linalg.solve(eye_DD + pulled_UD.T @ keys_UD, pulled_UD[:answering].T).T
+        # Fewer keys than dimensions: by the push-through identity a system of their number only.
+        gram_UU = torch.eye(len(keys_UD), dtype=torch.float64) + keys_UD @ pulled_UD.T
+        return torch.linalg.inv(gram_UU)[:, :answering].T @ pulled_UD
+
+    def _loudest(self, found_ED: Tensor, constant_D: Tensor) -> Tensor:
+        """The largest response of each address at a key that is not its own (E)."""
+        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).double()
+        level_U = (keys_UD @ constant_D).clamp_min(LEAST_CONSTANT)
+        response_EU = found_ED @ keys_UD.T / level_U
+        response_EU[self.owner_T, torch.arange(len(self.owner_T))] = 0.0
+        return response_EU.amax(-1)
+
+    def _mean_by_edit(self, values_T: Tensor) -> Tensor:
+        zeros_E = torch.zeros(self.count, dtype=values_T.dtype)
+        number_E = zeros_E.index_add(0, self.owner_T, torch.ones_like(values_T))
+        return zeros_E.index_add(0, self.owner_T, values_T) / number_E
+
+
+def gate_rows(address_BD: Tensor, constant_D: Tensor, gate: Gate) -> Tensor:
+    """The two rows of each edit's gate (B × 2 × D), for pre-activations α (a·x − θ c·x) and the same less τ c·x."""
+    low_BD = gate.sharpness * (address_BD - gate.threshold * constant_D)
+    return torch.stack([low_BD, low_BD - gate.ramp * constant_D], dim=1)
