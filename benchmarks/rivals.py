@@ -29,11 +29,12 @@ TUNING_PROTOCOLS = f"single,batch:{EDITS}"
 SEED = 0
 COUNTS = {"single": 200, "batch:100": 200, "sequential": 500}  # edits of a cell of the table
 
-# name: file under IBKE_DATA, format, file of validation edits (the same: those of it that no cell of the table draws)
-DATASETS = {
+# name: file under IBKE_DATA, format, file of validation edits (the same: those of it that no cell of the table draws;
+# None: not tuned on)
+DATASETS: dict[str, tuple[str, str, str | None]] = {
     "counterfact": ("counterfact/counterfact-val.json", "counterfact", "counterfact/counterfact-train.json"),
     "zsre": ("zsre/zsre_mend_train-1k.json", "zsre", "zsre/zsre_mend_train-1k.json"),
-    "knowedit": ("knowedit/recent_train.json", "knowedit", "knowedit/train_cf.json"),
+    "knowedit": ("knowedit/recent_train.json", "knowedit", None),
 }
 PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items())
 METHODS = "ibke,ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
@@ -87,7 +88,7 @@ def tune(method: str) -> None:
         f"{method}-{number}": given for number, given in enumerate(CANDIDATES[method], 1)
     }
     out = Path("build/tuned") / method
-    data = [f"{name}={validation_edits(name)}:jsonl" for name in DATASETS]
+    data = [f"{name}={validation_edits(name, source)}:jsonl" for name, (_, _, source) in DATASETS.items() if source]
     labels = {label: (method, settings) for label, settings in candidates.items()}
     run(labels, data, TUNING_PROTOCOLS, out)
     rows = json.loads((out / "summary.json").read_text())["rows"]
@@ -107,9 +108,9 @@ def tune(method: str) -> None:
     print(method, candidates[best], scores[best])
 
 
-def validation_edits(name: str) -> Path:
+def validation_edits(name: str, source: str) -> Path:
     """A file of edits that no cell of the table draws."""
-    path, form, source = DATASETS[name]
+    path, form, _ = DATASETS[name]
     target = TUNING / f"{name}.jsonl"
     if not target.exists():
         requests = list(read(DATA / source, form, []))

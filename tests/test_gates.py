@@ -7,7 +7,7 @@ import torch
 
 from ibke.edit import Edit, EditInfo
 from ibke.errors import FormatError
-from ibke.gates import QUIET, Gate, Told, gate_rows
+from ibke.gates import FIRM, QUIET, STILL, Gate, Told, gate_rows
 from ibke.neurons import Neurons
 
 GATE = Gate(0.4, 200.0, 6.0)
@@ -31,6 +31,14 @@ def told(generic_DD, seed, answers=2, silent=1, gate=GATE):
     keys_UD = torch.randn(answers + silent, WIDTH, generator=torch.Generator().manual_seed(seed))
     pulled_UD = torch.linalg.solve(generic_DD, keys_UD.double().T).T.float()
     return Told(keys_UD[:answers], keys_UD[answers:], pulled_UD, torch.zeros(answers, dtype=torch.long), gate)
+
+
+def keeping(generic_DD, constant_D, foreign_D, response, seed):
+    """An edit with an address of its own: 1 at its keys and, over c·x, this response at a foreign one."""
+    made = told(generic_DD, seed, silent=0)
+    keys_UD = torch.cat([made.answer_TD, foreign_D[None]])
+    wanted_U = torch.tensor([1.0, 1.0, response * float((foreign_D @ constant_D).clamp_min(0.1))])
+    return replace(made, kept_ED=(torch.linalg.pinv(keys_UD) @ wanted_U)[None])
 
 
 def neurons(known, constant_D, seed=0):
@@ -77,6 +85,38 @@ def test_an_edit_that_cannot_be_told_from_another_falls_silent(generic_DD, const
     assert (same.answer_TD @ both.T / level_T[:, None]).max() <= QUIET * GATE.threshold * 1.001
 
 
+def test_an_address_of_its_own_is_changed_only_where_another_key_answers(generic_DD, constant_D):
+    other = told(generic_DD, 8, silent=0)
+    other = replace(other, kept_ED=torch.zeros(1, WIDTH))
+    foreign_D = other.answer_TD[0]
+    quiet, loud = (
+        keeping(generic_DD, constant_D, foreign_D, response, seed) for response, seed in ((0.2, 5), (0.9, 6))
+    )
+    whole = Told.join([quiet, loud, other])
+    found_ED = whole.addresses(constant_D)
+    level_T = (whole.answer_TD @ constant_D).clamp_min(0.1)
+    response_ET = whole.kept_ED @ whole.answer_TD.T / level_T
+    answered_ET = (response_ET > QUIET * GATE.threshold) & (whole.owner_T != torch.arange(3)[:, None])
+    assert answered_ET[1].any()
+    for edit, address_D in enumerate(found_ED):
+        if not answered_ET[edit].any():
+            assert torch.equal(address_D, whole.kept_ED[edit])
+            continue
+        own_TD, others_TD = (whole.answer_TD[rows].double() for rows in (whole.owner_T == edit, answered_ET[edit]))
+        moment_DD = generic_DD + FIRM * (own_TD.T @ own_TD + others_TD.T @ others_TD)
+        kept_D = whole.kept_ED[edit].double()
+        wanted_D = kept_D - FIRM * torch.linalg.solve(moment_DD, others_TD.T @ (others_TD @ kept_D))
+        assert (own_TD @ wanted_D).mean() > STILL
+        torch.testing.assert_close(address_D.double(), wanted_D, rtol=1e-3, atol=1e-4)
+        assert (others_TD @ address_D.double()).abs().max() < 0.2 * (others_TD @ kept_D).abs().max()
+
+
+def test_addresses_of_their_own_stay_where_both_ask_the_same(generic_DD, constant_D):
+    one = keeping(generic_DD, constant_D, torch.ones(WIDTH), 0.0, 5)
+    both = Told.join([one, one])
+    assert torch.equal(both.addresses(constant_D), both.kept_ED)
+
+
 def test_neurons_that_need_not_be_told_apart_stand_behind_unchanged(generic_DD, constant_D):
     plain = neurons(told(generic_DD, 1), constant_D, 1).map(lambda tensor: tensor)
     known = neurons(told(generic_DD, 2), constant_D, 2)
@@ -90,14 +130,20 @@ def test_neurons_that_need_not_be_told_apart_stand_behind_unchanged(generic_DD, 
 
 def test_gates_of_different_editors_are_not_told_apart(generic_DD, constant_D):
     other = told(generic_DD, 2, gate=replace(GATE, threshold=0.5))
-    with pytest.raises(FormatError, match="different thresholds"):
-        Neurons.join([neurons(told(generic_DD, 1), constant_D), neurons(other, constant_D)])
+    kept = keeping(generic_DD, constant_D, torch.ones(WIDTH), 0.0, 3)
+    for stranger in (other, kept):
+        with pytest.raises(FormatError, match="different thresholds, or were found"):
+            Neurons.join([neurons(told(generic_DD, 1), constant_D), neurons(stranger, constant_D)])
 
 
-def test_they_are_saved_with_an_edit(generic_DD, constant_D, tmp_path):
+@pytest.mark.parametrize("kept", [False, True])
+def test_they_are_saved_with_an_edit(generic_DD, constant_D, tmp_path, kept):
+    def known(seed):
+        foreign_D = torch.ones(WIDTH)
+        return keeping(generic_DD, constant_D, foreign_D, 0.9, seed) if kept else told(generic_DD, seed)
+
     made = [
-        Edit({}, (), EditInfo("ibke", "f"), {"mlp.down": neurons(told(generic_DD, seed), constant_D, seed)})
-        for seed in range(2)
+        Edit({}, (), EditInfo("ibke", "f"), {"mlp.down": neurons(known(seed), constant_D, seed)}) for seed in range(2)
     ]
     read = [Edit.load(edit.save(tmp_path / str(number))) for number, edit in enumerate(made)]
     whole, again = made[0].compose(made[1]).neurons["mlp.down"], read[0].compose(read[1]).neurons["mlp.down"]
@@ -115,6 +161,8 @@ def test_they_are_saved_with_an_edit(generic_DD, constant_D, tmp_path):
         {"owner": torch.tensor([0, -1])},
         {"owner": torch.zeros(2)},
         {"silent": torch.full((1, WIDTH), torch.nan)},
+        {"kept": torch.zeros(2, WIDTH)},
+        {"kept": torch.zeros(1, WIDTH + 1)},
     ],
 )
 def test_what_does_not_fit_is_refused(generic_DD, broken):

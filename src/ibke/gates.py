@@ -14,6 +14,11 @@ s_e makes an edit's own keys answer 1 in the mean. Where another's key still ans
 threshold, s_e is lowered until it does not: an edit that cannot be told from another one falls silent before it speaks
 for it.
 
+Other gates tell nearly all edits apart already, and were found from more than what is at hand here. They keep their
+address a, and only where another's key u answers too loudly is that taken back, own keys k answering as before,
+
+    a ← a + Σ_j w_j p_j   with the least  ‖d‖²_B + F Σ_k (d·k)² + F Σ_u ((a + d)·u)²,  d the change, F = ``FIRM``.
+
 Shape suffixes: E edits, T keys that answer, S keys that must not, U = T + S, D width of what gates look at.
 """
 
@@ -28,6 +33,8 @@ from torch import Tensor
 from ibke.errors import FormatError
 
 QUIET = 0.8  # of the threshold, at keys of other edits
+FIRM = 3.0  # weight of a key against those that B stands for
+STILL = 0.7  # of its own response an edit keeps at least, or stays as it is
 LEAST = 0.05  # response at an edit's own keys that is still made 1
 LEAST_CONSTANT = 0.1  # c·x, by which responses are divided, counts as so much at least
 
@@ -51,6 +58,7 @@ class Told:
         pulled_UD: B⁻¹ u of both, those that answer first.
         owner_T: the edit each answering key belongs to, from 0; edit e has the neurons 2e and 2e + 1.
         gate: of all of them.
+        kept_ED: addresses that are kept but for what answers to other edits; None where they are found from the keys.
     """
 
     answer_TD: Tensor
@@ -58,20 +66,22 @@ class Told:
     pulled_UD: Tensor
     owner_T: Tensor
     gate: Gate
+    kept_ED: Tensor | None = None
 
     @property
     def count(self) -> int:
         """E."""
-        return int(self.owner_T.max()) + 1 if len(self.owner_T) else 0
+        return int(self.owner_T.max()) + 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, by name."""
-        return {
+        found = {
             "answer": self.answer_TD,
             "silent": self.silent_SD,
             "pulled": self.pulled_UD,
             "owner": self.owner_T,
         }
+        return found if self.kept_ED is None else found | {"kept": self.kept_ED}
 
     @classmethod
     def checked(cls, name: str, tensors: Mapping[str, Tensor], gate: Sequence[float], width: int, count: int) -> Told:
@@ -89,15 +99,18 @@ class Told:
         """
         threshold, sharpness, ramp = gate
         keys = (tensors["answer"], tensors["silent"], tensors["pulled"])
-        told = cls(*keys, tensors["owner"], Gate(threshold, sharpness, ramp))
+        kept_ED = tensors.get("kept")
+        told = cls(*keys, tensors["owner"], Gate(threshold, sharpness, ramp), kept_ED)
+        rows = (*keys, *([] if kept_ED is None else [kept_ED]))
         sound = (
-            all(key.dim() == 2 and key.shape[1] == width and torch.isfinite(key).all() for key in keys)
+            all(key.dim() == 2 and key.shape[1] == width and torch.isfinite(key).all() for key in rows)
             and len(told.pulled_UD) == len(told.answer_TD) + len(told.silent_SD)
             and told.owner_T.shape == (len(told.answer_TD),)
             and not told.owner_T.is_floating_point()
             and len(told.owner_T) > 0
             and int(told.owner_T.min()) >= 0
             and 2 * told.count <= count
+            and (kept_ED is None or len(kept_ED) == told.count)
         )
         if not sound:
             raise FormatError("the keys its gates were found from do not fit.", name, "Make the edit again.")
@@ -110,9 +123,12 @@ class Told:
         Raises:
             FormatError: their gates differ.
         """
-        if len({told.gate for told in several}) > 1:
+        kept = [told.kept_ED for told in several if told.kept_ED is not None]
+        if len({told.gate for told in several}) > 1 or len(kept) not in (0, len(several)):
             raise FormatError(
-                "their gates open at different thresholds.", "edits to compose", "Make them with one editor."
+                "their gates open at different thresholds, or were found in different ways.",
+                "edits to compose",
+                "Make them with one editor.",
             )
         owners, first = [], 0
         for told in several:
@@ -127,6 +143,7 @@ class Told:
             ),
             torch.cat(owners),
             several[0].gate,
+            torch.cat(kept) if kept else None,
         )
 
     def addresses(self, constant_D: Tensor) -> Tensor:
@@ -135,10 +152,10 @@ class Told:
         Args:
             constant_D: c, with c·x = 1 for every input.
         """
+        if self.kept_ED is not None:
+            return self._amended(self.kept_ED.double(), constant_D.double()).float()
         rows_TD = self._solved()
         found_ED = rows_TD.new_zeros(self.count, rows_TD.shape[1]).index_add(0, self.owner_T, rows_TD)
-        if not len(found_ED):
-            return found_ED.float()
         answer_TD = self.answer_TD.double()
         own_T = (answer_TD * found_ED[self.owner_T]).sum(-1)
         found_ED = found_ED / self._mean_by_edit(own_T).clamp_min(LEAST).unsqueeze(-1)
@@ -167,11 +184,31 @@ class Told:
 
     def _loudest(self, found_ED: Tensor, constant_D: Tensor) -> Tensor:
         """The largest response of each address at a key that is not its own (E)."""
-        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).double()
+        return self._foreign(found_ED, torch.cat([self.answer_TD, self.silent_SD]).double(), constant_D).amax(-1)
+
+    def _foreign(self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor) -> Tensor:
+        """The response of each address at every key but its own, where it is 0 (E × U); answering keys come first."""
         level_U = (keys_UD @ constant_D).clamp_min(LEAST_CONSTANT)
         response_EU = found_ED @ keys_UD.T / level_U
         response_EU[self.owner_T, torch.arange(len(self.owner_T))] = 0.0
-        return response_EU.amax(-1)
+        return response_EU
+
+    def _amended(self, kept_ED: Tensor, constant_D: Tensor) -> Tensor:
+        """Addresses that answer to other edits' keys no more (E × D, float64)."""
+        keys_TD, pulled_TD = self.answer_TD.double(), self.pulled_UD[: len(self.answer_TD)].double()
+        loud_ET = self._foreign(kept_ED, keys_TD, constant_D) > QUIET * self.gate.threshold
+        found_ED = kept_ED.clone()
+        for edit in loud_ET.any(-1).nonzero().flatten().tolist():  # few: others' keys seldom answer
+            own_T = self.owner_T == edit
+            chosen_T = own_T | loud_ET[edit]
+            u_CD, p_CD, own_C = keys_TD[chosen_T], pulled_TD[chosen_T], own_T[chosen_T]
+            response_C = u_CD @ kept_ED[edit]
+            gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
+            change_D = FIRM * torch.linalg.solve(gram_CC, response_C.masked_fill(own_C, 0.0)) @ p_CD
+            left = (response_C[own_C] - u_CD[own_C] @ change_D).mean() / response_C[own_C].mean()
+            if left >= STILL:  # else both say the same of the same: there is nothing to tell apart
+                found_ED[edit] -= change_D
+        return found_ED
 
     def _mean_by_edit(self, values_T: Tensor) -> Tensor:
         zeros_E = torch.zeros(self.count, dtype=values_T.dtype)

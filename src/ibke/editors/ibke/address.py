@@ -121,6 +121,20 @@ class About(NamedTuple):
     wordings: tuple[str, ...] = ()
 
 
+class Addressed(NamedTuple):
+    """What comes of making addresses.
+
+    Args:
+        address_BD: float32.
+        own: by request, keys of its subject's last token in the request's own words (T × D).
+        read: what was to be read in the same passes.
+    """
+
+    address_BD: Tensor
+    own: tuple[Tensor, ...]
+    read: list[Reading]
+
+
 def contexts_of(about: About, tokenizer: Any) -> list[Context]:
     """Every context an address is made from, cut off after the subject."""
     prompt, subject, wordings = about
@@ -187,10 +201,10 @@ class Addresser:
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
-        return self.beside((), requests)[0]
+        return self.beside((), requests).address_BD
 
-    def beside(self, pairs: Sequence[Pair], requests: Sequence[About]) -> tuple[Tensor, list[Reading]]:
-        """Addresses (B × D, float32), made in the same passes in which some pairs are read.
+    def beside(self, pairs: Sequence[Pair], requests: Sequence[About]) -> Addressed:
+        """Addresses, made in the same passes in which some pairs are read.
 
         Args:
             pairs: the requests themselves, say: contexts that they begin with are not run again.
@@ -201,8 +215,15 @@ class Addresser:
         rows += [Row(context.prefix, context.tail) for contexts in made for context in contexts]
         found = self.prefixes.read(self.entrance, rows)
         keys = iter(reading.fed_TI.cpu() for reading in found[len(pairs) :])
-        addresses = [self._address(contexts, list(islice(keys, len(contexts)))) for contexts in made]
-        return torch.stack(addresses).float(), found[: len(pairs)]
+        taken = [list(islice(keys, len(contexts))) for contexts in made]
+        addresses = [self._address(contexts, keys) for contexts, keys in zip(made, taken, strict=True)]
+        # The request as it is in every frame, of which an edit is sure; other contexts are guesses.
+        asked = [
+            [keys_TD[-1] for context, keys_TD in zip(contexts, keys, strict=True) if context.kind == REQUEST]
+            for contexts, keys in zip(made, taken, strict=True)
+        ]
+        own = tuple(torch.stack(keys[: len(FRAMES)]) if keys else torch.zeros(0, len(self.basis_DE)) for keys in asked)
+        return Addressed(torch.stack(addresses).float(), own, found[: len(pairs)])
 
     @cached_property
     def prefixes(self) -> Prefixes:

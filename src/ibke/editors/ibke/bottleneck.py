@@ -5,6 +5,7 @@ Shape suffixes: B edits, T tokens, D width of the residual stream, Z code, C con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior
 from ibke.editors.ibke.relay import Relay
 from ibke.editors.ibke.statistics import COMMON, Common, Grounded, direction, whitening
 from ibke.errors import FormatError
-from ibke.gates import Gate
+from ibke.gates import Gate, Told
 from ibke.neurons import Neurons, Site
 
 
@@ -164,20 +165,34 @@ class Bottleneck(Grounded):
         """R of each edit in nats (B): KL( q(z|e) ‖ r(z) ), arXiv 2512.16227's bound on I(E; Z)."""
         return rate(code.mean, code.log_variance, self.prior(code.mean, code.written.answer_BD))
 
-    def decode(self, z_BZ: Tensor, written: Written, site: Site, *, joint: bool = False) -> Neurons:
+    def decode(self, z_BZ: Tensor, written: Written, site: Site) -> Neurons:
         """Neurons from codes (B × K × D).
 
         Args:
             z_BZ: codes.
             written: what they were made from; the address is taken from there, or from the code (``keys``).
             site: the edited MLP.
-            joint: put all edits side by side as one (then the leading size is 1).
         """
         basis_CD = self.content_scale_C[:, None] * self.content_basis_CD
         values_BD = self.decoder(z_BZ, basis_CD) * self.output_scale
         address_BD = written.address_BD if self.config.keys == "address" else self.decode_address(z_BZ)
-        neurons = site.neurons(address_BD, self.constant_D, values_BD, self.gate)
-        return neurons.map(lambda tensor: tensor.flatten(0, 1)[None]) if joint else neurons
+        return site.neurons(address_BD, self.constant_D, values_BD, self.gate)
+
+    def told(self, address_BD: Tensor, own: Sequence[Tensor]) -> list[Told]:
+        """What keeps each edit from answering for others that come to stand beside it (B).
+
+        Args:
+            address_BD: their addresses.
+            own: for each, keys of its own request (T × D).
+        """
+        pull = self.spectrum.inverse(self.config.gamma, self.config.ridge)
+        found = []
+        for address_D, keys_TD in zip(address_BD.float().cpu(), own, strict=True):
+            keys_TD = keys_TD.float().cpu()
+            owner_T = torch.zeros(len(keys_TD), dtype=torch.long)
+            pulled_TD = pull(keys_TD.double()).float()
+            found.append(Told(keys_TD, keys_TD[:0], pulled_TD, owner_T, self.gate, address_D[None]))
+        return found
 
     def decode_address(self, z_BZ: Tensor) -> Tensor:
         """The address from the context part of the code by the inverse of its linear map (B × D), strict variant."""

@@ -26,6 +26,7 @@ from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
 from ibke.errors import ModuleNotEditableError
 from ibke.frames import FRAMES, Frame
+from ibke.gates import Told
 from ibke.models import LanguageModel
 from ibke.modules import target_modules
 from ibke.neurons import Site
@@ -144,6 +145,10 @@ class IBKEEditor(Editor):
             RequestError: no request, or one longer than the model's window.
             CaptureError: a gradient is not finite.
         """
+        return self._encode(requests)[:2]
+
+    def _encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor, tuple[Tensor, ...]]:
+        """As :meth:`encode`, and the keys at which each request is in its own words (T × D)."""
         pairs = self.pairs(requests, self.frame)
         device = self.lm.device
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
@@ -151,7 +156,7 @@ class IBKEEditor(Editor):
             About(request.prompt, subject_of(request.prompt, request.subject), request.rephrase_prompts)
             for request in requests
         ]
-        address_BD, read = self.addresser.beside(pairs, asked)
+        address_BD, own, read = self.addresser.beside(pairs, asked)
         hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
         taken = capture(self.part, self.site.ends, hidden_BTD, batch)
         with torch.no_grad():
@@ -163,23 +168,25 @@ class IBKEEditor(Editor):
                 address_BD.to(device),
                 answer_embedding(self.lm.model.get_input_embeddings(), batch.labels_N, batch.row_N, batch.rows),
             )
-            return self.network.encode(written), taken.nll_B
+            return self.network.encode(written), taken.nll_B, own
 
     def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
         began = time.perf_counter()
-        code, nll_B = self.encode(requests)
+        code, nll_B, own = self._encode(requests)
+        told = self._told(code, own)
+        if joint and told:  # in force together from the first
+            address_BD = Told.join(told).addresses(self.network.constant_D.cpu()).to(self.lm.device)
+            code = replace(code, written=replace(code.written, address_BD=address_BD))
         refined = self._refine(code, requests, joint)
         z_BZ = refined.z_BZ if refined else code.mean
         with torch.no_grad():
-            made = self.network.decode(z_BZ, code.written, self.site, joint=joint)
+            made = self.network.decode(z_BZ, code.written, self.site)
             rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
-            # One set of neurons an Edit, where its edits are made together as well.
-            sets = {self.network.name: [made[row] for row in range(len(made.gate))]}
+            sets = {self.network.name: made.by_edit(told, joint=joint)}
             if refined and refined.relay_BD is not None and refined.listens_BD is not None and self.listening:
-                listening = self.listening
-                sets[listening.site.out] = listening.neurons(
-                    refined.relay_BD, refined.listens_BD, refined.told_B, joint=joint
-                )
+                relay, site = self.listening.relay, self.listening.site
+                made = relay.decode(refined.relay_BD, refined.listens_BD, site)
+                sets[site.out] = made.by_edit(refined.told_B, joint=joint)
                 rate_B = rate_B + relay_rate(refined.relay_BD)
                 z_BZ = torch.cat([z_BZ, refined.relay_BD], dim=-1)
         seconds = time.perf_counter() - began
@@ -201,6 +208,12 @@ class IBKEEditor(Editor):
             )
             edits.append(Edit({}, tuple(asked), info, {name: some[row] for name, some in sets.items()}))
         return edits
+
+    def _told(self, code: Code, own: Sequence[Tensor]) -> list[Told]:
+        """What tells each edit's first gate from others'; nothing, where addresses move with the code."""
+        if self.network.config.keys == "code" or not all(len(keys_TD) for keys_TD in own):
+            return []
+        return self.network.told(code.written.address_BD, own)
 
     def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes

@@ -97,20 +97,6 @@ class Listening:
     part: PartialModel
     site: Site
 
-    def neurons(self, z_BD: Tensor, address_BD: Tensor, told: Sequence[Told], *, joint: bool) -> list[Neurons]:
-        """As :meth:`Relay.decode`, one set an edit; ``joint`` puts all edits side by side as one.
-
-        Args:
-            z_BD: the relay's part of the code.
-            address_BD: where each is heard.
-            told: what the addresses were found from.
-            joint: as said.
-        """
-        made = self.relay.decode(z_BD, address_BD, self.site)
-        if joint:
-            return [replace(made.map(lambda tensor: tensor.flatten(0, 1)), told=Told.join(told))]
-        return [replace(made[row], told=one) for row, one in enumerate(told)]
-
     @torch.no_grad()
     def heard(
         self, part: PartialModel, site: Site, neurons: Neurons | None, groups: Sequence[RowGroup]
