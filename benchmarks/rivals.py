@@ -38,6 +38,9 @@ DATASETS: dict[str, tuple[str, str, str | None]] = {
 }
 PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items())
 METHODS = "ibke,ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
+ABILITIES = ("boolq.jsonl", "natural_language_inference.tsv", "truthfulqa_fold0_test.csv")
+LOOKS, QUESTIONS = 4, 30  # edited models of a cell that are asked other things, and how many of each kind
+UNREAD = 1500  # last lines of WikiText's validation text, of which nothing went into anybody's statistics
 ALWAYS = {"serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())}}
 
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
@@ -127,14 +130,29 @@ def table(methods: list[str], names: list[str], protocols: str) -> None:
     """Run the cells of the table that are missing."""
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     labels = {method: (method, tuned.get(method, {}).get("settings", {})) for method in methods}
-    run(labels, [f"{name}={DATASETS[name][0]}:{DATASETS[name][1]}" for name in names], protocols, RESULTS)
+    beside = ["--text", str(running_text()), "--looks", str(LOOKS), "--questions", str(QUESTIONS)]
+    beside += [part for name in ABILITIES for part in ("--abilities", f"ability/{name}")]
+    data = [f"{name}={DATASETS[name][0]}:{DATASETS[name][1]}" for name in names]
+    run(labels, data, protocols, RESULTS, *beside)
 
 
-def run(labels: Mapping[str, tuple[str, Mapping[str, object]]], data: list[str], protocols: str, out: Path) -> None:
+def running_text() -> Path:
+    """Text to measure perplexity on."""
+    target = Path("build/text.txt")
+    if not target.exists():
+        lines = (DATA / "text/wikitext2_valid.txt").read_text().splitlines(keepends=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(lines[-UNREAD:]))
+    return target
+
+
+def run(
+    labels: Mapping[str, tuple[str, Mapping[str, object]]], data: list[str], protocols: str, out: Path, *more: str
+) -> None:
     """One `ibke bench` of methods under their labels."""
     command = ["ibke", "bench", "--methods", ",".join(f"{label}={method}" for label, (method, _) in labels.items())]
     command += [part for item in data for part in ("--data", item)]
-    command += ["--protocols", protocols, "--seeds", str(SEED), "--out", str(out)]
+    command += ["--protocols", protocols, "--seeds", str(SEED), "--out", str(out), *more]
     for label, (method, settings) in labels.items():
         for key, value in {**ALWAYS.get(method, {}), **settings}.items():
             command += ["--set", f"{label}.{key}={value}"]
