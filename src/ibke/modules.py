@@ -129,6 +129,22 @@ def target_modules(
     return [f"{arch.layers}.{layer}.{suffix}" for layer in chosen]
 
 
+def chosen_module(lm: Any, layer: int | None, deep: int, of: int) -> str:
+    """The one module of a method that has one: the last that the caller named at loading, or else one of a layer.
+
+    Args:
+        lm: a ``LanguageModel``.
+        layer: whose; None is as deep as a published one, see :func:`by_depth`.
+        deep: the published layer.
+        of: how many layers the published model has.
+
+    Raises:
+        ModuleNotEditableError: as :func:`target_modules` does.
+    """
+    layers = by_depth(lm, (deep,), of=of) if layer is None else [layer]
+    return (list(lm.architecture.modules) or target_modules(lm, lm.architecture, layers))[-1]
+
+
 def by_depth(lm: Any, published: Sequence[int], of: int) -> tuple[int, ...]:
     """Layers as deep in this model as some are in a published one; those of the modules that the caller named.
 

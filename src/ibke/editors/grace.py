@@ -33,7 +33,7 @@ from ibke.editors.base import Editor
 from ibke.editors.descent import Descent, DescentSettings, Lessons
 from ibke.editors.settings import refuse_not_positive
 from ibke.errors import FormatError
-from ibke.modules import by_depth, first_layer, in_out, resolve, target_modules
+from ibke.modules import chosen_module, first_layer, in_out, resolve
 from ibke.partial import PartialModel
 from ibke.parts import Part
 from ibke.request import EditRequest
@@ -189,11 +189,9 @@ class GRACE(Editor):
     def __init__(self, lm: LanguageModel, settings: GRACESettings | None = None, known: Codebook | None = None):
         super().__init__(lm)
         self.settings: GRACESettings = settings or GRACESettings()
-        arch, wanted = lm.architecture, self.settings.layer
-        layers = by_depth(lm, (27,), of=32) if wanted is None else [wanted]
-        self.place = (list(arch.modules) or target_modules(lm, arch, layers))[-1]
+        self.place = chosen_module(lm, self.settings.layer, 27, of=32)
         self.module = resolve(lm.model, [self.place])[self.place]
-        self.part = PartialModel(lm.model, arch.layers, first_layer([self.place]))
+        self.part = PartialModel(lm.model, lm.architecture.layers, first_layer([self.place]))
         self.known = known
 
     def after(self, edit: Edit) -> GRACE:

@@ -43,7 +43,7 @@ from ibke.editors.value_optimisation import CONTEXTS
 from ibke.editors.wise.memory import Memory, Routing, SideMemory, apart
 from ibke.errors import CaptureError, IBKEError
 from ibke.models import LanguageModel
-from ibke.modules import by_depth, first_layer, in_out, resolve, target_modules
+from ibke.modules import chosen_module, first_layer, in_out, resolve
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
 
@@ -128,11 +128,9 @@ class WISE(Editor):
     def __init__(self, lm: LanguageModel, settings: WISESettings | None = None, known: SideMemory | None = None):
         super().__init__(lm)
         self.settings: WISESettings = settings or WISESettings()
-        arch, wanted = lm.architecture, self.settings.layer
-        layers = by_depth(lm, (27,), of=32) if wanted is None else [wanted]
-        self.place = (list(arch.modules) or target_modules(lm, arch, layers))[-1]
+        self.place = chosen_module(lm, self.settings.layer, 27, of=32)
         self.module = resolve(lm.model, [self.place])[self.place]
-        self.part = PartialModel(lm.model, arch.layers, first_layer([self.place]))
+        self.part = PartialModel(lm.model, lm.architecture.layers, first_layer([self.place]))
         self.known = known
         texts = files("ibke.data").joinpath("probes.json").read_text(encoding="utf-8")
         self.irrelevant: list[str] = json.loads(texts)["prompts"]["bare"]
