@@ -25,11 +25,12 @@ from ibke.editors.ibke.refine import RELAY_MOST, Refiner, RefineSettings
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
 from ibke.editors.key_statistics import text_batches
-from ibke.errors import FormatError
+from ibke.errors import FormatError, RequestError
 from ibke.evaluation.generate import generate
 from ibke.frames import encode_pair
+from ibke.gates import Told
 from ibke.modules import in_out, target_modules
-from ibke.neurons import Neurons, Site
+from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Row
 from ibke.request import EditRequest, Probe
@@ -266,7 +267,8 @@ def test_a_relay_answers_to_the_first_write_alone(joint):
     edited_TD, base_TD = (torch.randn(4, 32, generator=generator) for _ in range(2))
     owner_T = torch.tensor([0, 0, 1, 1])
     relay.key_values_E.mul_(1e-6)  # so few keys are met exactly where generic ones weigh nothing
-    addresses = relay.addresses(relay.told(edited_TD, base_TD, owner_T, 2), joint=joint)
+    told = relay.told(edited_TD, base_TD, owner_T, 2)
+    addresses = Told.join(told).addresses(relay.constant_D) if joint else relay.addresses(told)
     for edit, address_D in enumerate(addresses):
         mine = owner_T == edit
         torch.testing.assert_close(edited_TD[mine] @ address_D, torch.ones(2), rtol=1e-2, atol=1e-2)
@@ -313,13 +315,50 @@ def test_edits_made_apart_do_not_answer_for_each_other(smollm32):
     assert sum(right) >= 22, [answer.text for answer in answers]
 
 
-def test_a_joint_edit_gives_every_request_neurons_of_its_own():
+def test_several_requests_are_those_made_alone_put_together():
     editor = make_editor(RefineSettings(steps=0))
-    joint, alone = editor.edit(REQUESTS), editor.edit_each(REQUESTS)
-    (neurons,) = joint.neurons.values()
-    together = Neurons.join([edit.neurons[editor.site.out] for edit in alone])
-    torch.testing.assert_close(neurons.out, together.out)
-    torch.testing.assert_close(neurons.gate, together.gate, rtol=1e-4, atol=1e-4)
+    whole, alone = editor.edit(REQUESTS), editor.edit_each(REQUESTS)
+    together = alone[0].compose(alone[1])
+    assert whole.requests == together.requests and whole.info.achieved is None
+    for name, some in together.tensors().items():
+        assert torch.equal(whole.tensors()[name], some)
+    assert torch.equal(whole.info.latent["z"], torch.cat([edit.info.latent["z"] for edit in alone]))
+
+
+def test_what_does_not_hold_beside_others_is_made_again(monkeypatch):
+    editor, made = make_editor(), []
+
+    def make(self, requests, progress=None):
+        made.append([request.prompt for request in requests])
+        return IBKEEditor._make(self, requests)
+
+    def together(self, edits):
+        nll_B = torch.full((len(edits),), 1.0 + len(made))
+        return nll_B, torch.tensor([True, len(made) > 2])
+
+    monkeypatch.setattr(IBKEEditor, "edit_each", make)
+    monkeypatch.setattr(IBKEEditor, "_together", together)
+    edit = editor.edit(REQUESTS)
+    assert made == [[request.prompt for request in REQUESTS]] + 2 * [[REQUESTS[1].prompt]]
+    assert edit.info.achieved and edit.info.nll_after == 4.0 and edit.requests == tuple(REQUESTS)
+
+
+def test_whether_targets_come_together_is_asked_of_the_edited_model(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    request = EditRequest("The capital of Myanmar is", "Lagos", subject="Myanmar")
+    (edit,) = editor.edit_each([request])
+    nll_B, achieved_B = editor._together([edit])
+    assert achieved_B.tolist() == [True] == [edit.info.achieved]
+    torch.testing.assert_close(float(nll_B[0]), edit.info.nll_after, rtol=1e-2, atol=1e-3)
+    shut = replace(edit, neurons={name: some.map(lambda t: t * 0) for name, some in edit.neurons.items()})
+    nll_B, achieved_B = editor._together([shut])
+    assert achieved_B.tolist() == [False] and float(nll_B[0]) > 5
+
+
+def test_two_targets_for_one_prompt_are_refused():
+    other = replace(REQUESTS[0], target_new="Oslo")
+    with pytest.raises(RequestError, match="'Rome' and 'Oslo'"):
+        make_editor().edit([*REQUESTS, other])
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt", "gemma2", "falcon", "phi3"])

@@ -94,16 +94,8 @@ class Neurons:
         whole = cls(gate, torch.cat(values, dim=-2) if values else None, out)
         return whole.found_from(Told.join(told)) if told else whole
 
-    def by_edit(self, told: Sequence[Told], *, joint: bool) -> list[Neurons]:
-        """Of B × K × D, one set an edit, with what tells it from others.
-
-        Args:
-            told: of each; empty where they need not be told apart.
-            joint: put all of them side by side as one, their gates found together already.
-        """
-        if joint:
-            whole = self.map(lambda tensor: tensor.flatten(0, 1))
-            return [replace(whole, told=Told.join(told) if told else None)]
+    def by_edit(self, told: Sequence[Told]) -> list[Neurons]:
+        """Of B × K × D, one set an edit with what tells it from others, where that is known of each."""
         return [replace(self[row], told=told[row] if told else None) for row in range(len(self.gate))]
 
     def heard(self) -> Neurons:

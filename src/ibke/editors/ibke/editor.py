@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -20,23 +21,25 @@ from ibke.editors.base import Editor, Progress
 from ibke.editors.ibke.address import About, Addresser, first_open
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
 from ibke.editors.ibke.config import IBKEConfig
-from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings
+from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_owner
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import ModuleNotEditableError
+from ibke.errors import ModuleNotEditableError, RequestError
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
 from ibke.models import LanguageModel
 from ibke.modules import target_modules
-from ibke.neurons import Site
+from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest
-from ibke.rows import EDIT, RowGroup, build_groups
+from ibke.rows import EDIT, RowGroup, build_groups, row_terms
+from ibke.session import EditSession
 from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
+AGAIN = 2  # times that requests are made again which do not hold beside others
 
 
 class IBKEEditor(Editor):
@@ -118,19 +121,44 @@ class IBKEEditor(Editor):
         return cls(lm, network, replace(refine, **settings), frame)
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
-        """One Edit that makes all requests true together, by one joint solve.
+        """One Edit that makes all requests true together.
+
+        Each is made alone, and gates are told apart as edits come together (:mod:`ibke.gates`). Those whose targets
+        then come no more are made again beside the others.
 
         Raises:
             RequestError: no request, one longer than the model's window, or the same prompt with two targets.
             CaptureError: a gradient is not finite.
         """
-        return self._make(requests, joint=len(requests) > 1)[0]
+        began = time.perf_counter()
+        self.pairs(requests)  # refuses what cannot be edited before anything is made
+        _refuse_contradiction(requests)
+        edits = self.edit_each(requests)
+        if len(edits) == 1:
+            return edits[0]
+        nll_B, achieved_B = self._together(edits)
+        for _ in range(AGAIN if self.settings.steps else 0):
+            missed = (~achieved_B).nonzero().flatten().tolist()
+            if not missed:
+                break
+            with EditSession(self.lm) as session:
+                if rest := [edit for row, edit in enumerate(edits) if row not in missed]:
+                    session.attach(self._joined(rest))
+                for row, edit in zip(missed, self.edit_each([requests[row] for row in missed]), strict=True):
+                    edits[row] = edit
+            nll_B, achieved_B = self._together(edits)
+        whole = self._joined(edits)
+        asked = bool(self.settings.steps)
+        whole.info.nll_after = float(nll_B.mean()) if asked else None
+        whole.info.achieved = bool(achieved_B.all()) if asked else None
+        whole.info.seconds = time.perf_counter() - began
+        return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         """Independent Edits, one a request, made in batches; each as if made alone on the pristine model."""
         edits: list[Edit] = []
         for begin in range(0, len(requests), GROUP):
-            edits += self._make(requests[begin : begin + GROUP], joint=False)
+            edits += self._make(requests[begin : begin + GROUP])
             if progress:
                 progress(len(edits), len(requests))
         return edits
@@ -170,44 +198,67 @@ class IBKEEditor(Editor):
             )
             return self.network.encode(written), taken.nll_B, own
 
-    def _make(self, requests: Sequence[EditRequest], joint: bool) -> list[Edit]:
+    def _make(self, requests: Sequence[EditRequest]) -> list[Edit]:
+        """An Edit a request, each as if alone."""
         began = time.perf_counter()
         code, nll_B, own = self._encode(requests)
-        told = self._told(code, own)
-        if joint and told:  # in force together from the first
-            address_BD = Told.join(told).addresses(self.network.constant_D.cpu()).to(self.lm.device)
-            code = replace(code, written=replace(code.written, address_BD=address_BD))
-        refined = self._refine(code, requests, joint)
+        refined = self._refine(code, requests)
         z_BZ = refined.z_BZ if refined else code.mean
         with torch.no_grad():
             made = self.network.decode(z_BZ, code.written, self.site)
             rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
-            sets = {self.network.name: made.by_edit(told, joint=joint)}
+            sets = {self.network.name: made.by_edit(self._told(code, own))}
             if refined and refined.relay_BD is not None and refined.listens_BD is not None and self.listening:
                 relay, site = self.listening.relay, self.listening.site
                 made = relay.decode(refined.relay_BD, refined.listens_BD, site)
-                sets[site.out] = made.by_edit(refined.told_B, joint=joint)
+                sets[site.out] = made.by_edit(refined.told_B)
                 rate_B = rate_B + relay_rate(refined.relay_BD)
                 z_BZ = torch.cat([z_BZ, refined.relay_BD], dim=-1)
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / len(requests)
         edits = []
-        for row, asked in enumerate([requests] if joint else [[request] for request in requests]):
-            mine = slice(None) if joint else slice(row, row + 1)
+        for row, request in enumerate(requests):
             info = EditInfo(
                 method=self.name,
                 fingerprint=self.lm.fingerprint,
                 model=self.lm.name,
-                refine_steps=int(refined.steps_B[mine].max()) if refined else 0,
-                rate_nats=float(rate_B[mine].sum()),
-                achieved=bool(refined.achieved_B[mine].all()) if refined else None,
-                # Each edit of a batch took its share of the time.
-                seconds=seconds * len(asked) / len(requests),
-                nll_before=float(nll_B[mine].mean()),
-                nll_after=float(refined.nll_B[mine].mean()) if refined else None,
-                latent={"z": z_BZ[mine]},
+                refine_steps=int(refined.steps_B[row]) if refined else 0,
+                rate_nats=float(rate_B[row]),
+                achieved=bool(refined.achieved_B[row]) if refined else None,
+                seconds=seconds,
+                nll_before=float(nll_B[row]),
+                nll_after=float(refined.nll_B[row]) if refined else None,
+                latent={"z": z_BZ[row : row + 1]},
             )
-            edits.append(Edit({}, tuple(asked), info, {name: some[row] for name, some in sets.items()}))
+            edits.append(Edit({}, (request,), info, {name: some[row] for name, some in sets.items()}))
         return edits
+
+    @torch.no_grad()
+    def _together(self, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
+        """With all edits in force, each one's NLL of its target (nats) and whether it comes, in all frames (B)."""
+        requests = [edit.requests[0] for edit in edits]
+        targets = self._targets(requests, lambda pairs, _: [0] * len(pairs))
+        with EditSession(self.lm).attach(self._joined(edits)):
+            terms = [row_terms(self.part.suffix(group.hidden_RTD, group.batch, group.past), group) for group in targets]
+        owner_R, nll_R, right_R = (
+            torch.cat([getattr(some, name) for some in terms]) for name in ("owner_R", "nll_R", "right_R")
+        )
+        return mean_by_owner(nll_R, owner_R, len(edits)), mean_by_owner(right_R.float(), owner_R, len(edits)) == 1.0
+
+    def _joined(self, edits: Sequence[Edit]) -> Edit:
+        """Several as one, with their codes."""
+        infos = [edit.info for edit in edits]
+        info = EditInfo(
+            method=self.name,
+            fingerprint=self.lm.fingerprint,
+            model=self.lm.name,
+            refine_steps=max(info.refine_steps for info in infos),
+            rate_nats=sum(info.rate_nats or 0.0 for info in infos),
+            nll_before=fmean(info.nll_before or 0.0 for info in infos),
+            latent={"z": torch.cat([info.latent["z"] for info in infos])},
+        )
+        requests = tuple(request for edit in edits for request in edit.requests)
+        names = dict.fromkeys(name for edit in edits for name in edit.neurons)
+        return Edit({}, requests, info, {name: Neurons.join([edit.neurons[name] for edit in edits]) for name in names})
 
     def _told(self, code: Code, own: Sequence[Tensor]) -> list[Told]:
         """What tells each edit's first gate from others'; nothing, where addresses move with the code."""
@@ -215,11 +266,11 @@ class IBKEEditor(Editor):
             return []
         return self.network.told(code.written.address_BD, own)
 
-    def _refine(self, code: Code, requests: Sequence[EditRequest], joint: bool) -> Refined | None:
+    def _refine(self, code: Code, requests: Sequence[EditRequest]) -> Refined | None:
         if not self.settings.steps:  # the bare network: nobody asks whether the target comes
             return None
         opened = self._opened(code)
-        refiner = Refiner(self.network, self.part, self.site, self.settings, joint, self.listening)
+        refiner = Refiner(self.network, self.part, self.site, self.settings, self.listening)
         return refiner.refine(
             code,
             self._targets(requests, opened),
@@ -256,3 +307,20 @@ class IBKEEditor(Editor):
             asked = [pair.reached(0) for pair in asked]
         pad_id = self.lm.tokenizer.pad_token_id
         return build_groups(self.part, asked, [EDIT] * len(asked), about, pad_id, prefixes=self.prefixes)
+
+
+def _refuse_contradiction(requests: Sequence[EditRequest]) -> None:
+    """Of one prompt only one target can come.
+
+    Raises:
+        RequestError: there are two.
+    """
+    known: dict[str, EditRequest] = {}
+    for request in requests:
+        other = known.setdefault(request.prompt.strip(), request)
+        if other.target_new.strip() != request.target_new.strip():
+            raise RequestError(
+                f"two targets for one prompt, {other.target_new!r} and {request.target_new!r}.",
+                f"prompt {request.prompt[:60]!r}",
+                "Leave one of them out.",
+            )

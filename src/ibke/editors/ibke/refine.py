@@ -91,7 +91,6 @@ class Refiner:
         part: the base, split at the first edited layer.
         site: the edited MLP.
         settings: how far and how.
-        joint: all edits are one update, solved together, instead of one each.
         listening: the relay, if there is one.
     """
 
@@ -101,11 +100,10 @@ class Refiner:
         part: PartialModel,
         site: Site,
         settings: RefineSettings,
-        joint: bool = False,
         listening: Listening | None = None,
     ):
         self.network, self.part, self.site = network, part, site
-        self.settings, self.joint, self.listening = settings, joint, listening
+        self.settings, self.listening = settings, listening
 
     def refine(self, code: Code, targets: Sequence[RowGroup], watch: Callable[[], Sequence[RowGroup]]) -> Refined:
         """Check every edit's target and move the codes of those that do not come; then move the relay's.
@@ -124,7 +122,7 @@ class Refiner:
             # Directions whose gradient is little more than rounding would else move as far as those that matter.
             eps=1e-3,
         )
-        most_B = torch.full((1 if self.joint else len(code.mean),), settings.steps, device=code.mean.device)
+        most_B = torch.full((len(code.mean),), settings.steps, device=code.mean.device)
         first = self._descend(code.mean, write, targets, watched, most_B, settings.extra)
         if self.listening is None or not settings.relay_steps or not settings.steps:
             return first
@@ -145,11 +143,10 @@ class Refiner:
         _, base_TD, _ = listening.heard(self.part, self.site, None, targets)
         onward, edited_TD, owner_T = listening.heard(self.part, self.site, neurons, targets)
         told_B = tuple(relay.told(edited_TD, base_TD, owner_T, count))
-        address_BD = relay.addresses(told_B, joint=self.joint)
+        address_BD = relay.addresses(told_B)
 
         def run(z_BD: Tensor, groups: Sequence[RowGroup]) -> RowTerms:
-            made = self._shared(relay.decode(z_BD, address_BD, listening.site))
-            return run_rows(listening.part, listening.site, made, groups)
+            return run_rows(listening.part, listening.site, relay.decode(z_BD, address_BD, listening.site), groups)
 
         def watched() -> list[RowGroup]:
             rows = watch()
@@ -176,8 +173,7 @@ class Refiner:
         extra: int | None,
     ) -> Refined:
         """At most so many Adam steps on one write's code, ``extra`` ones once the target comes; None takes them all."""
-        # Edits solved together are one update: its NLL falls or rises, and its targets come, as a whole.
-        count = 1 if self.joint else len(start)
+        count = len(start)
         z = start.detach().clone().requires_grad_()
         # The first look is the first step's forward pass too, so an edit that comes at once costs no second one.
         steps = int(most_B.max())
@@ -218,40 +214,28 @@ class Refiner:
         """The objective, the targets' NLL and whether they come, by edit (``count``)."""
         rows = write.run(z, groups)
         nll_B, achieved_B = self._judge(rows, count)
-        rate_B = write.rate(z)
-        rate_B = rate_B.sum(0, keepdim=True) if self.joint else rate_B
-        total_B = nll_B + self.settings.lambda_il * self._divergence(rows, count) + self.settings.beta * rate_B
+        total_B = nll_B + self.settings.lambda_il * self._divergence(rows, count) + self.settings.beta * write.rate(z)
         return total_B, nll_B.detach(), achieved_B
 
     def _divergence(self, rows: RowTerms, count: int) -> Tensor:
         """KL(base‖edited) on what is watched (nats, mean over its rows)."""
         outside = rows.kind_R == OUTSIDE
-        return _mean_by_owner(rows.forward_R[outside], self._owner(rows)[outside], count)
+        return mean_by_owner(rows.forward_R[outside], rows.owner_R[outside], count)
 
     def _neurons(self, z: Tensor, code: Code) -> Neurons:
         """The first write's neurons of every edit."""
-        return self._shared(self.network.decode(z, code.written, self.site))
-
-    def _shared(self, neurons: Neurons) -> Neurons:
-        """All edits' neurons for each of them, where they are one update."""
-        if not self.joint:
-            return neurons
-        count = len(neurons.gate)
-        return neurons.map(lambda tensor: tensor.flatten(0, 1).expand(count, -1, -1))
-
-    def _owner(self, rows: RowTerms) -> Tensor:
-        return torch.zeros_like(rows.owner_R) if self.joint else rows.owner_R
+        return self.network.decode(z, code.written, self.site)
 
     def _judge(self, rows: RowTerms, count: int) -> tuple[Tensor, Tensor]:
         inside = rows.kind_R != OUTSIDE
-        owner_R = self._owner(rows)[inside]
-        nll_B = _mean_by_owner(rows.nll_R[inside], owner_R, count)
-        right_B = _mean_by_owner(rows.right_R[inside].float(), owner_R, count)
+        owner_R = rows.owner_R[inside]
+        nll_B = mean_by_owner(rows.nll_R[inside], owner_R, count)
+        right_B = mean_by_owner(rows.right_R[inside].float(), owner_R, count)
         return nll_B, right_B == 1.0
 
     def _owned(self, groups: Sequence[RowGroup], open_B: Tensor) -> list[RowGroup]:
         """Only the rows of edits that are still open; finished edits cost nothing more."""
-        if self.joint or bool(open_B.all()):
+        if bool(open_B.all()):
             return list(groups)
         kept = []
         for group in groups:
@@ -263,14 +247,14 @@ class Refiner:
     def _accept(self, best: Refined, z: Tensor, nll_B: Tensor, achieved_B: Tensor, open_B: Tensor, step: int) -> None:
         # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
         better_B = open_B & (nll_B.detach() < best.nll_B)
-        moved_B = better_B.expand(len(z))
-        best.z_BZ[moved_B] = z.detach()[moved_B]
+        best.z_BZ[better_B] = z.detach()[better_B]
         best.nll_B[better_B] = nll_B.detach()[better_B]
         best.achieved_B[better_B] = achieved_B[better_B]
         best.steps_B[open_B] = step
 
 
-def _mean_by_owner(values_R: Tensor, owner_R: Tensor, count: int) -> Tensor:
+def mean_by_owner(values_R: Tensor, owner_R: Tensor, count: int) -> Tensor:
+    """The mean of values over each edit's rows (B); 0 for an edit that has none."""
     zeros = torch.zeros(count, dtype=values_R.dtype, device=values_R.device)
     number = zeros.index_add(0, owner_R, torch.ones_like(values_R)).clamp_min(1.0)
     return zeros.index_add(0, owner_R, values_R) / number

@@ -61,11 +61,10 @@ class Relay(Grounded):
             found.append(Told(*keys, torch.zeros(int(own_T.sum()), dtype=torch.long), self.gate))
         return found
 
-    def addresses(self, told: Sequence[Told], *, joint: bool) -> Tensor:
-        """Where edits are heard (B × D, float32), each alone or, if ``joint``, all in force together."""
+    def addresses(self, told: Sequence[Told]) -> Tensor:
+        """Where each edit is heard when it is alone (B × D, float32)."""
         constant_D = self.constant_D.cpu()
-        sets = [Told.join(told)] if joint else told
-        return torch.cat([one.addresses(constant_D) for one in sets]).to(self.constant_D.device)
+        return torch.cat([one.addresses(constant_D) for one in told]).to(self.constant_D.device)
 
     @property
     def gate(self) -> Gate:
