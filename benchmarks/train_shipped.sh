@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the editor that ships for SmolLM2-135M-Instruct: its weights are those of this command, validation's best (step 1350).
-# On one thread of a CPU with avx512_bf16 it takes 25 minutes to cache what never changes and 30 to train. Killed, run it
+# On one thread of a CPU with avx512_bf16 it takes 25 minutes to cache what never changes and 33 to train. Killed, run it
 # again with --resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
