@@ -17,6 +17,7 @@ from ibke.bundled import BUNDLED, MANIFEST, Progress, ensure
 from ibke.errors import IBKEError, ModelError
 from ibke.fingerprint import check_fingerprint, fingerprint
 from ibke.gguf import complete, read_gguf
+from ibke.linear import speed_up
 from ibke.modules import Architecture, architecture_of
 
 __all__ = ["LanguageModel", "check_fingerprint", "load_model"]
@@ -98,6 +99,7 @@ def load_model(
         if parameter.is_floating_point() and wanted == torch.float16:
             parameter.data = parameter.data.to(wanted)
     model.eval().requires_grad_(False).to(place)
+    speed_up(model)
     _feed_head_contiguous(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -36,9 +36,10 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     """
     from ibke.data.readers import Skipped, count_reasons, read
     from ibke.editors.base import method_class
+    from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.protocols import evaluate, sample
     from ibke.evaluation.side_effects import Battery
-    from ibke.files import find_file
+    from ibke.files import cache_folder, find_file
     from ibke.models import load_model
 
     given, contender, data = cell.conditions, cell.contender, cell.data
@@ -47,6 +48,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     requests = sample(list(read(find_file(data.path), data.format, skipped)), cell.stage.limit, cell.seed, "random")
     lm = load_model(given.model, device=given.device, dtype=given.dtype, modules=given.modules or None)
     editor = method_class(contender.method).for_model(lm, path=contender.editor, **contender.settings)
+    baseline = Baseline(lm, cache_folder() / "answers")
     return evaluate(
         lm,
         editor,
@@ -54,7 +56,8 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         cell.stage.protocol,
         frames=[cast(Any, frame) for frame in given.frames],
         edit_frame=cast(Any, given.edit_frame),
-        battery=Battery.of(lm, given.beside) if given.beside else None,
+        battery=Battery.of(lm, given.beside, baseline) if given.beside else None,
+        baseline=baseline,
         config={
             "data": data.name,
             "format": data.format,

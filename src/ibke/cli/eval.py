@@ -30,6 +30,7 @@ from ibke.cli.output import check_writable, number, print_json, screen, write_js
 from ibke.cli.settings import Settings
 from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.errors import RequestError
+from ibke.files import cache_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,17 +104,20 @@ def _measure(
 ) -> dict[str, Any]:
     """The report, with bars while it is made."""
     from ibke.evaluation import protocols
+    from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.side_effects import Battery
 
+    baseline = Baseline(lm, cache_folder() / "answers")
     with Bars() as tick:
         if besides:
             tick("Unedited model", 0, None)
-        battery = Battery.of(lm, besides) if besides else None
+        battery = Battery.of(lm, besides, baseline) if besides else None
 
         def progress(what: str, done: int, total: int) -> None:
             tick(what.capitalize(), done, total)
 
-        return protocols.evaluate(lm, editor, requests, protocol, battery=battery, progress=progress, **asking)
+        asking |= {"battery": battery, "baseline": baseline, "progress": progress}
+        return protocols.evaluate(lm, editor, requests, protocol, **asking)
 
 
 def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> None:

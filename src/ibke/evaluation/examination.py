@@ -11,6 +11,7 @@ from typing import Any
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import RequestError
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce
 from ibke.evaluation.machine import describe, peak_memory_mb
 from ibke.evaluation.metrics import proportion, quantile
@@ -40,6 +41,7 @@ class Examination:
         batch_size: int,
         progress: Progress | None,
         battery: Battery | None = None,
+        baseline: Baseline | None = None,
     ):
         if not requests:
             raise RequestError("there is no request to evaluate.", "evaluation", "Give a file that holds some.")
@@ -48,6 +50,7 @@ class Examination:
                 raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
+        self.baseline = baseline
         asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
         self.questions = len(frames) * sum(asked)
 
@@ -75,7 +78,7 @@ class Examination:
             for edit, index in enumerate(part)
             for question in questions(self.requests[index], edit, self.frames, self.lm.tokenizer)
         ]
-        for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick):
+        for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):
             self.tally.add("base", question.frame, part[question.edit], base)
             if edited is not None:
                 self.tally.add("edited", question.frame, part[question.edit], edited)

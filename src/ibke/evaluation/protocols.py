@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from ibke.editors.base import Editor
 from ibke.errors import RequestError
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.examination import Costs, Examination, Progress
 from ibke.evaluation.generate import BATCH_SIZE, Together
 from ibke.evaluation.machine import peak_memory_mb
@@ -118,6 +119,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     config: Mapping[str, Any] | None = None,
     battery: Battery | None = None,
+    baseline: Baseline | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make edits as a protocol says and ask for them.
@@ -138,6 +140,7 @@ def evaluate(
         config: what else the report shall say of the run, e.g. data file, limit and seed.
         battery: what is put to the edited model beside the requests' own questions; after the first edits or batches,
             or after the last edit of a sequence.
+        baseline: where the unedited model's answers may be known from.
         progress: told how many edits are made and how many answers have come.
 
     Returns:
@@ -156,7 +159,7 @@ def evaluate(
     """
     if edit_frame not in get_args(EditFrame):
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
-    exam, costs = Examination(lm, requests, frames, batch_size, progress, battery), Costs()
+    exam, costs = Examination(lm, requests, frames, batch_size, progress, battery, baseline), Costs()
     shown = [_for_editor(request, edit_frame, lm.tokenizer) for request in requests]
     groups = protocol.groups(len(requests))
     run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
 from ibke.batch import Pair
-from ibke.evaluation.generate import Answer, InForce, Tick, generate, of_rows
+from ibke.evaluation.baseline import Baseline
+from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Tick, generate, of_rows
 from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import Frame, encode_pair
@@ -54,6 +55,14 @@ class Outcome:
     forced: Forced
     forced_old: Forced | None
 
+    @classmethod
+    def from_dict(cls, kept: dict[str, Any]) -> Outcome:
+        """One that was written as JSON."""
+        forced = (kept["forced"], kept["forced_old"])
+        own, old = (Forced(tuple(some["predicted"]), tuple(some["nll"])) if some else None for some in forced)
+        assert own
+        return cls(Answer(kept["answer"]["text"], tuple(kept["answer"]["ids"])), own, old)
+
 
 def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenizer: Any) -> Iterator[Question]:
     """Everything that is asked about one edit, in each frame."""
@@ -73,7 +82,12 @@ def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenize
 
 
 def ask(
-    lm: LanguageModel, asked: Sequence[Question], edits: InForce, batch_size: int, tick: Tick | None
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    edits: InForce,
+    batch_size: int,
+    tick: Tick | None,
+    baseline: Baseline | None = None,
 ) -> Iterator[tuple[Question, Scores, Scores | None]]:
     """Put questions to the base and, each under its own edit or all under the same, to the edited model.
 
@@ -83,6 +97,7 @@ def ask(
         edits: independent edits, or some that are in force together; None asks the base alone.
         batch_size: prompts per pass.
         tick: told how many answers have come, by and by.
+        baseline: where the base's answers may be known from.
 
     Yields:
         each question with the scores of the base's answer and of the edited model's.
@@ -90,10 +105,8 @@ def ask(
     # A kind at a time: answers to like questions end at like lengths, and a batch lasts as long as its longest.
     for kind, group in groupby(sorted(asked, key=lambda question: question.kind), key=lambda question: question.kind):
         batch = list(group)
-        said = generate(lm, [q.pair.prompt for q in batch], batch_size=batch_size, tick=tick)
-        own = [Pair(q.pair.prompt, list(a.ids), q.pair.span) for q, a in zip(batch, said, strict=True)]
-        batch = [q if q.target else _with_pair(q, pair) for q, pair in zip(batch, own, strict=True)]
-        base = _outcomes(lm, batch, said, None, batch_size)
+        base = _base(lm, batch, batch_size, tick, baseline or Baseline(lm))
+        batch, own = _along([outcome.answer for outcome in base], batch)
         if edits is None:
             yield from ((q, judge(q, b, b), None) for q, b in zip(batch, base, strict=True))
             continue
@@ -108,6 +121,27 @@ def ask(
             yield q, judge(q, b, b), scores
 
 
+def _base(
+    lm: LanguageModel, asked: Sequence[Question], batch_size: int, tick: Tick | None, baseline: Baseline
+) -> list[Outcome]:
+    known = [(q.pair.prompt, q.target and q.pair.answer, q.old_pair and q.old_pair.answer) for q in asked]
+    identity = [batch_size, MAX_NEW_TOKENS, known]
+    if kept := baseline.recall(identity):
+        if tick:
+            tick(len(asked))
+        return [Outcome.from_dict(outcome) for outcome in kept]
+    said = generate(lm, [q.pair.prompt for q in asked], batch_size=batch_size, tick=tick)
+    outcomes = _outcomes(lm, _along(said, asked)[0], said, None, batch_size)
+    baseline.keep(identity, [asdict(outcome) for outcome in outcomes])
+    return outcomes
+
+
+def _along(said: Sequence[Answer], asked: Sequence[Question]) -> tuple[list[Question], list[Pair]]:
+    """Questions that are to be read along the base's own answers where none is expected, and those answers' tokens."""
+    own = [Pair(q.pair.prompt, list(answer.ids), q.pair.span) for q, answer in zip(asked, said, strict=True)]
+    return [q if q.target else replace(q, pair=pair) for q, pair in zip(asked, own, strict=True)], own
+
+
 def _outcomes(
     lm: LanguageModel, asked: Sequence[Question], said: Sequence[Answer], edits: InForce, batch_size: int
 ) -> list[Outcome]:
@@ -117,10 +151,6 @@ def _outcomes(
     old_edits = of_rows(edits, with_old)
     old = dict(zip(with_old, score(lm, old_pairs, old_edits, batch_size=batch_size), strict=True))
     return [Outcome(a, f, old.get(i)) for i, (a, f) in enumerate(zip(said, forced, strict=True))]
-
-
-def _with_pair(question: Question, pair: Pair) -> Question:
-    return Question(question.edit, question.kind, question.frame, pair, question.target, family=question.family)
 
 
 def judge(question: Question, base: Outcome, mine: Outcome) -> Scores:

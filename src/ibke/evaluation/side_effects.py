@@ -19,6 +19,7 @@ from ibke.batch import Pair
 from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit
 from ibke.errors import RequestError
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together
 from ibke.evaluation.metrics import average
 from ibke.evaluation.scoring import score
@@ -89,6 +90,7 @@ class Battery:
         suites: questions by suite.
         edits: how many edits are looked at where each is alone on the model.
         batch_size: rows per pass.
+        baseline: where the unedited model's condition may be known from.
 
     Raises:
         RequestError: neither text nor questions, or a text of less than two tokens.
@@ -100,6 +102,7 @@ class Battery:
     suites: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     edits: int = 8
     batch_size: int = 16
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         if self.text is None and not self.suites:
@@ -108,17 +111,30 @@ class Battery:
         self._asked = {name: [self._pairs(choice) for choice in choices] for name, choices in self.suites.items()}
         self.found: list[dict[str, Any]] = []
         self.seconds = 0.0
-        self.base = self.condition(())
+        self.base = self._unedited()
 
     @classmethod
-    def of(cls, lm: LanguageModel, beside: Beside) -> Battery:
+    def of(cls, lm: LanguageModel, beside: Beside, baseline: Baseline | None = None) -> Battery:
         """The battery that some files make.
 
         Raises:
             IBKEError: one cannot be read, or there is none.
         """
         text, suites = beside.read()
-        return cls(lm, text, suites=suites, edits=beside.looks)
+        return cls(lm, text, suites=suites, edits=beside.looks, baseline=baseline)
+
+    def _unedited(self) -> Condition:
+        questions = {
+            name: [([asdict(pair) for pair in pairs], choice.right) for pairs, choice in zip(asked, suite, strict=True)]
+            for (name, asked), suite in zip(self._asked.items(), self.suites.values(), strict=True)
+        }
+        identity = [self.batch_size, [asdict(pair) for pair in self._windows], questions]
+        known = self.baseline or Baseline(self.lm)
+        if kept := known.recall(identity):
+            return Condition(**kept)
+        found = self.condition(())
+        known.keep(identity, asdict(found))
+        return found
 
     def condition(self, edits: Sequence[Edit]) -> Condition:
         """How the model is with some edits in force together."""
