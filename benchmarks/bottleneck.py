@@ -48,7 +48,7 @@ def settings_for(change: dict, shipped: dict, args: argparse.Namespace, start: P
 
 
 def main() -> None:
-    """Run what is missing and write benchmarks/results/bottleneck.json and docs/bottleneck.svg."""
+    """Run what is missing and write benchmarks/results/bottleneck.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bottleneck"))
     parser.add_argument("--only-swap", action="store_true", help="the swapped-code control alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/bottleneck.json"))
-    parser.add_argument("--picture", type=Path, default=Path("docs/bottleneck.svg"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lm = load_model("smollm2-135m")
@@ -86,31 +85,7 @@ def main() -> None:
         print(name, report["points"][name], flush=True)
         write(args.out, report)
     write(args.out, report)
-    if report["points"]:
-        draw(report, args.picture)
     print(json.dumps(report, indent=2))
-
-
-def draw(report: dict, path: Path) -> None:
-    """The rate against generality and locality, over β, with the controls beside it."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    swept = {float(name.removeprefix("beta-")): found for name, found in report["points"].items() if name[:4] == "beta"}
-    line = [found for beta, found in sorted(swept.items()) if beta]
-    for key, colour in (("reliability", "tab:gray"), ("generality", "tab:blue"), ("locality", "tab:orange")):
-        axes.plot([item["rate_nats"] for item in line], [item[key] for item in line], "o-", color=colour, label=key)
-        if 0.0 in swept:
-            axes.plot(swept[0.0]["rate_nats"], swept[0.0][key], "x", color=colour)
-    for beta, found in swept.items():
-        label = f"β = {beta:g}" if beta else "noise without KL"
-        place = (found["rate_nats"], found["reliability"])
-        axes.annotate(label, place, (0, 7), textcoords="offset points", fontsize=7, rotation=60)
-    axes.set(xlabel="rate (nats per edit)", ylabel="share of prompts answered as they should be")
-    axes.set(xlim=(0, None), ylim=(0, 1.3 * max(found["reliability"] for found in swept.values())))
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
 
 
 def write(path: Path, report: dict) -> None:

@@ -8,7 +8,10 @@ Everything between a pair of markers is replaced; the words around them are ours
 import json
 from pathlib import Path
 
+from ibke.editors.ibke.shipped import SHIPPED
+
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/results.md")
+TRAINING = SHIPPED / "smollm2-135m/training-log.jsonl"
 FRAMES = {"bare": "bare", "question": "question", "chat": "chat"}
 
 
@@ -82,10 +85,22 @@ def bottleneck() -> str:
     return "\n".join([*lines, "", f"Command: `{report['command']}`."])
 
 
+def checkpoints() -> str:
+    """The shipped run's checkpoints on validation episodes."""
+    lines = ["| step | rate (nats/edit) | reliability | generality | locality |", "|---|---|---|---|---|"]
+    for line in TRAINING.read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == "validation":
+            scores = " | ".join(f"{row[key]:.3f}" for key in ("reliability", "generality", "locality"))
+            lines.append(f"| {row['step']} | {row['rate_nats']:.0f} | {scores} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Fill the page."""
     page = PAGE.read_text(encoding="utf-8")
-    for name, text in {"single": single(), "speed": speed(), "bottleneck": bottleneck()}.items():
+    parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
+    for name, text in parts.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
         _, _, after = rest.partition(f"\n<!-- /{name} -->")
         page = f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}"
