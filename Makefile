@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.stamp
+READY := $(VENV)/.ready
+READY_FOR_TESTS := $(VENV)/.ready-for-tests
 
 # Benchmark data sets, where they lie beside the checkout; tests that need them skip where they are absent.
 ifneq ($(wildcard ../shared/data),)
@@ -12,7 +13,7 @@ endif
 
 .PHONY: demo test env clean
 
-demo: env
+demo: $(READY)
 	$(BIN)/ibke demo
 
 test: env
@@ -22,14 +23,18 @@ test: env
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-env: $(STAMP)
+env: $(READY_FOR_TESTS)
 
 # torch goes first and exactly pinned: a loose requirement would pull gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "IBKE needs Python 3.11 or newer; set PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peft,plots]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(READY_FOR_TESTS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,lm-eval,peft,plots]'
 	touch $@
 
 clean:

@@ -6,13 +6,18 @@ Everything between a pair of markers is replaced; the words around them are ours
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
+
+from rivals import PUBLISHED, TUNED
 
 from ibke.editors.ibke.shipped import SHIPPED
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/results.md")
 TRAINING = SHIPPED / "smollm2-135m/training-log.jsonl"
-FRAMES = {"bare": "bare", "question": "question", "chat": "chat"}
+TITLES = {"counterfact": "CounterFact", "zsre": "zsRE", "knowedit": "KnowEdit"}
+PROTOCOLS = ("single", "batch:100", "sequential:1")
 
 
 def cell(metric: dict) -> str:
@@ -96,10 +101,66 @@ def checkpoints() -> str:
     return "\n".join(lines)
 
 
+def rivals(protocol: str) -> str:
+    """All methods under one protocol: generated answers, and what an edit costs and does besides."""
+    path = RESULTS / "rivals/summary.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["protocol"] == protocol] if path.exists() else []
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    by_method: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["n"]:
+            by_method.setdefault(row["method"], {})[row["data"]] = row
+    if not by_method:
+        return "Not measured yet."
+    heads = [f"{TITLES[name]}: rel. | gen. | loc. | mean" for name in names]
+    heads += ["s/edit | KB/edit | perplexity | choices kept"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 5) + "|"]
+    for method, found in sorted(by_method.items(), key=lambda item: -_score(item[1].values())):
+        cells = [method] + [text for name in names for text in _quality(found.get(name))]
+        some = list(found.values())
+        effects = [row["effects"] for row in some]
+        cells += [_mean([row["seconds_per_edit"] for row in some], ".2f")]
+        cells += [_mean([row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
+        cells += [_mean([each["perplexity_change"] for each in effects], "+.1%")]
+        cells += [_mean([each["choices_kept"] for each in effects], ".3f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _quality(row: dict | None) -> list[str]:
+    if row is None:
+        return ["–"] * 4
+    means = [row["generation"][key]["mean"] for key in ("reliability", "generality", "locality", "score")]
+    return [*(f"{mean:.3f}" for mean in means[:3]), f"**{means[3]:.3f}**"]
+
+
+def _score(rows: Iterable[dict]) -> float:
+    return fmean(row["generation"]["score"]["mean"] for row in rows)
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):{form}}" if known else "–"
+
+
+def tuned() -> str:
+    """Published settings, those tried and the best."""
+    lines = ["| method | published | best of those tried | score | score of the published |", "|---|---|---|---|---|"]
+    for method, found in json.loads(TUNED.read_text()).items() if TUNED.exists() else ():
+        scores = {str(one["settings"]): one["score"] for one in found["tried"]}
+        chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "the published"
+        lines.append(
+            f"| {method} | {PUBLISHED[method]} | {chosen} (of {len(scores)}) "
+            f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Fill the page."""
     page = PAGE.read_text(encoding="utf-8")
     parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
+    parts |= {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS} | {"tuned": tuned()}
     for name, text in parts.items():
         before, _, rest = page.partition(f"<!-- {name} -->\n")
         _, _, after = rest.partition(f"\n<!-- /{name} -->")

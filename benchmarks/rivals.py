@@ -45,9 +45,14 @@ ALWAYS = {"serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DA
 
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
 CANDIDATES: dict[str, list[dict[str, object]]] = {
-    "ft": [{"learning_rate": 2e-3}, {"layer": 10}, {"layer": 20}, {"layer": 20, "learning_rate": 2e-3}],
-    "ft-l": [{"bound": 2e-3}, {"bound": 1e-2}, {"layer": 10, "bound": 2e-3}, {"layer": 20, "bound": 2e-3}],
-    "lora": [{"learning_rate": 1e-3}, {"learning_rate": 2e-4}, {"rank": 2, "learning_rate": 1e-3}],
+    "ft": [{"learning_rate": 2e-3}, {"layer": 10}, {"layer": 20}, {"layer": 20, "stop_at_answer": True}],
+    "ft-l": [{"bound": 2e-3}, {"bound": 1e-2}, {"layer": 20, "bound": 2e-3}, {"bound": 2e-3, "stop_at_answer": True}],
+    "lora": [
+        {"learning_rate": 1e-3},
+        {"learning_rate": 2e-4},
+        {"learning_rate": 1e-3, "stop_at_answer": True},
+        {"rank": 2, "learning_rate": 1e-3, "stop_at_answer": True},
+    ],
     "rome": [{"layer": 3}, {"layer": 8}, {"layer": 12}, {"layer": 8, "learning_rate": 0.1}],
     "memit": [
         {"clamp": 4.0},
@@ -68,6 +73,21 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
     "ike-retrieval": [{"copies": 0, "updates": 0, "retains": 6}, {"copies": 2, "updates": 2, "retains": 6}],
 }
 """Settings tried for a method, beside its defaults."""
+
+PUBLISHED = {
+    "ft": "one layer at .69 of the depth (22 of Llama-3-8B's 32), Adam 5e-4, at most 25 epochs, no bound",
+    "ft-l": "layer 0, ε 5e-4 (GPT-2 XL), Adam 5e-4, at most 25 epochs",
+    "lora": "Adam 5e-3, 70 epochs, rank 8, α 32, queries and values of all layers (EasyEdit, Llama-3-8B)",
+    "rome": "layer 5 of 32, 25 steps of .5, clamp 4",
+    "memit": "layers 4 to 8 of 32, 25 steps of .5, clamp .75, λ of 1 in units of d_in",
+    "alphaedit": "layers 4 to 8 of 32, clamp .75, threshold .02, ridge 10",
+    "ultraedit": "η 1e-6, gates of layers 18 to 26 of 28 (Qwen2.5-7B)",
+    "grace": "layer 27 of 32, ε 1, Adam 1, 100 steps",
+    "wise": "layer 27 of 32, margins 5/20/10, ratio .88, ρ .2",
+    "serac": "a classifier fine-tuned from DistilBERT; a counterfactual model",
+    "ike-retrieval": "32 demonstrations, 4 : 12 : 16",
+}
+"""What the papers, or the settings that their authors ship, say; layers are taken at the same depth here."""
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from ibke.bench.page import page
 from ibke.bench.plan import Cell, Conditions, Contender, DataSet, Plan, Stage
 from ibke.bench.report import write
 from ibke.bench.run import CELLS, load, run, seconds_left
-from ibke.bench.summary import csv_text, markdown, summarise
+from ibke.bench.summary import COSTS, csv_text, markdown, summarise
 from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.side_effects import Battery, Beside
@@ -259,7 +259,7 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert calm["minus"]["score"] == {"n": 6, "mean": 0.0, "low": 0.0, "high": 0.0}
     assert summarise(plan, documents, "loud")["rows"][2]["minus"]["locality"]["mean"] == pytest.approx(-gap)
     table = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(table) == 4 * (2 * len(METRICS) + 4 + len(EFFECTS) + 1)  # one family
+    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + 1)  # one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
 
@@ -304,15 +304,16 @@ def test_what_was_measured_besides_is_shown(lm: LanguageModel, tmp_path: Path) -
             "perplexity_change": found["perplexity"]["ratio"]["mean"] - 1,
             "abilities_change": found["abilities"]["own"]["edited"]["mean"] - found["abilities"]["own"]["base"],
             "choices_kept": found["abilities"]["own"]["kept"]["mean"],
+            "tasks_change": None,
         }
         portability = document["portability"]["edited"]["generation"]["mean"]
         assert (
             row["generation"]["portability"]["mean"] == portability == row["families"]["portability/one_hop"]["edited"]
         )
     pages = page(summary), markdown(summary)
-    for name in EFFECTS:
-        value = effect(name, summary["rows"][0]["effects"][name])
-        assert all(EFFECTS[name][0] in text and value in text for text in pages), name
+    for name, found in summary["rows"][0]["effects"].items():
+        title, shown = EFFECTS[name][0], found is not None
+        assert all((title in text, effect(name, found) in text) == (True, True) for text in pages) == shown, name
     assert all("portability/one hop" in text and "unedited" in text for text in pages)
     assert Page(pages[0]).open == [] and pages[0].count("<svg") == 2 * (5 + 5 + 2 + 3) + 3
 

@@ -205,7 +205,7 @@ def test_the_loss_falls_and_the_editor_loads(kind, facts, tmp_path):
     assert manifest["fingerprint"] == lm.fingerprint and manifest["method"] == kind.name
     assert "out" not in manifest["training"]
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
-    assert kind.for_model(lm, folder).network.statistics
+    assert kind.for_model(lm, folder).network.statistics and kind.for_model(lm, folder).training_seconds
 
 
 def test_a_run_killed_at_any_moment_goes_on_exactly(facts, on_disk, tmp_path):

@@ -154,6 +154,7 @@ def test_an_address_knows_nothing_of_the_answer():
 
 def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_of(smollm32):
     editor = IBKEEditor.for_model(smollm32)
+    assert editor.training_seconds
     editor.addresser.alike = 2.0  # no question counts as the request's own
     about = About("The capital of Borduria is", "Borduria", ("Borduria is governed from",))
     address = editor.addresser([about])[0]

@@ -158,7 +158,9 @@ def test_a_classifier_is_trained_once_and_found_again(tiny_model, no_cache, data
     first = SERAC(lm, settings)
     (file,) = no_cache.rglob("*.safetensors")
     monkeypatch.setenv("IBKE_DATA", str(no_cache))
-    assert SERAC(lm, settings).scope.same(first.scope)
+    again = SERAC(lm, settings)
+    assert again.scope.same(first.scope)
+    assert again.training_seconds == first.training_seconds and first.training_seconds and first.training_seconds > 0
     edit = first.edit([ONE, ONE])
     assert edit.parts[PLACE].prompts == (ONE.prompt,)
     for bad in (b"", file.read_bytes()[:-9], file.read_bytes().replace(b'\\"layout\\": 1', b'\\"layout\\": 0')):

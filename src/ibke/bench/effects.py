@@ -27,6 +27,10 @@ def _perplexity(report: Document) -> float | None:
     return None if ratio is None else ratio - 1
 
 
+def _tasks(report: Document) -> float | None:
+    return mean_known(_gain(task) for task in _looked(report).get("tasks", {}).values())
+
+
 # By name: its title, and where it is in a report.
 EFFECTS: dict[str, tuple[str, Callable[[Document], float | None]]] = {
     "kl_nats": ("KL, nats/token", lambda report: report["kl_nats"].get("base_edited", {}).get("mean")),
@@ -35,8 +39,9 @@ EFFECTS: dict[str, tuple[str, Callable[[Document], float | None]]] = {
     "perplexity_change": ("perplexity, change", _perplexity),
     "abilities_change": ("abilities, change", lambda report: _abilities(report, _gain)),
     "choices_kept": ("choices kept", lambda report: _abilities(report, lambda suite: suite["kept"]["mean"])),
+    "tasks_change": ("lm-eval, change", _tasks),
 }
-RELATIVE = ("perplexity_change", "abilities_change")
+RELATIVE = ("perplexity_change", "abilities_change", "tasks_change")
 
 
 def effects(reports: Sequence[Document]) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ COSTS = {
     "bytes_per_edit": "bytes/edit",
     "peak_memory_editing_mb": "MB at most",
     "rate_nats": "nats/edit",
+    "training_seconds": "s to train",
 }
 
 Document = Mapping[str, Any]
@@ -78,7 +79,7 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     row["n"] = sum(report["n"] for report in reports)
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
-    row |= {name: mean_known(report[name] for report in reports) for name in COSTS}
+    row |= {name: mean_known(report.get(name) for report in reports) for name in COSTS}
     row |= {"effects": effects(reports), "families": families(reports)}
     return row | {"by_age": reports[0]["by_age"] if reports else []}
 

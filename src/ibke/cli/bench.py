@@ -17,6 +17,7 @@ from ibke.cli.console import (
     Bars,
     Device,
     Dtype,
+    LMEval,
     Looks,
     ModelChoice,
     ModelName,
@@ -63,6 +64,7 @@ def bench(
     abilities: AbilityFiles = None,
     questions: Questions = 50,
     looks: Looks = 8,
+    lm_eval: LMEval = "",
     model: ModelName = ModelChoice.name,
     module: Modules = None,
     device: Device = ModelChoice.device,
@@ -83,7 +85,7 @@ def bench(
         [DataSet.parse(text) for text in data],
         [Stage.parse(text, limit) for text in _split(protocols)],
         [_seed(text) for text in _split(seeds)],
-        Conditions(*given, beside(text, abilities, questions, looks)),
+        Conditions(*given, beside(text, abilities, questions, looks, lm_eval)),
     )
     _check(plan, against)
     _measure(plan, out, against, as_json)

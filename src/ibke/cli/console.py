@@ -88,7 +88,10 @@ AbilityFiles = Annotated[
         "--abilities", help="BoolQ, sentence pairs or TruthfulQA, asked after editing; `own` is ours. Repeat."
     ),
 ]
-Questions = Annotated[int, typer.Option("--questions", min=1, help="Draw so many questions of each such file.")]
+LMEval = Annotated[
+    str, typer.Option("--lm-eval", help="Folder of lm-evaluation-harness tasks (extra `lm-eval`), run after editing.")
+]
+Questions = Annotated[int, typer.Option("--questions", min=1, help="Draw so many questions of each such file or task.")]
 Looks = Annotated[int, typer.Option("--looks", min=1, help="After so many of the edits, unless all stay.")]
 NoRefine = Annotated[bool, typer.Option("--no-refine", help="Take the editor's first guess as it is.")]
 
@@ -161,7 +164,7 @@ def load_for_editing(
         return lm, kind.for_model(lm, path=path, **({} if refine else {"refine": False}), **given)
 
 
-def beside(text: str, abilities: Sequence[str] | None, questions: int, looks: int) -> Beside | None:
+def beside(text: str, abilities: Sequence[str] | None, questions: int, looks: int, harness: str = "") -> Beside | None:
     """What is put to models beside the requests' own questions, if anything.
 
     Raises:
@@ -169,9 +172,9 @@ def beside(text: str, abilities: Sequence[str] | None, questions: int, looks: in
     """
     from ibke.evaluation.side_effects import Beside
 
-    if not text and not abilities:
+    if not text and not abilities and not harness:
         return None
-    found = Beside(text, tuple(abilities or ()), questions, looks)
+    found = Beside(text, tuple(abilities or ()), questions, looks, harness)
     found.read()
     return found
 

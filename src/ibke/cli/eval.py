@@ -15,6 +15,7 @@ from ibke.cli.console import (
     Device,
     Dtype,
     EditorPath,
+    LMEval,
     Looks,
     Method,
     ModelChoice,
@@ -60,6 +61,7 @@ def evaluate(
     abilities: AbilityFiles = None,
     questions: Questions = 50,
     looks: Looks = 8,
+    lm_eval: LMEval = "",
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -82,7 +84,7 @@ def evaluate(
 
     how = Protocol.parse(protocol if group is None else f"{protocol}:{group}")
     chosen = sample(asked, limit, seed, cast(Any, order))
-    besides = beside(text, abilities, questions, looks)
+    besides = beside(text, abilities, questions, looks, lm_eval)
     choice = ModelChoice(model, device, dtype, tuple(module or ()))
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}

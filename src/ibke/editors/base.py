@@ -59,6 +59,9 @@ class Editor(ABC):
     quick: ClassVar[Mapping[str, Any]] = {}
     """Settings under which the method is rough and fast, for tests of what holds whatever the settings are."""
 
+    training_seconds: float | None = None
+    """What training the weights in use took, wall-clock, caching left out; None for methods that are not trained."""
+
     def __init__(self, lm: LanguageModel):
         self.lm = lm
 

@@ -150,7 +150,8 @@ def evaluate(
         ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
         the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
-        ``bytes_per_edit`` what goes into the model; ``peak_memory_mb`` that of the process over loading, editing and
+        ``training_seconds`` what the weights of a trained editor took, None elsewhere; ``bytes_per_edit`` what goes
+        into the model; ``peak_memory_mb`` that of the process over loading, editing and
         scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
         ``side_effects``, given a battery, what :meth:`Battery.report` says.
 
@@ -166,7 +167,8 @@ def evaluate(
     for _ in run(exam, costs, editor, shown, groups):
         if progress:
             progress("edits", len(costs.seconds), len(requests))
-    return _report(exam, costs, protocol, {"method": editor.name, "edit_frame": edit_frame, **(config or {})})
+    about = {"method": editor.name, "edit_frame": edit_frame, **(config or {})}
+    return _report(exam, costs, protocol, editor.training_seconds, about)
 
 
 def evaluate_base(
@@ -197,7 +199,9 @@ def evaluate_base(
     }
 
 
-def _report(exam: Examination, costs: Costs, protocol: Protocol, config: Mapping[str, Any]) -> dict[str, Any]:
+def _report(
+    exam: Examination, costs: Costs, protocol: Protocol, training_seconds: float | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
     tally, count = exam.tally, len(exam.requests)
     later = [count - group.stop for group in protocol.groups(count) for _ in group]
     return {
@@ -207,6 +211,7 @@ def _report(exam: Examination, costs: Costs, protocol: Protocol, config: Mapping
         "metrics": tally.core("edited"),
         "base": tally.core("base"),
         **costs.report(),
+        "training_seconds": training_seconds,
         "peak_memory_mb": peak_memory_mb(),
         **tally.extras(("base", "edited")),
         "kl_nats": tally.block("edited", "kl_nats"),

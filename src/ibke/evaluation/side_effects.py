@@ -20,7 +20,8 @@ from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import Together
+from ibke.evaluation.generate import Together, in_force
+from ibke.evaluation.harness import Harness
 from ibke.evaluation.metrics import average
 from ibke.evaluation.scoring import score
 from ibke.files import find_file
@@ -41,12 +42,14 @@ class Beside:
         abilities: files of questions, or ``own`` for those that come with the package.
         questions: how many of each are drawn.
         looks: how many edits are looked at where each is alone on the model.
+        harness: folder of lm-eval's task files; empty for none.
     """
 
     text: str = ""
     abilities: tuple[str, ...] = ()
     questions: int = 50
     looks: int = 8
+    harness: str = ""
 
     def read(self) -> tuple[str | None, dict[str, list[Choice]]]:
         """The text, and the questions by file.
@@ -72,11 +75,13 @@ class Condition:
         nll: of the text (nats per token); its exponential is the perplexity.
         chosen: by suite, the choice it makes at each question; −1 where none has a likelihood.
         abilities: by suite, whether each question is answered right.
+        tasks: lm-eval's metrics, by ``task/metric``.
     """
 
     nll: float | None
     chosen: Mapping[str, tuple[int, ...]]
     abilities: Mapping[str, tuple[bool, ...]]
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Battery:
         edits: how many edits are looked at where each is alone on the model.
         batch_size: rows per pass.
         baseline: where the unedited model's condition may be known from.
+        harness: tasks of lm-eval.
 
     Raises:
         RequestError: neither text nor questions, or a text of less than two tokens.
@@ -103,9 +109,10 @@ class Battery:
     edits: int = 8
     batch_size: int = 16
     baseline: Baseline | None = None
+    harness: Harness | None = None
 
     def __post_init__(self) -> None:
-        if self.text is None and not self.suites:
+        if self.text is None and not self.suites and not self.harness:
             raise RequestError("there is neither text nor a question.", "side effects", "Name a file of either.")
         self._windows = self._text_windows()
         self._asked = {name: [self._pairs(choice) for choice in choices] for name, choices in self.suites.items()}
@@ -121,7 +128,8 @@ class Battery:
             IBKEError: one cannot be read, or there is none.
         """
         text, suites = beside.read()
-        return cls(lm, text, suites=suites, edits=beside.looks, baseline=baseline)
+        harness = Harness(lm, find_file(beside.harness), beside.questions) if beside.harness else None
+        return cls(lm, text, suites=suites, edits=beside.looks, baseline=baseline, harness=harness)
 
     def _unedited(self) -> Condition:
         questions = {
@@ -129,7 +137,8 @@ class Battery:
             for (name, asked), suite in zip(self._asked.items(), self.suites.values(), strict=True)
         }
         identity = [self.batch_size, [asdict(pair) for pair in self._windows], questions]
-        known = self.baseline or Baseline(self.lm)
+        # What a task of lm-eval asks is in files that may change.
+        known = Baseline(self.lm) if self.harness or not self.baseline else self.baseline
         if kept := known.recall(identity):
             return Condition(**kept)
         found = self.condition(())
@@ -151,8 +160,12 @@ class Battery:
         if self._windows:
             read = score(self.lm, self._windows, force, batch_size=self.batch_size)
             nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
+        tasks = {}
+        if self.harness:
+            with in_force(self.lm, force):
+                tasks = self.harness.scores()
         self.seconds += time.perf_counter() - began
-        return Condition(nll, chosen, abilities)
+        return Condition(nll, chosen, abilities, tasks)
 
     def note(self, edits: Sequence[Edit]) -> None:
         """Look at the model with some edits in force together, beside the unedited one."""
@@ -164,6 +177,7 @@ class Battery:
             return
         if now.nll is not None and self.base.nll is not None:
             row["perplexity_ratio"] = _ratio(now.nll - self.base.nll)
+        row["tasks"] = dict(now.tasks)
         row["abilities"] = {name: fmean(right) for name, right in now.abilities.items()}
         row["kept"] = {
             name: fmean(float(mine == own) for mine, own in zip(now.chosen[name], before, strict=True))
@@ -195,6 +209,10 @@ class Battery:
                     "kept": mean([row["kept"][name] for row in asked]),
                 }
                 for name, right in base.abilities.items()
+            },
+            "tasks": {
+                name: {"base": value, "edited": mean([row["tasks"][name] for row in asked])}
+                for name, value in base.tasks.items()
             },
             "relative_norm": mean([row["relative_norm"] for row in self.found]),
             "drift": mean([row["drift"] for row in self.found]),

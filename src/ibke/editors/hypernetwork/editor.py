@@ -90,7 +90,9 @@ class HypernetworkEditor(Editor):
             network.load_state_dict(tensors)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"the editor is damaged ({error}).", str(folder), "Train it again.") from None
-        return cls(lm, network.requires_grad_(False).eval().to(lm.device))
+        editor = cls(lm, network.requires_grad_(False).eval().to(lm.device))
+        editor.training_seconds = manifest.get("seconds")
+        return editor
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> Path:
         """Write the network for :meth:`for_model`; returns the folder.

@@ -118,7 +118,9 @@ class IBKEEditor(Editor):
         refine = RefineSettings(**manifest.get("refine", {}))
         if not settings.pop("refine", True):
             settings["steps"] = 0
-        return cls(lm, network, replace(refine, **settings), frame)
+        editor = cls(lm, network, replace(refine, **settings), frame)
+        editor.training_seconds = manifest.get("seconds")
+        return editor
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together.

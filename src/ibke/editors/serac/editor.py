@@ -171,6 +171,7 @@ class SERAC(Editor):
     def __init__(self, lm: LanguageModel, settings: ScopeSettings | None = None):
         super().__init__(lm)
         self.scope = scope_for(lm, settings or ScopeSettings())
+        self.training_seconds = self.scope.seconds
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that holds all new facts; earlier ones that are in force stay beside them.

@@ -21,9 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ class Scope:
         mean_D, spread_D: what states are centred and scaled by.
         projection_KD: P.
         bias: b, no dimension.
+        seconds: what training took; None where it is not known.
     """
 
     layer: int
@@ -107,9 +109,10 @@ class Scope:
     spread_D: Tensor
     projection_KD: Tensor
     bias: Tensor
+    seconds: float | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the layer."""
+        """What it computes with."""
         return {name: getattr(self, name) for name in ("mean_D", "spread_D", "projection_KD", "bias")}
 
     @classmethod
@@ -128,7 +131,7 @@ class Scope:
             raise FormatError(
                 "the scope classifier's tensors do not fit.", "scope", "Train it, or make the edit again."
             )
-        return cls(layer, **tensors)
+        return cls(layer, tensors["mean_D"], tensors["spread_D"], tensors["projection_KD"], tensors["bias"])
 
     def same(self, other: Scope) -> bool:
         """Whether two classifiers are one."""
@@ -213,8 +216,10 @@ def scope_for(lm: LanguageModel, settings: ScopeSettings) -> Scope:
     path = cache_folder() / "scope" / lm.fingerprint / f"{digest}.safetensors"
     scope = _read(path, json.dumps(identity))
     if scope is None:
+        began = time.perf_counter()
         scope = train_scope(lm, wanted["layer"], training_requests(settings), settings)
-        data = serialise(scope.tensors(), {"identity": json.dumps(identity)})
+        scope = replace(scope, seconds=time.perf_counter() - began)
+        data = serialise(scope.tensors(), {"identity": json.dumps(identity), "seconds": str(scope.seconds)})
         # A cache that cannot be written costs time and nothing else.
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +336,11 @@ def fit(
 def _read(path: Path, identity: str) -> Scope | None:
     try:
         with safe_open(path, framework="pt") as file:
-            known = (file.metadata() or {}).get("identity") == identity
+            about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Scope.checked(json.loads(identity)["settings"]["layer"], tensors) if known else None
-    except (OSError, SafetensorError, FormatError):
+        if about.get("identity") != identity:
+            return None
+        scope = Scope.checked(json.loads(identity)["settings"]["layer"], tensors)
+        return replace(scope, seconds=float(about["seconds"])) if "seconds" in about else scope
+    except (OSError, ValueError, SafetensorError, FormatError):
         return None

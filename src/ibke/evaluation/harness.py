@@ -1,0 +1,76 @@
+"""Tasks of EleutherAI's lm-evaluation-harness put to a model (extra ``lm-eval``), from local files alone."""
+
+from __future__ import annotations
+
+import io
+import logging
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from ibke.errors import RequestError
+from ibke.models import LanguageModel
+
+BATCH_SIZE = 16
+SEED = 1234  # lm-eval's own, of few-shot examples
+
+
+class Harness:
+    """The tasks whose files are in a folder; nothing of lm-eval's own collection is known here, nothing is fetched.
+
+    Args:
+        lm: the model; what is attached to it when scores are taken is in force.
+        folder: of task files (YAML) as lm-eval reads them; their data are looked for where the command runs.
+        limit: most questions of each task.
+
+    Raises:
+        RequestError: lm-eval is not installed, or there is no task.
+    """
+
+    def __init__(self, lm: LanguageModel, folder: Path, limit: int):
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise RequestError(
+                "lm-eval is not installed.", "lm-eval", "Install it with `pip install 'ibke[lm-eval]'`."
+            ) from None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
+        self.lm, self.limit = lm, limit
+        self.tasks = TaskManager(include_path=str(folder), include_defaults=False)
+        self.names: list[str] = sorted(self.tasks.all_subtasks)
+        if not self.names:
+            raise RequestError("there is no task in it.", str(folder), "Put lm-eval's task files (YAML) there.")
+
+    def scores(self) -> dict[str, float]:
+        """Every metric of every task, by ``task/metric``, zero-shot unless the task says otherwise.
+
+        Raises:
+            RequestError: a task cannot be run; says what lm-eval says.
+        """
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        with redirect_stderr(io.StringIO()):  # bars of its own
+            try:
+                asked: Any = HFLM(pretrained=self.lm.model, tokenizer=self.lm.tokenizer, batch_size=BATCH_SIZE)
+                found: Any = simple_evaluate(
+                    asked,
+                    tasks=list(self.names),
+                    task_manager=self.tasks,
+                    limit=self.limit,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    verbosity="ERROR",
+                    fewshot_random_seed=SEED,
+                )
+            except Exception as error:  # a task file can be wrong in any way
+                logging.getLogger(__name__).debug("lm-eval", exc_info=True)
+                raise RequestError(
+                    f"lm-eval cannot run it ({type(error).__name__}: {error}).", ", ".join(self.names), "Mend the task."
+                ) from error
+        return {
+            f"{task}/{metric.partition(',')[0]}": float(value)
+            for task, metrics in found["results"].items()
+            for metric, value in metrics.items()
+            if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
+        }
