@@ -66,6 +66,11 @@ def test_a_killed_bench_goes_on_and_loses_no_finished_cell(folder: Path) -> None
         time.sleep(0.05)
     assert not (folder / "out" / "summary.json").exists()
 
+    part = subprocess.run([*command(folder), "--finished"], env=environment, capture_output=True, text=True)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cells.iterdir()} == before
+    assert json.loads(part.stdout)["cells"] == len(before)
+    assert [row["n"] for row in json.loads(part.stdout)["rows"]] == [2]
+
     done = subprocess.run(command(folder), env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert all((path.read_bytes(), path.stat().st_mtime_ns) == was for path, was in before.items())
@@ -75,7 +80,8 @@ def test_a_killed_bench_goes_on_and_loses_no_finished_cell(folder: Path) -> None
     good, bad = summary["rows"][:2]
     assert (good["method"], good["n"], good["seeds"]) == ("rome", 4, [0, 1])
     assert good["seconds_per_edit"] > 0 and good["bytes_per_edit"] == 4 * (64 + 32)  # one layer, rank one
-    assert None not in good["effects"].values() and set(bad["effects"].values()) == {None}
+    assert [name for name, found in good["effects"].items() if found is None] == ["tasks_change"]
+    assert set(bad["effects"].values()) == {None}
     assert bad["n"] == 0 and len(summary["failed"]) == 2
     assert all("99" in one["why"] for one in summary["failed"])
     assert "Failed: broken, towns, single, seed 0" in done.stderr

@@ -70,6 +70,11 @@ def run(
     return [found[cell.file] for cell in plan.cells]
 
 
+def finished(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """What :func:`run` would return, with nothing for cells that have not been run yet."""
+    return [load(folder / CELLS, cell) or {} for cell in plan.cells]
+
+
 def load(home: Path, cell: Cell) -> dict[str, Any] | None:
     """What is written down of a cell; None where there is nothing whole."""
     try:

@@ -30,7 +30,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
 
     Args:
         plan: what was measured.
-        documents: of its cells, in the plan's order.
+        documents: of its cells, in the plan's order; an empty one where a cell has not been run.
         against: label of the method with which the others are compared; the plan's first if left out.
 
     Returns:
@@ -46,21 +46,22 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
     places = [(data.name, str(stage.protocol)) for data in plan.data for stage in plan.stages]
     rows, base = [], []
     for place in places:
-        here: dict[str, list[Document]] = {contender.label: [] for contender in plan.contenders}
+        ran = [(c, doc) for c, doc in named if doc and (c.data.name, str(c.stage.protocol)) == place]
+        here: dict[str, list[Document]] = {cell.contender.label: [] for cell, _ in ran}
         files: dict[str, list[str]] = {label: [] for label in here}
-        for cell, document in named:
-            if (cell.data.name, str(cell.stage.protocol)) == place and "failed" not in document:
+        for cell, document in ran:
+            if "failed" not in document:
                 here[cell.contender.label].append(document)
                 files[cell.contender.label].append(cell.file)
         for label, reports in here.items():
             head = {"data": place[0], "protocol": place[1], "method": label}
-            rows.append(head | _row(reports) | {"minus": _minus(reports, here[against]), "files": files[label]})
+            rows.append(head | _row(reports) | {"minus": _minus(reports, here.get(against, [])), "files": files[label]})
         if some := next(filter(None, here.values()), None):
             base.append({"data": place[0], "protocol": place[1]} | _base(some))
     return {
         "against": against,
         "seeds": list(plan.seeds),
-        "cells": len(named),
+        "cells": sum(bool(document) for document in documents),
         "conditions": asdict(plan.conditions),
         "machine": next((document["machine"] for _, document in named if "machine" in document), None),
         "rows": rows,

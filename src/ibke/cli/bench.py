@@ -60,6 +60,9 @@ def bench(
     editor: Annotated[
         list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A method's trained editor. Repeat.")
     ] = None,
+    only_finished: Annotated[
+        bool, typer.Option("--finished", help="Sum up what is finished, and run nothing.")
+    ] = False,
     text: RunningText = "",
     abilities: AbilityFiles = None,
     questions: Questions = 50,
@@ -88,17 +91,19 @@ def bench(
         Conditions(*given, beside(text, abilities, questions, looks, lm_eval)),
     )
     _check(plan, against)
-    _measure(plan, out, against, as_json)
+    _measure(plan, out, against, as_json, only_finished)
 
 
-def _measure(plan: Plan, out: Path, against: str | None, as_json: bool) -> None:
-    """Run what is missing, sum up, and show it."""
+def _measure(plan: Plan, out: Path, against: str | None, as_json: bool, only_finished: bool) -> None:
+    """Run what is missing, unless only what is finished counts; sum up, and show it."""
     from ibke.bench.report import write
-    from ibke.bench.run import run
+    from ibke.bench.run import finished, run
     from ibke.bench.summary import summarise
 
     with Bars() as tick:
-        documents = run(plan, out, tick)
+        documents = finished(plan, out) if only_finished else run(plan, out, tick)
+    if not any(documents):
+        raise IBKEError("no cell of this bench is finished.", str(out), "Run it without --finished.")
     summary = summarise(plan, documents, against)
     files = write(summary, out)
     console = screen(as_json)
