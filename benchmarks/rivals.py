@@ -54,13 +54,7 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
         {"learning_rate": 1e-3, "stop_at_answer": True},
         {"rank": 2, "learning_rate": 1e-3, "stop_at_answer": True},
     ],
-    "rome": [
-        {"layer": 3},
-        {"layer": 8},
-        {"layer": 12},
-        {"weight_decay": 1e-3},
-        {"layer": 8, "weight_decay": 1e-3},
-    ],
+    "rome": [{"layer": 3}, {"layer": 8}, {"layer": 12}, {"layer": 8, "bare_share": 0.5}],
     "memit": [
         {"clamp": 4.0},
         {"clamp": 4.0, "weight_decay": 1e-3},

@@ -61,7 +61,8 @@ def key_at_subject(editor, module, request, context=""):
 
 def mean_key(editor, module, request):
     bare, *others = (key_at_subject(editor, module, request, text) for text in ("", *FAST["contexts"]))
-    return 0.5 * bare + 0.5 * torch.stack(others).mean(0)
+    share = editor.settings.bare_share
+    return share * bare + (1 - share) * torch.stack(others).mean(0)
 
 
 def close(one, two, tolerance=1e-4):

@@ -14,7 +14,8 @@ from tests.commands import NEW, OLD, PROMPT, Run, refused
 
 from ibke.cli.correction import says
 from ibke.cli.output import shorten
-from ibke.edit import INDEX, Edit
+from ibke.edit import Edit
+from ibke.edit_folder import INDEX
 from ibke.editors import base
 from ibke.editors.ibke.shipped import MANIFEST, SHIPPED
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibke.edit import INDEX, Edit, EditInfo, dense_factors
+from ibke.edit import Edit, EditInfo, dense_factors
+from ibke.edit_folder import INDEX
 from ibke.errors import FingerprintMismatchError, FormatError
 from ibke.request import EditRequest, Probe
 

@@ -21,23 +21,26 @@ from ibke.session import EditSession
 pytestmark = pytest.mark.usefixtures("statistics_folder")
 
 
+@pytest.mark.parametrize("exact_at", ["bare", "mean"])
 @pytest.mark.parametrize("model", ["llama", "gpt2", "gptj", "opt", "gemma3_text"])
-def test_rome_is_the_dense_formula(model, monkeypatch):
-    editor = make_editor("rome", model)
+def test_rome_is_the_dense_formula(model, exact_at, monkeypatch):
+    editor = make_editor("rome", model, exact_at=exact_at)
     (name, module), request = next(iter(editor.modules.items())), REQUESTS[0]
     key = mean_key(editor, module, request)
+    exact = key_at_subject(editor, module, request) if exact_at == "bare" else key
     deltas = noted_values(monkeypatch)
     edit = editor.edit([request])
     inverse = torch.linalg.inv(floored(editor.moments[name]))
-    wanted = torch.outer(deltas[0][0].double(), inverse @ key) / (key @ inverse @ key)
+    wanted = torch.outer(deltas[0][0].double(), inverse @ key) / (exact @ inverse @ key)
     close(edit.delta(name), wanted)
     assert edit.rank == 1
 
 
-def test_rome_maps_its_key_to_the_value(monkeypatch):
-    editor = make_editor("rome")
+@pytest.mark.parametrize(("exact_at", "key_of"), [("bare", key_at_subject), ("mean", mean_key)])
+def test_rome_maps_its_key_to_the_value(exact_at, key_of, monkeypatch):
+    editor = make_editor("rome", exact_at=exact_at)
     (name, module), request = next(iter(editor.modules.items())), REQUESTS[0]
-    key, weight = mean_key(editor, module, request), weight_OI(module).double()
+    key, weight = key_of(editor, module, request), weight_OI(module).double()
     deltas = noted_values(monkeypatch)
     changed = weight + editor.edit([request]).delta(name).double()
     close(changed @ key, weight @ key + deltas[0][0].double(), 1e-6)

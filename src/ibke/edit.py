@@ -5,29 +5,20 @@ Shape suffixes: R rank, I d_in, O d_out. An update is ΔW_OI = B_OR @ A_RI, in `
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialise
 from torch import Tensor
 
+from ibke.edit_folder import read_folder, write_folder
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
-from ibke.files import write_atomically
 from ibke.gates import Told
 from ibke.neurons import Neurons
 from ibke.parts import Part, join_parts, part_class
 from ibke.request import EditRequest
-
-FORMAT, VERSION = "ibke-edit", 4
-READABLE = (2, 3, 4)  # 2 knows of no parts, 3 of no gates to be told apart
-INDEX = "edit.json"
 
 Factors = tuple[Tensor, Tensor]
 
@@ -159,32 +150,46 @@ class Edit:
             FingerprintMismatchError: they were made for different models.
             FormatError: their shapes differ, or parts of different kinds are in one place.
         """
-        if self.info.fingerprint != other.info.fingerprint:
+        return Edit.join([self, other])
+
+    @classmethod
+    def join(cls, edits: Sequence[Edit]) -> Edit:
+        """Several edits as one, as :meth:`compose` does with two, in one go.
+
+        Raises:
+            FormatError: there is none, their shapes differ, or parts of different kinds are in one place.
+            FingerprintMismatchError: they were made for different models.
+        """
+        if not edits:
+            raise FormatError("there is no edit.", "edits to compose", "Give at least one.")
+        infos = [edit.info for edit in edits]
+        if len({info.fingerprint for info in infos}) > 1:
             raise FingerprintMismatchError(
-                f"made for models {self.info.fingerprint} and {other.info.fingerprint}.",
+                f"made for models {' and '.join(dict.fromkeys(info.fingerprint for info in infos))}.",
                 "edits to compose",
                 "Compose edits of one model only.",
             )
-        factors = dict(self.factors)
-        for name, (a_RI, b_OR) in other.factors.items():
-            if name in factors:
-                mine_a, mine_b = factors[name]
-                if mine_a.shape[1] != a_RI.shape[1] or mine_b.shape[0] != b_OR.shape[0]:
-                    raise FormatError("the edits' shapes differ.", name, "Compose edits of one model only.")
-                a_RI, b_OR = torch.cat([mine_a, a_RI]), torch.cat([mine_b, b_OR], dim=1)
-            factors[name] = (a_RI, b_OR)
-        both = [*self.neurons.items(), *other.neurons.items()]
-        neurons = {name: Neurons.join([some for at, some in both if at == name]) for name in dict(both)}
-        methods = dict.fromkeys([*self.info.method.split("+"), *other.info.method.split("+")])
+        sides: dict[str, list[Factors]] = {}
+        for edit in edits:
+            for name, pair in edit.factors.items():
+                sides.setdefault(name, []).append(pair)
+        for name, pairs in sides.items():
+            if len({(a_RI.shape[1], b_OR.shape[0]) for a_RI, b_OR in pairs}) > 1:
+                raise FormatError("the edits' shapes differ.", name, "Compose edits of one model only.")
+        factors = {n: (torch.cat([a for a, _ in s]), torch.cat([b for _, b in s], dim=1)) for n, s in sides.items()}
+        names = dict.fromkeys(name for edit in edits for name in edit.neurons)
+        neurons = {n: Neurons.join([edit.neurons[n] for edit in edits if n in edit.neurons]) for n in names}
+        rates = [info.rate_nats for info in infos]
         info = EditInfo(
-            method="+".join(methods),
-            fingerprint=self.info.fingerprint,
-            model=self.info.model,
-            refine_steps=self.info.refine_steps + other.info.refine_steps,
-            rate_nats=_sum(self.info.rate_nats, other.info.rate_nats),
-            seconds=self.info.seconds + other.info.seconds,
+            method="+".join(dict.fromkeys(name for info in infos for name in info.method.split("+"))),
+            fingerprint=infos[0].fingerprint,
+            model=infos[0].model,
+            refine_steps=sum(info.refine_steps for info in infos),
+            rate_nats=None if None in rates else sum(rate for rate in rates if rate is not None),
+            seconds=sum(info.seconds for info in infos),
         )
-        return Edit(factors, self.requests + other.requests, info, neurons, join_parts([self.parts, other.parts]))
+        requests = tuple(request for edit in edits for request in edit.requests)
+        return cls(factors, requests, info, neurons, join_parts([edit.parts for edit in edits]))
 
     def compress(self, rank: int) -> tuple[Edit, float]:
         """The nearest edit of at most this rank in each linear module (Eckart–Young, through QR of the factors).
@@ -217,16 +222,27 @@ class Edit:
     def save(self, folder: str | Path) -> Path:
         """Write the edit as a folder of one JSON and one safetensors file.
 
-        The JSON file names the other by its hash and is replaced last, so whoever looks sees the old edit or the new
-        one, also after an interruption.
-
         Returns:
             The folder.
 
         Raises:
             FormatError: the folder cannot be written.
         """
-        folder = Path(folder)
+        write_folder(Path(folder), *self.pack())
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Edit:
+        """Read an edit written by :meth:`save`; bit for bit what was saved.
+
+        Raises:
+            FormatError: there is no edit, it is truncated or changed, of a newer format, or not an edit at all.
+        """
+        record, tensors = read_folder(Path(folder))
+        return cls.unpack(record, tensors, str(folder))
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything in it, as a JSON-ready record and tensors; those of the code begin with ``latent/``."""
         tensors = self.tensors() | {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
         told = {name: some.told for name, some in self.neurons.items() if some.told}
         for name, known in told.items():
@@ -236,15 +252,7 @@ class Edit:
                 del tensors[f"factors/{name}/B"]
             elif _is_identity(a_RI):
                 del tensors[f"factors/{name}/A"]
-        # Copied, since safetensors refuses views and tensors that share memory.
-        raw = serialise({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()})
-        digest = hashlib.sha256(raw).hexdigest()
-        data = f"edit-{digest[:16]}.safetensors"
-        index = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tensors": data,
-            "sha256": digest,
+        record = {
             "modules": list(self.factors),
             "mlps": list(self.neurons),
             "gates": {name: list(astuple(known.gate)) for name, known in told.items()},
@@ -252,41 +260,32 @@ class Edit:
             "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / data, raw)
-            write_atomically(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-            for old in folder.glob("edit-*.safetensors"):
-                if old.name != data:
-                    old.unlink()
-        except OSError as error:
-            raise FormatError(
-                f"the edit cannot be written ({error}).", str(folder), "Choose another folder."
-            ) from error
-        return folder
+        return record, tensors
 
     @classmethod
-    def load(cls, folder: str | Path) -> Edit:
-        """Read an edit written by :meth:`save`; bit for bit what was saved.
+    def unpack(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Edit:
+        """From :meth:`pack`, checked before it is believed.
+
+        Args:
+            record: JSON's.
+            tensors: by name.
+            where: they come from, for messages.
 
         Raises:
-            FormatError: there is no edit, it is truncated or changed, of a newer format, or not an edit at all.
+            FormatError: they are not whole.
         """
-        folder = Path(folder)
-        index = _read_index(folder)
-        tensors = _read_tensors(folder, index)
         try:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
-            factors = {name: _factors_in(tensors, f"factors/{name}/") for name in index["modules"]}
-            gates = index.get("gates", {})
-            neurons = {name: _neurons_in(tensors, name, gates.get(name)) for name in index["mlps"]}
-            parts = {place: _part_in(tensors, place, one) for place, one in index.get("parts", {}).items()}
+            factors = {name: _factors_in(tensors, f"factors/{name}/") for name in record["modules"]}
+            gates = record.get("gates", {})
+            neurons = {name: _neurons_in(tensors, name, gates.get(name)) for name in record["mlps"]}
+            parts = {place: _part_in(tensors, place, one) for place, one in record.get("parts", {}).items()}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
-            info = EditInfo(**{key: value for key, value in index["info"].items() if key in known}, latent=latent)
-            requests = tuple(EditRequest.from_dict(record) for record in index["requests"])
+            info = EditInfo(**{key: value for key, value in record["info"].items() if key in known}, latent=latent)
+            requests = tuple(EditRequest.from_dict(one) for one in record["requests"])
             return cls(factors, requests, info, neurons, parts)
         except (KeyError, TypeError, ValueError, AttributeError, IBKEError) as error:
-            raise FormatError(f"the edit is not complete ({error}).", str(folder), "Make the edit again.") from error
+            raise FormatError(f"the edit is not complete ({error}).", where, "Make the edit again.") from error
 
 
 def _checked(name: str, a_RI: Tensor, b_OR: Tensor) -> Factors:
@@ -333,40 +332,3 @@ def _without_latent(info: EditInfo) -> dict[str, Any]:
     record = asdict(replace(info, latent={}))
     del record["latent"]
     return record
-
-
-def _sum(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first + second
-
-
-def _read_index(folder: Path) -> Mapping[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FormatError(
-            f"there is no edit here ({error}).", str(folder), "Give a folder that holds an edit."
-        ) from None
-    except ValueError as error:
-        raise FormatError(f"this is not valid JSON ({error}).", str(path), "Make the edit again.") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise FormatError("this is not an edit.", str(path), f"Its `format` should be {FORMAT!r}.")
-    if index.get("version") not in READABLE:
-        raise FormatError(
-            f"format version {index.get('version')!r} is not the one understood here, {VERSION}.",
-            str(path),
-            "Use the version of ibke that wrote it, or a newer one.",
-        )
-    return index
-
-
-def _read_tensors(folder: Path, index: Mapping[str, Any]) -> dict[str, Tensor]:
-    # Only the bare name counts: an index from elsewhere must not lead out of its folder.
-    path = folder / Path(str(index.get("tensors"))).name
-    try:
-        raw = path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != index.get("sha256"):
-            raise FormatError("the file is truncated or was changed.", str(path), "Make the edit again.")
-        return parse_tensors(raw)
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"the factors cannot be read ({error}).", str(path), "Make the edit again.") from None

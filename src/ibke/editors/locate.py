@@ -137,6 +137,11 @@ class LocateEditor(Editor):
             keys_BI: mean keys (float64).
         """
 
+    def scaled(self, a_BI: Tensor, bare_BI: Tensor) -> Tensor:
+        """A as the method scales it to the bare prompts' own keys (B × I, float64); most do not."""
+        del bare_BI
+        return a_BI
+
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that makes all requests true together.
 
@@ -155,7 +160,7 @@ class LocateEditor(Editor):
             target_BO, edit = start_BO + values.delta_BO, Edit({}, tuple(requests), info)
             for left, (name, module) in zip(range(len(self.modules), 0, -1), self.modules.items(), strict=True):
                 keys_BCI, now_BCO = self._read(rows, [partial(taking_input, module), value])
-                a_BI = self.addresses(name, self.mean(keys_BCI))
+                a_BI = self.scaled(self.addresses(name, self.mean(keys_BCI)), keys_BCI[:, 0].cpu().double())
                 layer = Edit({name: (a_BI, ((target_BO - now_BCO[:, 0]) / left).T)}, tuple(requests), info)
                 session.attach(layer)
                 edit = Edit(edit.factors | layer.factors, edit.requests, info)

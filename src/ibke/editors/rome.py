@@ -5,9 +5,9 @@ Meng, Bau, Andonian, Belinkov: Locating and Editing Factual Associations in GPT,
     ΔW = (v* − W k) (C₀⁻¹ k)ᵀ / (kᵀ C₀⁻¹ k)
 
 with C₀ the second moment of generic keys. It is the update that changes W least where generic keys are, among those
-with (W + ΔW) k = v*. One key stands in all three places, a mean over contexts, as in r-ROME (Gupta, Baskaran,
-Anumanchipalli: Rebuilding ROME, 2024, arXiv 2403.07175): with the original's two different keys some edits disabled the
-model.
+with (W + ΔW) k = v*. The k of C₀⁻¹ k is a mean over contexts. The other two are the bare prompt's own key in the
+authors' code, so that v* comes exactly there; in r-ROME (Gupta, Baskaran, Anumanchipalli: Rebuilding ROME, 2024, arXiv
+2403.07175) they are the mean too, since with two different keys some edits of a long sequence disabled the model.
 
 Shape suffixes: B requests, I d_in.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -36,9 +36,13 @@ class ROMESettings(LocateSettings):
     Args:
         layer: whose down-projection is changed; None is as deep as layer 5 of Llama-2-7B's 32. Published: 5 there and
             in GPT-J's 28, 17 of GPT-2 XL's 48.
+        bare_share: see :class:`~ibke.editors.locate.LocateSettings`.
+        exact_at: the key that is mapped to v* exactly: the bare prompt's, or their mean. Published: bare, r-ROME mean.
     """
 
     layer: int | None = None
+    bare_share: float = 1 / 21
+    exact_at: Literal["bare", "mean"] = "bare"
 
 
 class ROMEEditor(LocateEditor):
@@ -51,6 +55,7 @@ class ROMEEditor(LocateEditor):
 
     name: ClassVar[str] = "rome"
     Settings: ClassVar[type | None] = ROMESettings
+    settings: ROMESettings
 
     def __init__(self, lm: LanguageModel, settings: ROMESettings | None = None):
         settings = settings or ROMESettings()
@@ -66,6 +71,10 @@ class ROMEEditor(LocateEditor):
         """(C₀⁻¹ k)ᵀ / (kᵀ C₀⁻¹ k) of each key (B × I, float64)."""
         pulled_BI = self.pull(name, keys_BI)
         return pulled_BI / (pulled_BI * keys_BI).sum(-1, keepdim=True)
+
+    def scaled(self, a_BI: Tensor, bare_BI: Tensor) -> Tensor:
+        """So that the key that v* is to come at exactly answers 1."""
+        return a_BI / (a_BI * bare_BI).sum(-1, keepdim=True) if self.settings.exact_at == "bare" else a_BI
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit: a rank-one update a request, each made with those before it in force.

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from ibke.errors import RequestError
+from ibke.errors import MissingPackageError, RequestError
 from ibke.models import LanguageModel
 
 BATCH_SIZE = 16
@@ -24,14 +24,15 @@ class Harness:
         limit: most questions of each task.
 
     Raises:
-        RequestError: lm-eval is not installed, or there is no task.
+        MissingPackageError: lm-eval is not installed.
+        RequestError: there is no task.
     """
 
     def __init__(self, lm: LanguageModel, folder: Path, limit: int):
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise RequestError(
+            raise MissingPackageError(
                 "lm-eval is not installed.", "lm-eval", "Install it with `pip install 'ibke[lm-eval]'`."
             ) from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
