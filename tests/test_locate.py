@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.conftest import make_tiny
-from tests.locating import EDITORS, FAST, REQUESTS, close, floored, make_editor, mean_key, noted_values
+from tests.locating import EDITORS, FAST, REQUESTS, close, floored, key_at_subject, make_editor, mean_key, noted_values
 
 from ibke.editors.alphaedit import AlphaEditSettings, null_space
 from ibke.editors.base import method_class
