@@ -46,3 +46,7 @@ class MissingPackageError(IBKEError):
 
 class TrainingError(IBKEError):
     """Training cannot start or go on."""
+
+
+class LedgerError(IBKEError):
+    """A ledger cannot be read, written or believed, or has no such edit."""

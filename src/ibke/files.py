@@ -47,6 +47,16 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the system write down which files are in a folder, so that new ones are found after a power cut."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def digest(value: Any) -> str:
     """Sixteen hexadecimal digits that stand for a JSON-ready value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
