@@ -1,0 +1,58 @@
+"""Looking after a ledger: whether all of it is still what it was, and what nothing needs any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ibke.errors import LedgerError
+from ibke.ledger.ledger import Ledger
+
+Progress = Callable[[int, int], None]
+
+GRACE = 3600.0  # seconds for which a file that nothing names may belong to an edit that is just being written down
+
+
+def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
+    """Everything that is wrong with a ledger, in words; nothing where it is as it was written.
+
+    Looks at the database's own structure, that every file is there and holds what its name says, and that every edit
+    can be put together from them.
+    """
+    problems = [f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA quick_check") if row[0] != "ok"]
+    problems += [
+        f"{ledger.folder}: a row of {row[0]} points nowhere." for row in ledger.rows("PRAGMA foreign_key_check")
+    ]
+    numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]
+    for done, number in enumerate(numbers, start=1):
+        try:
+            edit = ledger.load(number)
+            if edit.info.fingerprint != ledger.fingerprint:
+                problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
+        except LedgerError as error:
+            problems.append(f"edit {number}: {error}")
+        if progress:
+            progress(done, len(numbers))
+    return problems
+
+
+def gc(ledger: Ledger, grace: float = GRACE) -> tuple[int, int]:
+    """Delete files that no edit names, as an interrupted writer leaves them; returns how many, and their bytes.
+
+    Args:
+        ledger: it is locked meanwhile.
+        grace: seconds; younger files are left alone.
+    """
+    count, size = 0, 0
+    with ledger.writing():
+        named = {ledger.blobs.path(row[0]) for row in ledger.rows("SELECT sha256 FROM blobs")}
+        for path in ledger.blobs:
+            if path not in named and _age(path) >= grace:
+                count, size = count + 1, size + path.stat().st_size
+                path.unlink(missing_ok=True)
+    return count, size
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime

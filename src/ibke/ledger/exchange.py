@@ -1,0 +1,111 @@
+"""A ledger as JSON Lines, to be read, kept elsewhere, and taken in again.
+
+The first line says what it is and of which model, then comes a line an edit and a line an event, in the order in which
+they were written down. Tensors are safetensors files in base64, so what is taken in again is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ibke.errors import FingerprintMismatchError, FormatError
+from ibke.ledger.ledger import Ledger
+
+FORMAT, VERSION = "ibke-ledger", 1
+COPIED = ("at", "who", "method", "editor", "parent", "record", "scores")
+
+
+def export_lines(ledger: Ledger) -> Iterator[str]:
+    """The lines of a ledger.
+
+    Raises:
+        LedgerError: a file is missing or has changed.
+    """
+    about = {row["name"]: row["value"] for row in ledger.rows("SELECT name, value FROM about")}
+    yield _line({"format": FORMAT, "version": VERSION, **about})
+    for row in ledger.rows("SELECT * FROM edits ORDER BY id"):
+        old = ledger.rows("SELECT old FROM supersedes WHERE edit = ? ORDER BY old", row["id"])
+        files = {part: base64.b64encode(ledger.blobs.read(row[part])).decode() for part in ("latent", "factors")}
+        texts = {name: json.loads(row[name]) for name in ("record", "scores")}
+        kept = {name: row[name] for name in COPIED} | texts
+        yield _line({"edit": row["id"], **kept, "supersedes": [one[0] for one in old], **files})
+    for event in ledger.events():
+        yield _line(
+            {"event": event.id, "at": event.at, "who": event.who, "action": event.action}
+            | {"of": event.edit, "note": event.note}
+        )
+
+
+def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
+    """Take edits and events of another ledger of the same model in, behind what is there; all or none.
+
+    Args:
+        ledger: where to.
+        lines: as :func:`export_lines` gives them.
+        where: they come from, for messages.
+
+    Returns:
+        how many edits came in.
+
+    Raises:
+        FormatError: a line is not what it should be; says which.
+        FingerprintMismatchError: they are of another model.
+        LedgerError: there is no room.
+    """
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    numbers: dict[int, int] = {}
+    shift = ledger.head()
+    with ledger.writing():
+        for count, (number, line) in enumerate(numbered):
+            at = f"{where}, line {number}"
+            try:
+                one = json.loads(line)
+                if not count:
+                    _check_head(one, ledger, at)
+                elif "edit" in one:
+                    numbers[one["edit"]] = _take_edit(ledger, one, numbers, shift)
+                else:
+                    row = (one["at"], one["who"], one["action"], numbers[one["of"]], one["note"])
+                    question = "INSERT INTO events (at, who, action, edit, note) VALUES (?, ?, ?, ?, ?)"
+                    ledger.base.execute(question, row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
+    return len(numbers)
+
+
+def _check_head(one: Any, ledger: Ledger, at: str) -> None:
+    if not isinstance(one, dict) or (one.get("format"), one.get("version")) != (FORMAT, VERSION):
+        raise FormatError("this is no exported ledger of this version.", at, f"Its `format` should be {FORMAT!r}.")
+    if one.get("fingerprint") != ledger.fingerprint:
+        raise FingerprintMismatchError(
+            f"it is of a model {one.get('fingerprint')}, the ledger of one {ledger.fingerprint}.",
+            at,
+            "Take it into a ledger of the same model.",
+        )
+
+
+def _take_edit(ledger: Ledger, one: dict[str, Any], numbers: dict[int, int], shift: int) -> int:
+    files = []
+    for part in ("latent", "factors"):
+        raw = base64.b64decode(one[part], validate=True)
+        files.append((ledger.blobs.write(raw), len(raw)))
+    ledger.base.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", files)
+    kept: dict[str, Any] = {name: one[name] for name in COPIED} | {"parent": one["parent"] + shift}
+    kept |= {name: json.dumps(one[name], ensure_ascii=False) for name in ("record", "scores")}
+    marks = ", ".join("?" * (len(COPIED) + 2))
+    number = ledger.base.execute(
+        f"INSERT INTO edits ({', '.join(COPIED)}, latent, factors) VALUES ({marks})",
+        (*kept.values(), files[0][0], files[1][0]),
+    ).lastrowid
+    assert number is not None
+    old = [(number, numbers[one]) for one in one["supersedes"]]
+    ledger.base.executemany("INSERT INTO supersedes VALUES (?, ?)", old)
+    ledger.load(number)  # whole, or nothing is taken in
+    return number
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
