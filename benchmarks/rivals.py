@@ -40,7 +40,7 @@ PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items()
 METHODS = "ibke,ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
 ALONE = ("ike", "ike-retrieval")  # all facts stand in front of every question: single edits only
 ABILITIES = ("boolq.jsonl", "natural_language_inference.tsv", "truthfulqa_fold0_test.csv")
-LOOKS, QUESTIONS = 4, 30  # edited models of a cell that are asked other things, and how many of each kind
+LOOKS, QUESTIONS = 2, 20  # edited models of a cell that are asked other things, and how many of each kind
 UNREAD = 1500  # last lines of WikiText's validation text, of which nothing went into anybody's statistics
 ALWAYS = {"serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())}}
 
