@@ -15,6 +15,7 @@ from ibke.errors import RequestError
 def ask(
     prompt: Annotated[str, typer.Argument(help="A text to go on with, or a question.")],
     edits: Annotated[list[Path] | None, typer.Option("--edit", help="Folder of an edit to put on. Repeat.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Folder of a ledger; all its edits are in force.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
     model: ModelName = ModelChoice.name,
@@ -36,6 +37,11 @@ def ask(
 
     loaded = [Edit.load(folder) for folder in edits or ()]
     lm = ModelChoice(model, device, dtype, tuple(module or ())).load()
+    if ledger:
+        from ibke.ledger import Ledger
+
+        with Ledger(ledger) as kept:
+            loaded += [state] if (state := kept.state()) else []
     frame: Frame = "chat" if chat else "bare"
     # Only the prompt's side of the pair is used; the answer beside it is a placeholder.
     ids = encode_pair(prompt, "-", frame, lm.tokenizer).prompt
@@ -53,6 +59,7 @@ def ask(
                 "tokens": len(answer.ids),
                 "model": lm.name,
                 "edits": [str(folder) for folder in edits or ()],
+                "ledger": str(ledger) if ledger else None,
             }
         )
     else:

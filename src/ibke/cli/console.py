@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ibke.evaluation.side_effects import Beside
     from ibke.models import LanguageModel
 
-DONE, NOT_ACHIEVED, WRONG_INPUT = 0, 1, 2
+DONE, NOT_ACHIEVED, WRONG_INPUT, REFUSED = 0, 1, 2, 3
 # Seconds before the first line of progress, and between lines, where there is no terminal to draw a bar on.
 FIRST_LINE, LINE_EVERY = 5.0, 30.0
 WIDTH = 110  # widest bar, in columns

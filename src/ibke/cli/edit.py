@@ -26,6 +26,7 @@ from ibke.cli.console import (
     load_for_editing,
 )
 from ibke.cli.correction import Correction, asked_by, correct, figures, render
+from ibke.cli.keep import Keeping, keep_all, numbered, refuse_unused
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
 from ibke.errors import RequestError
@@ -47,6 +48,15 @@ def edit(
     requests: Annotated[Path | None, typer.Option(help="Edit requests, one JSON object a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to save to; with --requests numbered ones in it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Edit even where the model gives the target already.")] = False,
+    ledger: Annotated[
+        Path | None, typer.Option(envvar="IBKE_LEDGER", help="Keep the edits in a ledger, beside those that are there.")
+    ] = None,
+    guard: Annotated[
+        bool | None, typer.Option("--guard/--no-guard", help="Keep only edits within limits. [default with --ledger]")
+    ] = None,
+    limits: Annotated[Path | None, typer.Option(help="JSON file of such limits; guard.json in the ledger.")] = None,
+    probes: Annotated[Path | None, typer.Option(help="Prompts whose answers must stay, one a line.")] = None,
+    note: Annotated[str, typer.Option(help="Why, in your own words, for the ledger.")] = "",
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -62,24 +72,33 @@ def edit(
     The model's files are never touched: the correction is a small folder that `ibke ask --edit` puts on the model.
     With --requests every line becomes a correction of its own, each on the pristine model.
 
-    Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input.
+    With --ledger it is checked beside all edits kept there, and written down: `ibke log`, `revert`, `ask --ledger`.
+
+    Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
+    how = Keeping(ledger, guard is not False, limits, probes, note) if ledger else None
+    refuse_unused(how, {"--guard": guard, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
     chosen = ModelChoice(model, device, dtype, tuple(module or ()))
     if requests is None:
-        probes = tuple(Probe(text) for text in keep or ())
-        request = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), probes)
+        locality = tuple(Probe(text) for text in keep or ())
+        request = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), locality)
         lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
+        if how:
+            raise typer.Exit(keep_all(lm, editing, iter([(request, "")]), 1, how, force=force, as_json=as_json))
         code = _one(lm, editing, request, out, force, as_json)
     elif single:
         raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
-    elif out is None:
-        raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER.")
+    elif out is None and how is None:
+        raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
     else:
         count = sum(1 for _ in read_requests(requests))  # every line is checked before anything is computed
         if not count:
             raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
         lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
+        if how:
+            raise typer.Exit(keep_all(lm, editing, numbered(requests), count, how, force=force, as_json=as_json))
+        assert out
         code = _many(lm, editing, requests, count, out, force, as_json)
     raise typer.Exit(code)
 

@@ -14,6 +14,7 @@ from ibke.cli.data import app as data_app
 from ibke.cli.demo import demo
 from ibke.cli.edit import edit
 from ibke.cli.eval import evaluate
+from ibke.cli.ledger import diff, export, gc, import_, log, restore, revert, show, verify
 from ibke.cli.ls import ls
 from ibke.cli.train import train
 
@@ -31,6 +32,9 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(ls)
+for command in (log, show, revert, restore, diff, verify, gc, export):
+    app.command(rich_help_panel="Ledger")(command)
+app.command("import", rich_help_panel="Ledger")(import_)
 app.add_typer(data_app, name="data")
 
 

@@ -1,0 +1,159 @@
+"""``ibke edit --ledger``: edits made, checked and written down, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
+from ibke.cli.output import print_json, screen, shorten
+from ibke.errors import IBKEError, RequestError
+from ibke.request import EditRequest, read_requests
+
+if TYPE_CHECKING:
+    from ibke.editors.base import Editor
+    from ibke.ledger.guard import Guard
+    from ibke.ledger.keeper import Kept
+    from ibke.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How edits are kept.
+
+    Args:
+        ledger: its folder.
+        guarded: whether an edit that breaks a limit is refused.
+        limits: file of limits; None takes ``guard.json`` in the ledger, or else our own.
+        probes: file of prompts that must not change, one a line; None takes our own.
+        note: written down with each edit.
+    """
+
+    ledger: Path
+    guarded: bool = True
+    limits: Path | None = None
+    probes: Path | None = None
+    note: str = ""
+
+    def guard(self, lm: LanguageModel) -> Guard | None:
+        """What decides about edits of a model.
+
+        Raises:
+            IBKEError: a file cannot be read.
+        """
+        if not self.guarded:
+            return None
+        from ibke.ledger.guard import Guard, Limits, Prompt
+
+        own = self.ledger / "guard.json"
+        limits = self.limits or (own if own.exists() else None)
+        asked: list[Prompt] | None = None
+        if self.probes:
+            try:
+                lines = self.probes.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RequestError(
+                    f"it cannot be read ({error}).", str(self.probes), "Give one prompt a line."
+                ) from None
+            asked = [(line.strip(), "bare") for line in lines if line.strip()]
+        return Guard(lm, Limits.read(limits) if limits else None, asked)
+
+
+def keep_all(
+    lm: LanguageModel,
+    editor: Editor,
+    requests: Iterator[tuple[EditRequest, str]],
+    count: int,
+    how: Keeping,
+    *,
+    force: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Keep one edit a request, saying of each what became of it; those that are there already are passed over.
+
+    Args:
+        lm: the model.
+        editor: the method.
+        requests: each with the note that tells it from others.
+        count: how many there are.
+        how: see :class:`Keeping`.
+        force: edit even where the model gives the target already.
+        as_json: print a document.
+
+    Returns:
+        the exit code: 2 if a request could not be used, 3 if one was refused, 0 otherwise.
+    """
+    from ibke.ledger import Ledger
+    from ibke.ledger.keeper import Keeper
+
+    console = screen(as_json)
+    documents: list[dict[str, Any]] = []
+    with Bars() as tick, Ledger(how.ledger, lm) as ledger:
+        tick("Asking probes", 0, None)
+        keeper = Keeper(lm, ledger, editor, how.guard(lm))
+        known = {event.note for event in ledger.events()} - {""}
+        for index, (request, note) in enumerate(requests, start=1):
+            if note in known:
+                documents.append({"prompt": request.prompt, "outcome": "there already", "note": note})
+            else:
+                try:
+                    kept = keeper.add(request, note=note or how.note, force=force)
+                except RequestError as error:
+                    tick.print(console, Text(f"✗ {error}", style="red"))
+                    documents.append({"prompt": request.prompt, "outcome": "unusable", "error": str(error)})
+                else:
+                    tick.print(console, _line(kept))
+                    documents.append(_document(kept))
+            tick("Editing", index, count)
+        active = len(ledger.active())
+    console.print(Text(f"{active} edits in force in {how.ledger}.", style="bold"))
+    if as_json:
+        print_json({"ledger": str(how.ledger), "in_force": active, "edits": documents})
+    outcomes = {document["outcome"] for document in documents}
+    if "unusable" in outcomes:
+        return WRONG_INPUT
+    if "refused" in outcomes:
+        return REFUSED
+    return NOT_ACHIEVED if any(document.get("achieved") is False for document in documents) else DONE
+
+
+def numbered(path: Path) -> Iterator[tuple[EditRequest, str]]:
+    """The requests of a file, each with its place as a note, by which a run that was interrupted goes on."""
+    return ((request, f"{path.name}#{number}") for number, request in enumerate(read_requests(path), start=1))
+
+
+def refuse_unused(how: Keeping | None, given: dict[str, Any]) -> None:
+    """Refuse options that mean nothing without a ledger.
+
+    Raises:
+        IBKEError: one was given.
+    """
+    if how is None and (name := next((name for name, value in given.items() if value), None)):
+        raise IBKEError("it means nothing without a ledger.", name, "Give --ledger FOLDER too.")
+
+
+def _line(kept: Kept) -> Text:
+    fact = f"{shorten(kept.request.prompt, 50)} → {shorten(kept.request.target_new, 30)}"
+    if kept.already:
+        return Text(f"= {fact}  the model says so already", style="yellow")
+    if kept.number is None:
+        assert kept.verdict
+        return Text(f"✗ {fact}  refused: {'; '.join(kept.verdict.broken)}", style="red")
+    tail = f"  takes the place of {', '.join(map(str, kept.supersedes))}" if kept.supersedes else ""
+    return Text.assemble(("✓ ", "green"), f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
+
+
+def _document(kept: Kept) -> dict[str, Any]:
+    outcome = "already" if kept.already else "refused" if kept.number is None else "kept"
+    found: dict[str, Any] = {"prompt": kept.request.prompt, "target_new": kept.request.target_new, "outcome": outcome}
+    if kept.edit is not None:
+        found |= {"edit": kept.number, "supersedes": list(kept.supersedes), "seconds": kept.seconds}
+        found |= {"achieved": kept.verdict.scores["achieved"] if kept.verdict else kept.edit.info.achieved}
+    if kept.verdict:
+        found |= {"scores": kept.verdict.scores, "broken": list(kept.verdict.broken)}
+        found |= {"changed": list(kept.verdict.changed)}
+    return found

@@ -1,0 +1,208 @@
+"""Commands on a ledger: ``ibke log``, ``show``, ``revert``, ``restore``, ``diff``, ``verify``, ``gc``, ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ibke.cli.console import DONE, JSON, NOT_ACHIEVED, Bars, ModelChoice, ModelName
+from ibke.cli.output import print_json, screen, shorten
+from ibke.errors import FormatError, LedgerError
+from ibke.files import write_atomically
+
+if TYPE_CHECKING:
+    from ibke.ledger import Entry, Ledger
+
+Folder = Annotated[Path, typer.Option("--ledger", envvar="IBKE_LEDGER", help="The ledger's folder.")]
+Numbers = Annotated[list[int], typer.Argument(help="Numbers of edits, as `ibke log` shows them.")]
+Note = Annotated[str, typer.Option(help="Why, in your own words.")]
+HOME = Path(".ibke")  # where a ledger is looked for unless told otherwise
+
+
+def _open(folder: Path) -> Ledger:
+    from ibke.ledger import Ledger
+
+    return Ledger(folder)
+
+
+def log(
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the last so many.")] = None,
+    folder: Folder = HOME,
+    as_json: JSON = False,
+) -> None:
+    """What was done, oldest first: which edits were made, taken back, and put in force again."""
+    console = screen(as_json)
+    with _open(folder) as ledger:
+        events = list(ledger.events())[-limit if limit else 0 :]
+        entries = {number: ledger.entry(number) for number in {event.edit for event in events}}
+        active = set(ledger.active())
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("event", "when", "who", "what", "edit", "", "fact", "note"):
+        table.add_column(name, no_wrap=name in ("event", "when", "edit"))
+    for event in events:
+        entry, mark = entries[event.edit], "in force" if event.edit in active else ""
+        row = (str(event.id), event.at[:16].replace("T", " "), event.who, event.action, str(event.edit), mark)
+        table.add_row(*map(Text, (*row, _fact(entry), event.note)))
+    console.print(table if events else "Nothing yet.")
+    if as_json:
+        shown = [asdict(event) | {"in_force": event.edit in active} | _said(entries[event.edit]) for event in events]
+        print_json({"ledger": str(folder), "events": shown})
+
+
+def show(
+    number: Annotated[int, typer.Argument(help="Number of an edit, as `ibke log` shows it.")],
+    folder: Folder = HOME,
+    as_json: JSON = False,
+) -> None:
+    """All that was written down of one edit."""
+    console = screen(as_json)
+    with _open(folder) as ledger:
+        entry, standing, active = ledger.entry(number), ledger.standing(number), number in ledger.active()
+        events = [event for event in ledger.events() if event.edit == number]
+    state = "in force" if active else "superseded" if standing else "taken back"
+    info = entry.record["info"]
+    lines = {
+        "state": state,
+        "made": f"{entry.at} by {entry.who}, after event {entry.parent}",
+        "method": entry.method + (f", editor {entry.editor}" if entry.editor else ""),
+        "supersedes": ", ".join(map(str, entry.supersedes)) or "nothing",
+        "nats": "–" if info["rate_nats"] is None else f"{info['rate_nats']:.0f}",
+        "seconds": f"{info['seconds']:.2f}",
+        "bytes": f"{entry.latent_bytes:,} of code, {entry.factors_bytes:,} of tensors",
+        **{name: str(value) for name, value in entry.scores.items()},
+        "events": ", ".join(f"{event.id} {event.action}" for event in events),
+    }
+    console.print(Text(f"{number}  {_fact(entry)}", style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in lines.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    console.print(table)
+    if as_json:
+        print_json(asdict(entry) | {"state": state, "events": [asdict(event) for event in events]})
+
+
+def revert(edits: Numbers, note: Note = "", folder: Folder = HOME, as_json: JSON = False) -> None:
+    """Take edits back. What they had taken the place of is in force again."""
+    _change("revert", edits, note, folder, as_json)
+
+
+def restore(edits: Numbers, note: Note = "", folder: Folder = HOME, as_json: JSON = False) -> None:
+    """Put edits that were taken back in force again."""
+    _change("restore", edits, note, folder, as_json)
+
+
+def _change(action: str, edits: list[int], note: str, folder: Path, as_json: bool) -> None:
+    with _open(folder) as ledger:
+        before = ledger.head()
+        (ledger.revert if action == "revert" else ledger.restore)(edits, note=note)
+        _report_change(ledger, before, ledger.head(), as_json)
+
+
+def diff(
+    first: Annotated[int, typer.Argument(help="An event, as `ibke log` shows it; 0 is before the first.")],
+    second: Annotated[int | None, typer.Argument(help="Another; the last if left out.")] = None,
+    folder: Folder = HOME,
+    as_json: JSON = False,
+) -> None:
+    """Which edits are in force after one event and not after the other."""
+    with _open(folder) as ledger:
+        _report_change(ledger, first, ledger.head() if second is None else second, as_json)
+
+
+def _report_change(ledger: Ledger, first: int, second: int, as_json: bool) -> None:
+    console = screen(as_json)
+    gone, come = ledger.diff(first, second)
+    for mark, style, numbers in (("−", "red", gone), ("+", "green", come)):
+        for number in numbers:
+            console.print(Text(f"{mark} {number}  {_fact(ledger.entry(number))}", style=style))
+    console.print(f"{len(ledger.active(second))} edits in force after event {second}.")
+    if as_json:
+        print_json({"first": first, "second": second, "gone": gone, "come": come, "in_force": ledger.active(second)})
+
+
+def verify(folder: Folder = HOME, as_json: JSON = False) -> None:
+    """Check that all of a ledger is as it was written: exit code 1 if not."""
+    console = screen(as_json)
+    from ibke.ledger.care import verify as check
+
+    with _open(folder) as ledger, Bars() as tick:
+        problems = check(ledger, lambda done, total: tick("Checking", done, total))
+        count = len(list(ledger.entries()))
+    for problem in problems:
+        console.print(Text(problem, style="red"))
+    console.print(f"{count} edits, {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}.")
+    if as_json:
+        print_json({"ledger": str(folder), "edits": count, "problems": problems})
+    raise typer.Exit(NOT_ACHIEVED if problems else DONE)
+
+
+def gc(folder: Folder = HOME, as_json: JSON = False) -> None:
+    """Delete files that no edit needs, such as an interrupted command leaves them."""
+    from ibke.ledger.care import gc as clear
+
+    with _open(folder) as ledger:
+        count, size = clear(ledger)
+    screen(as_json).print(f"{count} files deleted, {size:,} bytes.")
+    if as_json:
+        print_json({"files": count, "bytes": size})
+
+
+def export(
+    out: Annotated[str, typer.Argument(metavar="FILE|-", help="Where to; - is standard output.")],
+    folder: Folder = HOME,
+) -> None:
+    """Write a ledger as JSON Lines, tensors included."""
+    from ibke.ledger.exchange import export_lines
+
+    with _open(folder) as ledger:
+        if out == "-":
+            for line in export_lines(ledger):
+                typer.echo(line, nl=False)
+            return
+        path = Path(out)
+        try:
+            write_atomically(path, "".join(export_lines(ledger)).encode())
+        except OSError as error:
+            raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
+        screen(False).print(f"{len(list(ledger.entries()))} edits written to {out}.", markup=False)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="A file that `ibke export` wrote.")],
+    folder: Folder = HOME,
+    model: ModelName = ModelChoice.name,
+    as_json: JSON = False,
+) -> None:
+    """Take the edits of another ledger of the same model in, behind those that are there."""
+    from ibke.ledger import Ledger
+    from ibke.ledger.exchange import import_lines
+
+    lm = ModelChoice(model).load()
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(folder, lm))
+        try:
+            lines: Iterable[str] = stack.enter_context(source.open(encoding="utf-8"))
+        except OSError as error:
+            raise FormatError(f"it cannot be read ({error.strerror}).", str(source), "Check the path.") from None
+        count = import_lines(ledger, lines, str(source))
+        active = len(ledger.active())
+    screen(as_json).print(f"{count} edits taken in; {active} in force.")
+    if as_json:
+        print_json({"edits": count, "in_force": active})
+
+
+def _fact(entry: Entry) -> str:
+    first, more = entry.requests[0], len(entry.requests) - 1
+    text = f"{shorten(first.prompt, 60)} → {shorten(first.target_new, 30)}"
+    return f"{text} and {more} more" if more else text
+
+
+def _said(entry: Entry) -> dict[str, Any]:
+    return {"requests": [{"prompt": one.prompt, "target_new": one.target_new} for one in entry.requests]}

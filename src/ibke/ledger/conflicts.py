@@ -1,0 +1,128 @@
+"""Which edits a new one takes the place of: the same fact, in the same words or in others.
+
+The same prompt is the same fact. Suspected are edits about the same subject too, and those whose gates were found from
+keys like the new one's; and asked is the model: with the old edit alone in force, does the new prompt get the old
+answer, or with the new edit alone the old prompt the new answer? An edit may change other questions about its subject
+as well, so the two must also ask the same: most of their words besides the subject are the same, or the unedited model
+answers both alike.
+
+Shape suffixes: T keys, D width of what gates look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ibke.edit import Edit
+from ibke.evaluation.generate import generate
+from ibke.evaluation.metrics import normalise
+from ibke.frames import encode_pair
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+from ibke.subjects import subject_of
+
+# Words that do not say what is asked.
+EMPTY = {
+    "a",
+    "an",
+    "and",
+    "are",
+    "at",
+    "be",
+    "by",
+    "did",
+    "do",
+    "does",
+    "for",
+    "from",
+    "has",
+    "have",
+    "how",
+    "in",
+    "is",
+}
+EMPTY |= {
+    "it",
+    "its",
+    "of",
+    "on",
+    "or",
+    "s",
+    "that",
+    "the",
+    "to",
+    "was",
+    "were",
+    "what",
+    "when",
+    "where",
+    "which",
+    "who",
+}
+ALIKE = 0.6  # cosine of two keys in the metric of generic ones, from which on they may be of one subject
+
+
+def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: EditRequest) -> list[int]:
+    """The numbers of the edits that say something else, or the same, of the very fact a new one is about.
+
+    Args:
+        lm: the pristine model.
+        kept: edits in force, by number.
+        new: the new one.
+        request: what it was made for.
+    """
+    found, asked = [], []
+    for number, old in kept.items():
+        for other in old.requests:
+            if normalise(other.prompt) == normalise(request.prompt):
+                found.append(number)
+            elif _same_subject(request, other) or alike(old, new) >= ALIKE:
+                asked.append((number, old, other))
+    if asked:
+        prompts = [request.prompt] * len(asked) + [other.prompt for _, _, other in asked]
+        ids = [encode_pair(text, "-", "bare", lm.tokenizer).prompt for text in prompts]
+        edits = [old for _, old, _ in asked] + [new] * len(asked)
+        edited, base = ([normalise(said.text) for said in generate(lm, ids, some)] for some in (edits, None))
+        count = len(asked)
+        for row, (number, _, other) in enumerate(asked):
+            follows = edited[row] == normalise(other.target_new)
+            follows |= edited[count + row] == normalise(request.target_new)
+            if follows and (same_words(request, other) or (base[row] and base[row] == base[count + row])):
+                found.append(number)
+    return sorted(set(found))
+
+
+def alike(old: Edit, new: Edit) -> float:
+    """The largest cosine of two keys that the first gates of two edits were found from; 0 where they have none.
+
+    In the metric of generic keys: with p = B⁻¹ k beside each key, ⟨k, k'⟩ = kᵀ p'.
+    """
+    for name, some in new.neurons.items():
+        other = old.neurons.get(name)
+        if some.told is None or other is None or other.told is None:
+            continue
+        mine, theirs = some.told, other.told
+        count, others = len(mine.answer_TD), len(theirs.answer_TD)
+        cross_TT = mine.answer_TD @ theirs.pulled_UD[:others].T
+        mine_T = (mine.answer_TD * mine.pulled_UD[:count]).sum(-1)
+        theirs_T = (theirs.answer_TD * theirs.pulled_UD[:others]).sum(-1)
+        return float((cross_TT / torch.outer(mine_T, theirs_T).clamp_min(1e-12).sqrt()).max())
+    return 0.0
+
+
+def same_words(one: EditRequest, other: EditRequest) -> bool:
+    """Whether most of what two prompts say besides their subjects is the same."""
+    mine, theirs = _words(one), _words(other)
+    return bool(mine & theirs) and len(mine & theirs) * 2 > len(mine | theirs)
+
+
+def _words(request: EditRequest) -> set[str]:
+    subject = set(normalise(subject_of(request.prompt, request.subject)).split())
+    return set(normalise(request.prompt).split()) - subject - EMPTY
+
+
+def _same_subject(one: EditRequest, other: EditRequest) -> bool:
+    mine, theirs = (normalise(subject_of(request.prompt, request.subject)) for request in (one, other))
+    return bool(mine) and bool(theirs) and (mine in theirs or theirs in mine)

@@ -1,0 +1,225 @@
+"""Before an edit is kept: does it come, and does everything else stay put?
+
+An edit is measured with all others in force, beside the same without it. Probes are prompts that no edit should
+concern; the unedited model's own greedy answers to them are taken once, and one teacher-forced pass over them decides
+whether greedy decoding would still give them, for it does if and only if every token is the likeliest after those
+before it.
+
+Shape suffixes: P probes, N answer positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ibke.batch import Pair
+from ibke.edit import Edit
+from ibke.errors import LedgerError
+from ibke.evaluation.generate import Together, generate, in_force
+from ibke.evaluation.metrics import contains, exact_match
+from ibke.evaluation.scoring import score
+from ibke.frames import Frame, encode_pair
+from ibke.models import LanguageModel
+from ibke.modules import first_layer, resolve
+from ibke.partial import PartialModel
+from ibke.request import EditRequest
+from ibke.rows import OUTSIDE, RowGroup, build_groups, continuations, row_terms
+
+Prompt = tuple[str, Frame]
+
+ABOUT: tuple[tuple[str, Frame], ...] = (("{} is known for", "bare"), ("Tell me about {}.", "chat"))
+WINDOW, WINDOWS = 256, 4  # tokens of running text read at once, and how often
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an edit must reach, and how much it may change.
+
+    Args:
+        wordings: least share of the wordings given with a request that must get the target too (ratio 0–1).
+        probes: most probes asked.
+        changed: most of them whose answer may change (ratio 0–1).
+        kl_nats: how much KL(base‖edited) may grow at their answers, mean per token (nats).
+        perplexity: how much the perplexity of running text may grow (ratio; .01 is one percent).
+    """
+
+    wordings: float = 1.0
+    probes: int = 200
+    changed: float = 0.02
+    kl_nats: float = 0.02
+    perplexity: float = 0.01
+
+    @classmethod
+    def read(cls, path: Path) -> Limits:
+        """Limits of a JSON object; what it does not name is as it is here.
+
+        Raises:
+            LedgerError: it cannot be read, names a limit that there is not, or a value that is no number.
+        """
+        known = {item.name: item for item in fields(cls)}
+        try:
+            given = json.loads(path.read_bytes())
+            wrong = [name for name, value in given.items() if name not in known or not isinstance(value, int | float)]
+        except (OSError, ValueError, AttributeError) as error:
+            raise LedgerError(f"the limits cannot be read ({error}).", str(path), "Give one JSON object.") from error
+        if wrong:
+            raise LedgerError(f"{wrong[0]!r} is no limit.", str(path), f"Known, each a number: {', '.join(known)}.")
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a state does to probes and text.
+
+    Args:
+        kept_P: whether the unedited model's answer still comes.
+        kl_nats: KL(base‖edited) at the answers, mean per token.
+        nll: of running text (nats per token).
+    """
+
+    kept_P: Tensor
+    kl_nats: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard found.
+
+    Args:
+        scores: JSON-ready figures.
+        broken: the limits it does not keep, in words, each with how far.
+        changed: probes whose answer changes.
+    """
+
+    scores: dict[str, Any]
+    broken: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the edit may be kept."""
+        return not self.broken
+
+
+class Guard:
+    """Measures states of one model; nothing is attached to it when the guard is made.
+
+    Args:
+        lm: the pristine model.
+        limits: see :class:`Limits`.
+        probes: prompts and how each is asked; None takes our own.
+    """
+
+    def __init__(self, lm: LanguageModel, limits: Limits | None = None, probes: Sequence[Prompt] | None = None):
+        self.lm, self.limits = lm, limits or Limits()
+        self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
+        prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
+        answers = continuations(lm.model, lm.tokenizer, prompts) if prompts else []
+        self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
+        self.tokens = sum(len(pair.answer) for pair in self.pairs)
+        text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: WINDOW * WINDOWS]
+        self.windows = [Pair(ids[at : at + 1], ids[at + 1 : at + WINDOW], (0, 1)) for at in range(0, len(ids), WINDOW)]
+        self._rows: dict[int, tuple[PartialModel, list[RowGroup]]] = {}
+        # The state last kept and the one last checked, by the layer from which on they were run.
+        self._known: dict[int, tuple[Edit | None, Measured]] = {}
+        self._after: dict[int, tuple[Edit | None, Measured]] = {}
+
+    def _first(self, state: Edit) -> int:
+        """The first layer that a state changes; what is below it is run once and for all."""
+        names = [*state.factors, *state.neurons]
+        return first_layer(resolve(self.lm.model, names)) if names and not state.parts else 0
+
+    def _groups(self, first: int) -> tuple[PartialModel, list[RowGroup]]:
+        if first not in self._rows:
+            part = PartialModel(self.lm.model, self.lm.architecture.layers, first)
+            count, pad_id = len(self.pairs), self.lm.tokenizer.pad_token_id
+            self._rows[first] = part, build_groups(part, self.pairs, [OUTSIDE] * count, range(count), pad_id)
+        return self._rows[first]
+
+    @torch.inference_mode()
+    def _measure(self, state: Edit | None, first: int) -> Measured:
+        kept_P, kl = torch.zeros(len(self.probes), dtype=torch.bool), 0.0
+        part, groups = self._groups(first)
+        force = Together((state,)) if state else None
+        with in_force(self.lm, force):
+            for group in groups:
+                terms = row_terms(part.suffix(group.hidden_RTD, group.batch), group)
+                kept_P[terms.owner_R.cpu()] = terms.right_R.cpu()
+                kl += float(terms.forward_R.sum())
+        read = score(self.lm, self.windows, force)
+        nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
+        return Measured(kept_P, kl / max(1, self.tokens), nll)
+
+    def check(self, before: Edit | None, after: Edit, request: EditRequest) -> Verdict:
+        """What one more edit does.
+
+        Args:
+            before: all others in force, as one.
+            after: the same with it.
+            request: what it was made for; its own locality prompts are probes too.
+        """
+        first = self._first(after)
+        # Measured in passes of the same shapes, so that what differs is the edit's doing and not a sum's rounding.
+        if first not in self._known or self._known[first][0] is not before:
+            self._known = {first: (before, self._measure(before, first))}
+        was, now = self._known[first][1], self._measure(after, first)
+        lost_P = was.kept_P & ~now.kept_P
+        own = [probe.prompt for probe in request.locality]
+        said = self._answers([request.prompt, *request.rephrase_prompts, *own], after)
+        wordings, kept = said[1 : len(said) - len(own)], said[len(said) - len(own) :]
+        right = [contains(answer, request.target_new, request.target_true) for answer in wordings]
+        changed = [self.probes[number][0] for number in lost_P.nonzero().flatten().tolist()]
+        old = self._answers(own, before)
+        lost = [text for text, one, two in zip(own, old, kept, strict=True) if not exact_match(one, two)]
+        scores = {
+            "answer": said[0],
+            "achieved": bool(exact_match(said[0], request.target_new)),
+            "wordings": sum(map(bool, right)) / len(right) if right else None,
+            "probes": len(self.probes) + len(old),
+            "changed": (len(changed) + len(lost)) / max(1, len(self.probes) + len(old)),
+            "kl_nats": now.kl_nats - was.kl_nats,
+            "perplexity": math.exp(min(now.nll - was.nll, 100.0)) - 1.0,
+        }
+        self._after = {first: (after, now)}
+        return Verdict(scores, tuple(self._broken(scores, request)), (*changed, *lost))
+
+    def keep(self, state: Edit | None) -> None:
+        """The state last checked is in force from now on, and need not be measured again."""
+        if any(known is state for known, _ in self._after.values()):
+            self._known = self._after
+
+    def _answers(self, prompts: Sequence[str], state: Edit | None) -> list[str]:
+        if not prompts:
+            return []
+        ids = [encode_pair(text, "-", "bare", self.lm.tokenizer).prompt for text in prompts]
+        return [answer.text for answer in generate(self.lm, ids, Together((state,)) if state else None)]
+
+    def _broken(self, scores: dict[str, Any], request: EditRequest) -> list[str]:
+        limits, found = self.limits, []
+        if not scores["achieved"]:
+            found.append(f"the target is not generated: {scores['answer'][:40]!r} instead of {request.target_new!r}")
+        if scores["wordings"] is not None and scores["wordings"] < limits.wordings:
+            found.append(f"wordings answered {scores['wordings']:.2f}, at least {limits.wordings:g}")
+        for name, title in (("changed", "probes changed"), ("kl_nats", "KL, nats"), ("perplexity", "perplexity, more")):
+            most = asdict(limits)[name]
+            if not scores[name] <= most:  # not-a-number breaks every limit
+                found.append(f"{title} {scores[name]:.4f}, at most {most:g}")
+        return found
+
+
+def own_probes() -> list[Prompt]:
+    """Prompts of ours: common knowledge, beginnings of sentences, and questions about well-known names."""
+    ours = json.loads(files("ibke.data").joinpath("probes.json").read_text(encoding="utf-8"))
+    found = [(text, cast(Frame, frame)) for frame, texts in ours["prompts"].items() for text in texts]
+    return found + [(text.format(name), frame) for name in ours["subjects"] for text, frame in ABOUT]

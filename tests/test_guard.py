@@ -1,0 +1,160 @@
+"""What is kept and what is refused, and which edits a new one takes the place of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+from random_editor import RandomEditor
+
+from ibke.editors.ibke.editor import IBKEEditor
+from ibke.errors import LedgerError
+from ibke.evaluation.generate import Together, generate
+from ibke.frames import encode_pair
+from ibke.ledger import Ledger
+from ibke.ledger.care import verify
+from ibke.ledger.conflicts import alike, same_words
+from ibke.ledger.guard import Guard, Limits, own_probes
+from ibke.ledger.keeper import Keeper
+from ibke.models import LanguageModel
+from ibke.request import EditRequest, Probe
+
+ANKARA = EditRequest("The capital of Turkey is", "Ankara", "Turkey")
+PROBES = [("Water boils when", "bare"), ("What is the capital of Canada?", "question"), ("A triangle has", "bare")]
+LOOSE = Limits(changed=1.0, kl_nats=1e9, perplexity=1e9)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return make_tiny("llama")
+
+
+def said(lm: LanguageModel, prompt: str, state=None) -> str:
+    ids = [encode_pair(prompt, "-", "bare", lm.tokenizer).prompt]
+    return generate(lm, ids, Together((state,)) if state else None)[0].text
+
+
+def parroted(lm: LanguageModel, scale: float, prompt: str = "The harbour lies between") -> EditRequest:
+    """A request for what a random edit makes of a prompt."""
+    edit = RandomEditor(lm, scale=scale).edit([EditRequest(prompt, "x")])
+    return EditRequest(prompt, said(lm, prompt, edit))
+
+
+def test_an_edit_within_limits_is_kept_and_one_beyond_them_leaves_no_trace(lm: LanguageModel, tmp_path: Path) -> None:
+    request = parroted(lm, 1.0)
+    with Ledger(tmp_path, lm) as ledger:
+        strict = Keeper(lm, ledger, RandomEditor(lm, scale=1.0), Guard(lm, probes=PROBES)).add(request)
+        assert strict.number is None and strict.edit and strict.verdict and not strict.verdict.passed
+        assert strict.verdict.scores["achieved"] and strict.verdict.scores["kl_nats"] > Limits().kl_nats
+        assert any("KL" in broken and "at most 0.02" in broken for broken in strict.verdict.broken)
+        assert (ledger.head(), ledger.active(), list(ledger.blobs)) == (0, [], [])
+        loose = Keeper(lm, ledger, RandomEditor(lm, scale=1.0), Guard(lm, LOOSE, PROBES)).add(request, who="me")
+        assert (loose.number, ledger.active(), ledger.entry(1).who) == (1, [1], "me")
+        assert ledger.entry(1).scores == json.loads(json.dumps(loose.verdict.scores))
+        assert Keeper(lm, ledger, RandomEditor(lm)).add(request).already
+        missed = Keeper(lm, ledger, RandomEditor(lm, scale=0.0), Guard(lm, LOOSE, PROBES))
+        never = missed.add(EditRequest("Boats leave before", "the most unlikely answer"))
+        assert never.number is None and "target is not generated" in never.verdict.broken[0]
+        assert ledger.active() == [1] and verify(ledger) == []
+
+
+def test_wordings_and_probes_of_the_request_count(lm: LanguageModel) -> None:
+    request = parroted(lm, 1.0)
+    more = EditRequest(
+        request.prompt, request.target_new, None, None, ("Something else entirely",), (Probe("Boats leave before"),)
+    )
+    edit = RandomEditor(lm, scale=1.0).edit([request])
+    verdict = Guard(lm, Limits(changed=0.0, kl_nats=1e9, perplexity=1e9), []).check(None, edit, more)
+    assert verdict.scores["wordings"] == 0.0 and verdict.scores["probes"] == 1
+    assert verdict.scores["changed"] == float("Boats leave before" in verdict.changed)
+    assert any("wordings answered 0.00" in broken for broken in verdict.broken)
+
+
+def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
+    guard = Guard(lm, LOOSE, PROBES)
+    editor = RandomEditor(lm, scale=1.0)
+    first = editor.edit([EditRequest("The harbour lies between", "x")])
+    alone = guard.check(None, first, ANKARA)
+    again = guard.check(first, first, ANKARA)
+    assert alone.scores["kl_nats"] > 0 and again.scores["kl_nats"] == again.scores["perplexity"] == 0.0
+    assert again.changed == () and guard.check(None, first, ANKARA).scores == alone.scores
+
+
+def test_limits_are_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "guard.json"
+    path.write_text('{"changed": 0.5, "probes": 7}')
+    assert Limits.read(path) == Limits(changed=0.5, probes=7)
+    for text, message in (("{", "cannot be read"), ('{"chnged": 1}', "'chnged' is no limit"), ("[]", "cannot be read")):
+        path.write_text(text)
+        with pytest.raises(LedgerError, match=message):
+            Limits.read(path)
+
+
+def test_our_own_probes_are_many_and_all_different() -> None:
+    assert len(set(own_probes())) == len(own_probes()) >= 200
+
+
+def test_the_same_question_in_most_words() -> None:
+    asked = EditRequest("What is the capital of Turkey?", "Izmir", "Turkey")
+    assert same_words(ANKARA, asked)
+    assert not same_words(ANKARA, EditRequest("The largest city of Turkey is", "Bursa", "Turkey"))
+    assert not same_words(EditRequest("Turkey is", "x", "Turkey"), EditRequest("What is Turkey?", "y", "Turkey"))
+
+
+def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, tmp_path: Path) -> None:
+    editor = IBKEEditor.for_model(smollm32)
+    with Ledger(tmp_path, smollm32) as ledger:
+        keeper = Keeper(smollm32, ledger, editor, Guard(smollm32, probes=PROBES))
+        first = keeper.add(ANKARA, note="why")
+        assert first.number == 1 and first.verdict and first.verdict.scores["changed"] == 0.0
+        other = keeper.add(EditRequest("The mother tongue of Danielle Darrieux is", "English", "Danielle Darrieux"))
+        assert (other.number, other.supersedes) == (2, ())
+        newer = keeper.add(EditRequest("What is the capital of Turkey?", "Izmir", "Turkey"))
+        assert (newer.number, newer.supersedes) == (3, (1,)) and ledger.active() == [2, 3]
+        assert alike(first.edit, newer.edit) > 0.6 > alike(first.edit, other.edit)
+        assert said(smollm32, ANKARA.prompt, keeper.state()) == "Izmir"
+        ledger.revert([3])
+        assert said(smollm32, ANKARA.prompt, keeper.state()) == "Ankara"
+        # What was made and taken back leaves no trace: the same state, to the last bit.
+        with Ledger(tmp_path / "never", smollm32) as never:
+            for edit in (first.edit, other.edit):
+                never.commit(edit)
+            one, two = keeper.state().pack()[1], never.state().pack()[1]
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+        assert ledger.entry(1).latent_bytes <= 16 * 1024
+
+
+def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None:
+    place = tmp_path / "kept"
+    probes = tmp_path / "probes.txt"
+    probes.write_text("\n".join(text for text, _ in PROBES))
+    common = ("--ledger", place, "--probes", probes, "--json")
+    kept = run("edit", ANKARA.prompt, ANKARA.target_new, *common, "--note", "why")
+    assert kept.exit_code == 0, kept.stderr
+    document = json.loads(kept.stdout)
+    assert document["in_force"] == 1 and document["edits"][0]["outcome"] == "kept"
+    (place / "guard.json").write_text('{"kl_nats": -1}')
+    refused = run("edit", "The sky is", "green", *common)
+    assert refused.exit_code == 3 and json.loads(refused.stdout)["edits"][0]["outcome"] == "refused"
+    assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() == "Ankara"
+    log = json.loads(run("log", "--ledger", place, "--json").stdout)
+    assert [(event["action"], event["note"], event["in_force"]) for event in log["events"]] == [("commit", "why", True)]
+    assert json.loads(run("show", 1, "--ledger", place, "--json").stdout)["state"] == "in force"
+    assert run("revert", 1, "--ledger", place).exit_code == 0
+    assert json.loads(run("diff", 1, "--ledger", place, "--json").stdout)["gone"] == [1]
+    assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() != "Ankara"
+    assert run("restore", 1, "--ledger", place).exit_code == 0
+    assert run("verify", "--ledger", place).exit_code == 0
+    assert run("export", tmp_path / "out.jsonl", "--ledger", place).exit_code == 0
+    assert run("import", tmp_path / "out.jsonl", "--ledger", tmp_path / "copy").exit_code == 0
+    assert json.loads(run("gc", "--ledger", tmp_path / "copy", "--json").stdout) == {"files": 0, "bytes": 0}
+    assert run("log", "--ledger", tmp_path / "nowhere").exit_code == 2
+    assert run("edit", "The sky is", "green", "--note", "x").exit_code == 2
+    (file,) = (tmp_path / "copy" / "tensors").rglob(
+        f"*{max((place / 'tensors').rglob('*.safetensors'), key=lambda p: p.stat().st_size).name}"
+    )
+    file.unlink()
+    assert run("verify", "--ledger", tmp_path / "copy").exit_code == 1
