@@ -24,7 +24,7 @@ from ibke.request import EditRequest, Probe
 
 ANKARA = EditRequest("The capital of Turkey is", "Ankara", "Turkey")
 PROBES = [("Water boils when", "bare"), ("What is the capital of Canada?", "question"), ("A triangle has", "bare")]
-LOOSE = Limits(changed=1.0, kl_nats=1e9, perplexity=1e9)
+LOOSE = Limits(changed=1.0, drift=1.0, kl_nats=1e9, perplexity=1e9)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,10 @@ def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
     again = guard.check(first, first, ANKARA)
     assert alone.scores["kl_nats"] > 0 and again.scores["kl_nats"] == again.scores["perplexity"] == 0.0
     assert again.changed == () and guard.check(None, first, ANKARA).scores == alone.scores
+    assert alone.scores["changed"] == alone.scores["drift"] == again.scores["drift"] == 1.0  # all edits count in drift
+    assert again.scores["changed"] == 0.0 and any(
+        "all edits" in broken for broken in Guard(lm, probes=PROBES).check(first, first, ANKARA).broken
+    )
 
 
 def test_limits_are_read_and_checked(tmp_path: Path) -> None:

@@ -92,33 +92,40 @@ def keep_all(
 
     console = screen(as_json)
     documents: list[dict[str, Any]] = []
+    outcomes: set[str] = set()
+
+    def note_down(document: dict[str, Any]) -> None:
+        outcomes.add(document["outcome"])
+        outcomes.update({"missed"} if document.get("achieved") is False else ())
+        if as_json:  # else a file of any length takes no more memory than a line of it
+            documents.append(document)
+
     with Bars() as tick, Ledger(how.ledger, lm) as ledger:
         tick("Asking probes", 0, None)
         keeper = Keeper(lm, ledger, editor, how.guard(lm))
         known = {event.note for event in ledger.events()} - {""}
         for index, (request, note) in enumerate(requests, start=1):
             if note in known:
-                documents.append({"prompt": request.prompt, "outcome": "there already", "note": note})
+                note_down({"prompt": request.prompt, "outcome": "there already", "note": note})
             else:
                 try:
                     kept = keeper.add(request, note=note or how.note, force=force)
                 except RequestError as error:
                     tick.print(console, Text(f"✗ {error}", style="red"))
-                    documents.append({"prompt": request.prompt, "outcome": "unusable", "error": str(error)})
+                    note_down({"prompt": request.prompt, "outcome": "unusable", "error": str(error)})
                 else:
                     tick.print(console, _line(kept))
-                    documents.append(_document(kept))
+                    note_down(_document(kept))
             tick("Editing", index, count)
         active = len(ledger.active())
     console.print(Text(f"{active} edits in force in {how.ledger}.", style="bold"))
     if as_json:
         print_json({"ledger": str(how.ledger), "in_force": active, "edits": documents})
-    outcomes = {document["outcome"] for document in documents}
     if "unusable" in outcomes:
         return WRONG_INPUT
     if "refused" in outcomes:
         return REFUSED
-    return NOT_ACHIEVED if any(document.get("achieved") is False for document in documents) else DONE
+    return NOT_ACHIEVED if "missed" in outcomes else DONE
 
 
 def numbered(path: Path) -> Iterator[tuple[EditRequest, str]]:

@@ -24,15 +24,17 @@ from torch import Tensor
 from ibke.batch import Pair
 from ibke.edit import Edit
 from ibke.errors import LedgerError
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, generate, in_force
 from ibke.evaluation.metrics import contains, exact_match
 from ibke.evaluation.scoring import score
+from ibke.files import cache_folder
 from ibke.frames import Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import first_layer, resolve
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
-from ibke.rows import OUTSIDE, RowGroup, build_groups, continuations, row_terms
+from ibke.rows import CONTINUATION, OUTSIDE, RowGroup, build_groups, continuations, row_terms
 
 Prompt = tuple[str, Frame]
 
@@ -47,7 +49,8 @@ class Limits:
     Args:
         wordings: least share of the wordings given with a request that must get the target too (ratio 0–1).
         probes: most probes asked.
-        changed: most of them whose answer may change (ratio 0–1).
+        changed: most of them whose answer one edit may change (ratio 0–1).
+        drift: most of them whose answer may be another than the unedited model's, by all edits together (ratio 0–1).
         kl_nats: how much KL(base‖edited) may grow at their answers, mean per token (nats).
         perplexity: how much the perplexity of running text may grow (ratio; .01 is one percent).
     """
@@ -55,6 +58,7 @@ class Limits:
     wordings: float = 1.0
     probes: int = 200
     changed: float = 0.02
+    drift: float = 0.1
     kl_nats: float = 0.02
     perplexity: float = 0.01
 
@@ -124,7 +128,7 @@ class Guard:
         self.lm, self.limits = lm, limits or Limits()
         self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
         prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
-        answers = continuations(lm.model, lm.tokenizer, prompts) if prompts else []
+        answers = self._answered(prompts, Baseline(lm, cache_folder() / "answers"))
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
@@ -134,6 +138,17 @@ class Guard:
         # The state last kept and the one last checked, by the layer from which on they were run.
         self._known: dict[int, tuple[Edit | None, Measured]] = {}
         self._after: dict[int, tuple[Edit | None, Measured]] = {}
+        self._unedited: dict[int, Measured] = {}
+
+    def _answered(self, prompts: list[list[int]], baseline: Baseline) -> list[list[int]]:
+        """What the unedited model answers, known from an earlier time or asked now."""
+        if not prompts:
+            return []
+        identity = ["probes", CONTINUATION, prompts]
+        if (known := baseline.recall(identity)) is None:
+            known = continuations(self.lm.model, self.lm.tokenizer, prompts)
+            baseline.keep(identity, known)
+        return known
 
     def _first(self, state: Edit) -> int:
         """The first layer that a state changes; what is below it is run once and for all."""
@@ -175,6 +190,9 @@ class Guard:
             self._known = {first: (before, self._measure(before, first))}
         was, now = self._known[first][1], self._measure(after, first)
         lost_P = was.kept_P & ~now.kept_P
+        if first not in self._unedited:
+            self._unedited[first] = self._measure(None, first) if before else was
+        drifted_P = self._unedited[first].kept_P & ~now.kept_P
         own = [probe.prompt for probe in request.locality]
         said = self._answers([request.prompt, *request.rephrase_prompts, *own], after)
         wordings, kept = said[1 : len(said) - len(own)], said[len(said) - len(own) :]
@@ -188,6 +206,7 @@ class Guard:
             "wordings": sum(map(bool, right)) / len(right) if right else None,
             "probes": len(self.probes) + len(old),
             "changed": (len(changed) + len(lost)) / max(1, len(self.probes) + len(old)),
+            "drift": float(drifted_P.sum()) / max(1, len(self.probes)),
             "kl_nats": now.kl_nats - was.kl_nats,
             "perplexity": math.exp(min(now.nll - was.nll, 100.0)) - 1.0,
         }
@@ -211,7 +230,8 @@ class Guard:
             found.append(f"the target is not generated: {scores['answer'][:40]!r} instead of {request.target_new!r}")
         if scores["wordings"] is not None and scores["wordings"] < limits.wordings:
             found.append(f"wordings answered {scores['wordings']:.2f}, at least {limits.wordings:g}")
-        for name, title in (("changed", "probes changed"), ("kl_nats", "KL, nats"), ("perplexity", "perplexity, more")):
+        titles = {"changed": "probes changed", "drift": "probes changed by all edits"}
+        for name, title in (titles | {"kl_nats": "KL, nats", "perplexity": "perplexity, more"}).items():
             most = asdict(limits)[name]
             if not scores[name] <= most:  # not-a-number breaks every limit
                 found.append(f"{title} {scores[name]:.4f}, at most {most:g}")
