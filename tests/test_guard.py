@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from conftest import make_tiny
-from random_editor import RandomEditor
+from random_editor import RandomEditor, random_edit
 
+from ibke.edit import Edit
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import LedgerError
 from ibke.evaluation.generate import Together, generate
@@ -67,24 +69,54 @@ def test_wordings_and_probes_of_the_request_count(lm: LanguageModel) -> None:
         request.prompt, request.target_new, None, None, ("Something else entirely",), (Probe("Boats leave before"),)
     )
     edit = RandomEditor(lm, scale=1.0).edit([request])
-    verdict = Guard(lm, Limits(changed=0.0, kl_nats=1e9, perplexity=1e9), []).check(None, edit, more)
-    assert verdict.scores["wordings"] == 0.0 and verdict.scores["probes"] == 1
-    assert verdict.scores["changed"] == float("Boats leave before" in verdict.changed)
-    assert any("wordings answered 0.00" in broken for broken in verdict.broken)
+    (verdict,), effects = Guard(lm, LOOSE, []).check(None, edit, [more])
+    assert effects.passed and effects.scores["probes"] == 0
+    assert verdict.scores["wordings"] == 0.0 and "wordings answered 0.00" in verdict.broken[0]
+    assert verdict.scores["keep"] == 0.0 and verdict.changed == ("Boats leave before",)
+    assert "to keep" in verdict.broken[1]
 
 
 def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
     guard = Guard(lm, LOOSE, PROBES)
     editor = RandomEditor(lm, scale=1.0)
     first = editor.edit([EditRequest("The harbour lies between", "x")])
-    alone = guard.check(None, first, ANKARA)
-    again = guard.check(first, first, ANKARA)
+    (_, alone), (_, again) = guard.check(None, first, []), guard.check(first, first, [])
     assert alone.scores["kl_nats"] > 0 and again.scores["kl_nats"] == again.scores["perplexity"] == 0.0
-    assert again.changed == () and guard.check(None, first, ANKARA).scores == alone.scores
+    assert again.changed == () and guard.check(None, first, [])[1].scores == alone.scores
     assert alone.scores["changed"] == alone.scores["drift"] == again.scores["drift"] == 1.0  # all edits count in drift
-    assert again.scores["changed"] == 0.0 and any(
-        "all edits" in broken for broken in Guard(lm, probes=PROBES).check(first, first, ANKARA).broken
-    )
+    assert again.scores["changed"] == 0.0
+    assert any("all edits" in broken for broken in Guard(lm, probes=PROBES).check(first, first, [])[1].broken)
+
+
+class Careless(RandomEditor):
+    """Edits of requests for "much" change everything, all others nothing; none makes its target come."""
+
+    def edit(self, requests):
+        scale = 1.0 if requests[0].target_new == "much" else 0.0
+        made = random_edit(self.lm, 1, seed=1, scale=scale)
+        return Edit(made.factors, tuple(requests), made.info)
+
+
+def test_of_a_group_only_what_does_harm_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    texts = ["The harbour", "Boats leave", "The market", "Snow is", "A loaf of"]
+    spoken = [EditRequest(text, said(lm, text) or "-") for text in texts]
+    spoken[2] = EditRequest(texts[2], "much")
+    with Ledger(tmp_path, lm) as ledger:
+        guard = Guard(lm, Limits(kl_nats=1e-6), PROBES)
+        kept = Keeper(lm, ledger, Careless(lm), guard).add_all(spoken, force=True, notes=list("abcde"))
+        assert [one.number is None for one in kept] == [False, False, True, False, False]
+        assert any("KL" in broken for broken in kept[2].verdict.broken)
+        assert ledger.active() == [1, 2, 3, 4]
+        assert [event.note for event in ledger.events()] == ["a", "b", "d", "e"]
+        assert Keeper(lm, ledger, Careless(lm), guard).add_all(spoken[:2])[0].already
+
+
+def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Path) -> None:
+    same = [EditRequest("The harbour", "one"), EditRequest("Boats leave", "x"), EditRequest("the harbour", "two")]
+    with Ledger(tmp_path, lm) as ledger:
+        kept = Keeper(lm, ledger, Careless(lm)).add_all(same)
+        assert [one.number for one in kept] == [1, 2, 3] and kept[2].supersedes == (1,)
+        assert ledger.active() == [2, 3]
 
 
 def test_limits_are_read_and_checked(tmp_path: Path) -> None:
@@ -141,8 +173,8 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     document = json.loads(kept.stdout)
     assert document["in_force"] == 1 and document["edits"][0]["outcome"] == "kept"
     (place / "guard.json").write_text('{"kl_nats": -1}')
-    refused = run("edit", "The sky is", "green", *common)
-    assert refused.exit_code == 3 and json.loads(refused.stdout)["edits"][0]["outcome"] == "refused"
+    worse = run("edit", "The sky is", "green", *common)
+    assert worse.exit_code == 3 and json.loads(worse.stdout)["edits"][0]["outcome"] == "refused"
     assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() == "Ankara"
     log = json.loads(run("log", "--ledger", place, "--json").stdout)
     assert [(event["action"], event["note"], event["in_force"]) for event in log["events"]] == [("commit", "why", True)]
@@ -162,3 +194,18 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     )
     file.unlink()
     assert run("verify", "--ledger", tmp_path / "copy").exit_code == 1
+
+
+def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
+    facts = (("The capital of Turkey is", "Ankara"), ("The sky is", "green"), (" ", "x"))
+    lines = [json.dumps({"prompt": prompt, "target_new": target}) for prompt, target in facts]
+    file = tmp_path / "requests.jsonl"
+    file.write_text(lines[0] + "\n")
+    command = ("edit", "--requests", file, "--ledger", tmp_path / "kept", "--no-guard", "--json")
+    first = run(*command)
+    assert first.exit_code == 0 and json.loads(first.stdout)["edits"][0]["edit"] == 1
+    file.write_text("\n".join(lines[:2]))
+    second = json.loads(run(*command).stdout)
+    assert [one["outcome"] for one in second["edits"]] == ["there already", "kept"] and second["in_force"] == 2
+    file.write_text("\n".join(lines))
+    refused(run(*command), "line 3")

@@ -57,6 +57,7 @@ def edit(
     limits: Annotated[Path | None, typer.Option(help="JSON file of such limits; guard.json in the ledger.")] = None,
     probes: Annotated[Path | None, typer.Option(help="Prompts whose answers must stay, one a line.")] = None,
     note: Annotated[str, typer.Option(help="Why, in your own words, for the ledger.")] = "",
+    group: Annotated[int, typer.Option(min=1, help="Requests of a file made and checked at once, with --ledger.")] = 16,
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -76,7 +77,7 @@ def edit(
 
     Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
-    how = Keeping(ledger, guard is not False, limits, probes, note) if ledger else None
+    how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
     refuse_unused(how, {"--guard": guard, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
     chosen = ModelChoice(model, device, dtype, tuple(module or ()))

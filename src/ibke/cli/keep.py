@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ibke.request import EditRequest, read_requests
 if TYPE_CHECKING:
     from ibke.editors.base import Editor
     from ibke.ledger.guard import Guard
-    from ibke.ledger.keeper import Kept
+    from ibke.ledger.keeper import Keeper, Kept
     from ibke.models import LanguageModel
 
 
@@ -31,6 +32,7 @@ class Keeping:
         limits: file of limits; None takes ``guard.json`` in the ledger, or else our own.
         probes: file of prompts that must not change, one a line; None takes our own.
         note: written down with each edit.
+        group: how many requests of a file are made and checked at once.
     """
 
     ledger: Path
@@ -38,6 +40,7 @@ class Keeping:
     limits: Path | None = None
     probes: Path | None = None
     note: str = ""
+    group: int = 1
 
     def guard(self, lm: LanguageModel) -> Guard | None:
         """What decides about edits of a model.
@@ -88,7 +91,7 @@ def keep_all(
         the exit code: 2 if a request could not be used, 3 if one was refused, 0 otherwise.
     """
     from ibke.ledger import Ledger
-    from ibke.ledger.keeper import Keeper
+    from ibke.ledger.keeper import Keeper, Kept
 
     console = screen(as_json)
     documents: list[dict[str, Any]] = []
@@ -104,19 +107,19 @@ def keep_all(
         tick("Asking probes", 0, None)
         keeper = Keeper(lm, ledger, editor, how.guard(lm))
         known = {event.note for event in ledger.events()} - {""}
-        for index, (request, note) in enumerate(requests, start=1):
-            if note in known:
-                note_down({"prompt": request.prompt, "outcome": "there already", "note": note})
-            else:
-                try:
-                    kept = keeper.add(request, note=note or how.note, force=force)
-                except RequestError as error:
-                    tick.print(console, Text(f"✗ {error}", style="red"))
-                    note_down({"prompt": request.prompt, "outcome": "unusable", "error": str(error)})
-                else:
-                    tick.print(console, _line(kept))
-                    note_down(_document(kept))
-            tick("Editing", index, count)
+        done = 0
+        while some := list(islice(requests, how.group)):
+            new = [one for one in some if one[1] not in known]
+            for request, note in some:
+                if note in known:
+                    note_down({"prompt": request.prompt, "outcome": "there already", "note": note})
+            for outcome in _outcomes(keeper, new, how.note, force):
+                tick.print(
+                    console, _line(outcome) if isinstance(outcome, Kept) else Text(f"✗ {outcome[1]}", style="red")
+                )
+                note_down(_document(outcome))
+            done += len(some)
+            tick("Editing", done, count)
         active = len(ledger.active())
     console.print(Text(f"{active} edits in force in {how.ledger}.", style="bold"))
     if as_json:
@@ -126,6 +129,23 @@ def keep_all(
     if "refused" in outcomes:
         return REFUSED
     return NOT_ACHIEVED if "missed" in outcomes else DONE
+
+
+def _outcomes(
+    keeper: Keeper, some: list[tuple[EditRequest, str]], note: str, force: bool
+) -> Iterator[Kept | tuple[EditRequest, RequestError]]:
+    """What became of some requests; one that cannot be used does not keep the others from theirs."""
+    if not some:
+        return
+    requests, notes = [request for request, _ in some], [own or note for _, own in some]
+    try:
+        yield from keeper.add_all(requests, notes=notes, force=force)
+    except RequestError as error:
+        if len(some) == 1:
+            yield requests[0], error
+        else:
+            for one in some:
+                yield from _outcomes(keeper, [one], note, force)
 
 
 def numbered(path: Path) -> Iterator[tuple[EditRequest, str]]:
@@ -154,7 +174,9 @@ def _line(kept: Kept) -> Text:
     return Text.assemble(("✓ ", "green"), f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
 
 
-def _document(kept: Kept) -> dict[str, Any]:
+def _document(kept: Kept | tuple[EditRequest, RequestError]) -> dict[str, Any]:
+    if isinstance(kept, tuple):
+        return {"prompt": kept[0].prompt, "outcome": "unusable", "error": str(kept[1])}
     outcome = "already" if kept.already else "refused" if kept.number is None else "kept"
     found: dict[str, Any] = {"prompt": kept.request.prompt, "target_new": kept.request.target_new, "outcome": outcome}
     if kept.edit is not None:

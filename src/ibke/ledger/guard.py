@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +39,12 @@ from ibke.rows import CONTINUATION, OUTSIDE, RowGroup, build_groups, continuatio
 Prompt = tuple[str, Frame]
 
 ABOUT: tuple[tuple[str, Frame], ...] = (("{} is known for", "bare"), ("Tell me about {}.", "chat"))
+TITLES = {
+    "changed": "probes changed",
+    "drift": "probes changed by all edits",
+    "kl_nats": "KL, nats",
+    "perplexity": "perplexity, more",
+}
 WINDOW, WINDOWS = 256, 4  # tokens of running text read at once, and how often
 
 
@@ -48,6 +54,7 @@ class Limits:
 
     Args:
         wordings: least share of the wordings given with a request that must get the target too (ratio 0–1).
+        keep: least share of the locality prompts given with it whose answer must stay (ratio 0–1).
         probes: most probes asked.
         changed: most of them whose answer one edit may change (ratio 0–1).
         drift: most of them whose answer may be another than the unedited model's, by all edits together (ratio 0–1).
@@ -56,6 +63,7 @@ class Limits:
     """
 
     wordings: float = 1.0
+    keep: float = 1.0
     probes: int = 200
     changed: float = 0.02
     drift: float = 0.1
@@ -113,6 +121,10 @@ class Verdict:
     def passed(self) -> bool:
         """Whether the edit may be kept."""
         return not self.broken
+
+    def __add__(self, other: Verdict) -> Verdict:
+        """Both."""
+        return Verdict(self.scores | other.scores, self.broken + other.broken, self.changed + other.changed)
 
 
 class Guard:
@@ -176,42 +188,65 @@ class Guard:
         nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
         return Measured(kept_P, kl / max(1, self.tokens), nll)
 
-    def check(self, before: Edit | None, after: Edit, request: EditRequest) -> Verdict:
-        """What one more edit does.
+    def check(self, before: Edit | None, after: Edit, requests: Sequence[EditRequest]) -> tuple[list[Verdict], Verdict]:
+        """What more edits do.
 
         Args:
             before: all others in force, as one.
-            after: the same with it.
-            request: what it was made for; its own locality prompts are probes too.
+            after: the same with them.
+            requests: what they were made for.
+
+        Returns:
+            for each request whether it is answered and keeps what it says must stay; and what happens to all else.
         """
+        return self._asked(before, after, requests), self._effects(before, after)
+
+    def _effects(self, before: Edit | None, after: Edit) -> Verdict:
+        """Probes and text, beside what they were."""
         first = self._first(after)
         # Measured in passes of the same shapes, so that what differs is the edit's doing and not a sum's rounding.
         if first not in self._known or self._known[first][0] is not before:
             self._known = {first: (before, self._measure(before, first))}
         was, now = self._known[first][1], self._measure(after, first)
-        lost_P = was.kept_P & ~now.kept_P
         if first not in self._unedited:
             self._unedited[first] = self._measure(None, first) if before else was
-        drifted_P = self._unedited[first].kept_P & ~now.kept_P
-        own = [probe.prompt for probe in request.locality]
-        said = self._answers([request.prompt, *request.rephrase_prompts, *own], after)
-        wordings, kept = said[1 : len(said) - len(own)], said[len(said) - len(own) :]
-        right = [contains(answer, request.target_new, request.target_true) for answer in wordings]
-        changed = [self.probes[number][0] for number in lost_P.nonzero().flatten().tolist()]
-        old = self._answers(own, before)
-        lost = [text for text, one, two in zip(own, old, kept, strict=True) if not exact_match(one, two)]
+        self._after = {first: (after, now)}
+        lost_P, drifted_P = (one.kept_P & ~now.kept_P for one in (was, self._unedited[first]))
+        count = max(1, len(self.probes))
         scores = {
-            "answer": said[0],
-            "achieved": bool(exact_match(said[0], request.target_new)),
-            "wordings": sum(map(bool, right)) / len(right) if right else None,
-            "probes": len(self.probes) + len(old),
-            "changed": (len(changed) + len(lost)) / max(1, len(self.probes) + len(old)),
-            "drift": float(drifted_P.sum()) / max(1, len(self.probes)),
+            "probes": len(self.probes),
+            "changed": float(lost_P.sum()) / count,
+            "drift": float(drifted_P.sum()) / count,
             "kl_nats": now.kl_nats - was.kl_nats,
             "perplexity": math.exp(min(now.nll - was.nll, 100.0)) - 1.0,
         }
-        self._after = {first: (after, now)}
-        return Verdict(scores, tuple(self._broken(scores, request)), (*changed, *lost))
+        limits, broken = asdict(self.limits), []
+        for name, title in TITLES.items():
+            if not scores[name] <= limits[name]:  # not-a-number breaks every limit
+                broken.append(f"{title} {scores[name]:.4f}, at most {limits[name]:g}")
+        changed = tuple(self.probes[number][0] for number in lost_P.nonzero().flatten().tolist())
+        return Verdict(scores, tuple(broken), changed)
+
+    def _asked(self, before: Edit | None, after: Edit, requests: Sequence[EditRequest]) -> list[Verdict]:
+        """Each request's own prompt, wordings and locality prompts."""
+        told = [[one.prompt, *one.rephrase_prompts, *(probe.prompt for probe in one.locality)] for one in requests]
+        said = iter(self._answers([text for texts in told for text in texts], after))
+        own = [probe.prompt for one in requests for probe in one.locality]
+        old = iter(self._answers(own, before))
+        verdicts = []
+        for request in requests:
+            answer = next(said)
+            wordings = [contains(next(said), request.target_new, request.target_true) for _ in request.rephrase_prompts]
+            kept = [exact_match(next(said), next(old)) for _ in request.locality]
+            scores = {
+                "answer": answer,
+                "achieved": bool(exact_match(answer, request.target_new)),
+                "wordings": sum(map(bool, wordings)) / len(wordings) if wordings else None,
+                "keep": sum(map(bool, kept)) / len(kept) if kept else None,
+            }
+            lost = tuple(probe.prompt for probe, same in zip(request.locality, kept, strict=True) if not same)
+            verdicts.append(Verdict(scores, tuple(self._missed(scores, request)), lost))
+        return verdicts
 
     def keep(self, state: Edit | None) -> None:
         """The state last checked is in force from now on, and need not be measured again."""
@@ -224,18 +259,13 @@ class Guard:
         ids = [encode_pair(text, "-", "bare", self.lm.tokenizer).prompt for text in prompts]
         return [answer.text for answer in generate(self.lm, ids, Together((state,)) if state else None)]
 
-    def _broken(self, scores: dict[str, Any], request: EditRequest) -> list[str]:
-        limits, found = self.limits, []
+    def _missed(self, scores: dict[str, Any], request: EditRequest) -> Iterator[str]:
         if not scores["achieved"]:
-            found.append(f"the target is not generated: {scores['answer'][:40]!r} instead of {request.target_new!r}")
-        if scores["wordings"] is not None and scores["wordings"] < limits.wordings:
-            found.append(f"wordings answered {scores['wordings']:.2f}, at least {limits.wordings:g}")
-        titles = {"changed": "probes changed", "drift": "probes changed by all edits"}
-        for name, title in (titles | {"kl_nats": "KL, nats", "perplexity": "perplexity, more"}).items():
-            most = asdict(limits)[name]
-            if not scores[name] <= most:  # not-a-number breaks every limit
-                found.append(f"{title} {scores[name]:.4f}, at most {most:g}")
-        return found
+            yield f"the target is not generated: {scores['answer'][:40]!r} instead of {request.target_new!r}"
+        for name, title in (("wordings", "wordings answered"), ("keep", "prompts to keep that kept their answer")):
+            least = asdict(self.limits)[name]
+            if scores[name] is not None and scores[name] < least:
+                yield f"{title} {scores[name]:.2f}, at least {least:g}"
 
 
 def own_probes() -> list[Prompt]:

@@ -1,9 +1,10 @@
-"""Edits made and kept in a ledger, one after another, each checked before it is written down."""
+"""Edits made and kept in a ledger, each checked before it is written down."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
@@ -27,12 +28,12 @@ class Kept:
         edit: how it was made; None where the model says so already.
         supersedes: edits it takes the place of.
         verdict: what the guard found; None where nobody asked.
-        seconds: wall-clock time of all of it.
+        seconds: wall-clock time of all of it; of several at once each one's share.
     """
 
     request: EditRequest
-    number: int | None
-    edit: Edit | None
+    number: int | None = None
+    edit: Edit | None = None
     supersedes: tuple[int, ...] = ()
     verdict: Verdict | None = None
     seconds: float = 0.0
@@ -85,33 +86,114 @@ class Keeper:
         Raises:
             IBKEError: the request cannot be used, or the ledger cannot be read or written.
         """
+        return self.add_all([request], who=who, notes=[note], force=force)[0]
+
+    def add_all(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        who: str | None = None,
+        notes: Sequence[str] = (),
+        force: bool = False,
+    ) -> list[Kept]:
+        """Make several edits in batches and check them together; where that breaks a limit, half of them at a time.
+
+        So a harmful one costs some more checks, and those it came with are kept all the same. Of two of the same fact
+        the later one is in force.
+
+        Args:
+            requests: what the model shall say.
+            who: asks for it.
+            notes: one a request, or none.
+            force: edit even where the model says so already.
+
+        Raises:
+            IBKEError: a request cannot be used, or the ledger cannot be read or written.
+        """
         began = time.perf_counter()
+        self.editor.pairs(requests)  # refuses what cannot be edited before anything is made
+        said = [False] * len(requests) if force else self._say(requests, self.state())
+        todo = [row for row, already in enumerate(said) if not already]
+        made = self.editor.edit_each([requests[row] for row in todo]) if todo else []
+        texts = list(notes) or [""] * len(requests)
+        found: dict[int, Kept] = {}
+        self._keep([(row, requests[row], edit) for row, edit in zip(todo, made, strict=True)], found, who, texts)
+        seconds = (time.perf_counter() - began) / len(requests)
+        return [replace(found.get(row, Kept(request)), seconds=seconds) for row, request in enumerate(requests)]
+
+    def _keep(
+        self,
+        made: Sequence[tuple[int, EditRequest, Edit]],
+        found: dict[int, Kept],
+        who: str | None,
+        notes: Sequence[str],
+    ) -> None:
+        """Check some edits together and write down those that may be kept."""
+        if not made:
+            return
         parent, before = self.ledger.head(), self.state()
-        if not force and self._says(request, before):
-            return Kept(request, None, None, seconds=time.perf_counter() - began)
-        edit = self.editor.edit([request])
-        old = superseded(self.lm, self._edits, edit, request)
-        others = [kept for number, kept in self._edits.items() if number not in old]
-        after = Edit.join([*others, edit])
-        verdict = self.guard.check(before, after, request) if self.guard else None
-        if verdict and not verdict.passed:
-            return Kept(request, None, edit, tuple(old), verdict, time.perf_counter() - began)
-        number = self.ledger.commit(
-            edit,
-            scores=verdict.scores if verdict else {},
-            supersedes=old,
-            editor=self.editor_mark,
-            who=who,
-            note=note,
-            parent=parent,
-        )
-        self._edits = {n: kept for n, kept in self._edits.items() if n not in old} | {number: edit}
+        old = self._superseded(made)
+        gone = {number for numbers in old.values() for number in numbers}
+        # Of two in this group about the same fact only the later is in force.
+        standing = [one for one in made if -1 - one[0] not in gone]
+        after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one[2] for one in standing])
+        verdicts: Mapping[int, Verdict] = {}
+        if self.guard:
+            own, effects = self.guard.check(before, after, [request for _, request, _ in standing])
+            missed = [one for one, verdict in zip(standing, own, strict=True) if not verdict.passed]
+            if len(made) > 1 and (missed or not effects.passed):
+                # Those that do not come, each by itself; of the others half at a time.
+                rest = [one for one in made if one not in missed]
+                half = len(rest) if effects.passed else (len(rest) + 1) // 2
+                for part in (rest[:half], rest[half:], *([one] for one in missed)):
+                    self._keep(part, found, who, notes)
+                return
+            verdicts = {one[0]: verdict + effects for one, verdict in zip(standing, own, strict=True)}
+            if any(not verdict.passed for verdict in verdicts.values()):
+                (row, request, edit), numbers = made[0], old[made[0][0]]
+                found[row] = Kept(request, None, edit, tuple(n for n in numbers if n > 0), verdicts[row])
+                return
+        self._write(made, old, verdicts, found, (parent, who, notes))
         self._state = (tuple(self._edits), after)
         if self.guard:
             self.guard.keep(after)
-        return Kept(request, number, edit, tuple(old), verdict, time.perf_counter() - began)
 
-    def _says(self, request: EditRequest, state: Edit | None) -> bool:
-        ids = [encode_pair(request.prompt, "-", "bare", self.lm.tokenizer).prompt]
-        (said,) = generate(self.lm, ids, Together((state,)) if state else None)
-        return bool(exact_match(said.text, request.target_new))
+    def _write(
+        self,
+        made: Sequence[tuple[int, EditRequest, Edit]],
+        old: Mapping[int, Sequence[int]],
+        verdicts: Mapping[int, Verdict],
+        found: dict[int, Kept],
+        how: tuple[int, str | None, Sequence[str]],
+    ) -> None:
+        parent, who, notes = how
+        numbers: dict[int, int] = {}
+        for row, request, edit in made:
+            # Negative ones are of this group, and have their numbers by now.
+            supersedes = [numbers[-1 - number] if number < 0 else number for number in old[row]]
+            verdict = verdicts.get(row)
+            numbers[row] = self.ledger.commit(
+                edit,
+                scores=verdict.scores if verdict else {},
+                supersedes=supersedes,
+                editor=self.editor_mark,
+                who=who,
+                note=notes[row],
+                parent=parent,
+            )
+            parent += 1
+            self._edits = {n: kept for n, kept in self._edits.items() if n not in supersedes} | {numbers[row]: edit}
+            found[row] = Kept(request, numbers[row], edit, tuple(supersedes), verdict)
+
+    def _superseded(self, made: Sequence[tuple[int, EditRequest, Edit]]) -> dict[int, list[int]]:
+        """By row, what each edit takes the place of; rows before it in the same group as −1 − row."""
+        known, old = dict(self._edits), {}
+        for row, request, edit in made:
+            old[row] = superseded(self.lm, known, edit, request)
+            known = {number: kept for number, kept in known.items() if number not in old[row]} | {-1 - row: edit}
+        return old
+
+    def _say(self, requests: Sequence[EditRequest], state: Edit | None) -> list[bool]:
+        ids = [encode_pair(request.prompt, "-", "bare", self.lm.tokenizer).prompt for request in requests]
+        said = generate(self.lm, ids, Together((state,)) if state else None)
+        return [bool(exact_match(a.text, r.target_new)) for a, r in zip(said, requests, strict=True)]
