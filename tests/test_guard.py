@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,9 @@ def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, 
             one, two = keeper.state().pack()[1], never.state().pack()[1]
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
         assert ledger.entry(1).latent_bytes <= 16 * 1024
+        assert verify(ledger, editor=editor) == []
+        ledger.commit(replace(first.edit, requests=(EditRequest("The capital of Norway is", "Ankara", "Norway"),)))
+        assert any("made again" in problem for problem in verify(ledger, editor=editor))
 
 
 def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None:

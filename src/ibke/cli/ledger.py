@@ -12,7 +12,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ibke.cli.console import DONE, JSON, NOT_ACHIEVED, Bars, ModelChoice, ModelName
+from ibke.cli.console import (
+    DONE,
+    JSON,
+    NOT_ACHIEVED,
+    Bars,
+    Dtype,
+    EditorPath,
+    Method,
+    ModelChoice,
+    ModelName,
+    load_for_editing,
+)
 from ibke.cli.output import print_json, screen, shorten
 from ibke.errors import FormatError, LedgerError
 from ibke.files import write_atomically
@@ -127,13 +138,24 @@ def _report_change(ledger: Ledger, first: int, second: int, as_json: bool) -> No
         print_json({"first": first, "second": second, "gone": gone, "come": come, "in_force": ledger.active(second)})
 
 
-def verify(folder: Folder = HOME, as_json: JSON = False) -> None:
+def verify(
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Make every edit again from its request and code, and compare.")
+    ] = False,
+    folder: Folder = HOME,
+    model: ModelName = ModelChoice.name,
+    method: Method = "ibke",
+    editor: EditorPath = None,
+    dtype: Dtype = "float32",
+    as_json: JSON = False,
+) -> None:
     """Check that all of a ledger is as it was written: exit code 1 if not."""
     console = screen(as_json)
     from ibke.ledger.care import verify as check
 
+    editing = load_for_editing(ModelChoice(model, dtype=dtype), method, editor, True)[1] if replay else None
     with _open(folder) as ledger, Bars() as tick:
-        problems = check(ledger, lambda done, total: tick("Checking", done, total))
+        problems = check(ledger, lambda done, total: tick("Checking", done, total), editing)
         count = len(list(ledger.entries()))
     for problem in problems:
         console.print(Text(problem, style="red"))

@@ -111,6 +111,15 @@ class Editor(ABC):
                 progress(index + 1, len(requests))
         return edits
 
+    def rebuild(self, edit: Edit) -> Edit | None:
+        """An edit of this method once more from its requests and its code; None where it is no function of these.
+
+        Raises:
+            IBKEError: it is not of this editor.
+        """
+        del edit
+        return None
+
     def after(self, edit: Edit) -> Editor:
         """The editor for what follows, once an edit is in force on the model to stay (attached or merged).
 

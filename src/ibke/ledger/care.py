@@ -6,19 +6,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ibke.errors import LedgerError
+from ibke.edit import Edit
+from ibke.editors.base import Editor
+from ibke.errors import IBKEError
 from ibke.ledger.ledger import Ledger
 
 Progress = Callable[[int, int], None]
 
+SAME = 1e-3  # of its length a tensor may differ that is made again, perhaps on another machine
 GRACE = 3600.0  # seconds for which a file that nothing names may belong to an edit that is just being written down
 
 
-def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
+def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | None = None) -> list[str]:
     """Everything that is wrong with a ledger, in words; nothing where it is as it was written.
 
     Looks at the database's own structure, that every file is there and holds what its name says, and that every edit
     can be put together from them.
+
+    Args:
+        ledger: what to look at.
+        progress: told how many edits are done, and how many there are.
+        editor: given, edits of its method are also made again from their requests and codes, and compared.
     """
     problems = [f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA quick_check") if row[0] != "ok"]
     problems += [
@@ -30,11 +38,26 @@ def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
             edit = ledger.load(number)
             if edit.info.fingerprint != ledger.fingerprint:
                 problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
-        except LedgerError as error:
+            if editor and edit.info.method == editor.name and (again := editor.rebuild(edit)):
+                problems += [f"edit {number}: {text}" for text in differences(edit, again)]
+        except IBKEError as error:
             problems.append(f"edit {number}: {error}")
         if progress:
             progress(done, len(numbers))
     return problems
+
+
+def differences(kept: Edit, again: Edit) -> list[str]:
+    """Where two edits' tensors are not the same but for rounding, in words."""
+    mine, theirs = kept.tensors(), again.tensors()
+    if mine.keys() != theirs.keys():
+        return [f"made again it has {', '.join(theirs) or 'nothing'}."]
+    found = []
+    for name, tensor in mine.items():
+        far = float((tensor - theirs[name]).norm() / tensor.norm().clamp_min(1e-12))
+        if not far <= SAME:
+            found.append(f"made again, {name} differs by {far:.1e} of its length.")
+    return found
 
 
 def gc(ledger: Ledger, grace: float = GRACE) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_o
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import ModuleNotEditableError, RequestError
+from ibke.errors import FormatError, ModuleNotEditableError, RequestError
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
 from ibke.models import LanguageModel
@@ -206,16 +206,10 @@ class IBKEEditor(Editor):
         code, nll_B, own = self._encode(requests)
         refined = self._refine(code, requests)
         z_BZ = refined.z_BZ if refined else code.mean
-        with torch.no_grad():
-            made = self.network.decode(z_BZ, code.written, self.site)
-            rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
-            sets = {self.network.name: made.by_edit(self._told(code, own))}
-            if refined and refined.relay_BD is not None and refined.listens_BD is not None and self.listening:
-                relay, site = self.listening.relay, self.listening.site
-                made = relay.decode(refined.relay_BD, refined.listens_BD, site)
-                sets[site.out] = made.by_edit(refined.told_B)
-                rate_B = rate_B + relay_rate(refined.relay_BD)
-                z_BZ = torch.cat([z_BZ, refined.relay_BD], dim=-1)
+        relay = None
+        if refined and refined.relay_BD is not None and refined.listens_BD is not None:
+            relay = (refined.relay_BD, refined.listens_BD, refined.told_B)
+        sets, rate_B, whole_BZ = self._written(code, own, z_BZ, relay)
         seconds = (time.perf_counter() - began) / len(requests)
         edits = []
         for row, request in enumerate(requests):
@@ -229,10 +223,64 @@ class IBKEEditor(Editor):
                 seconds=seconds,
                 nll_before=float(nll_B[row]),
                 nll_after=float(refined.nll_B[row]) if refined else None,
-                latent={"z": z_BZ[row : row + 1]},
+                latent={"z": whole_BZ[row : row + 1]},
             )
             edits.append(Edit({}, (request,), info, {name: some[row] for name, some in sets.items()}))
         return edits
+
+    @torch.no_grad()
+    def _written(
+        self,
+        code: Code,
+        own: Sequence[Tensor],
+        z_BZ: Tensor,
+        relay: tuple[Tensor, Tensor, Sequence[Told]] | None,
+    ) -> tuple[dict[str, list[Neurons]], Tensor, Tensor]:
+        """What codes are decoded into.
+
+        Args:
+            code: the encoder's.
+            own: keys at which each request is in its own words.
+            z_BZ: the first write's code.
+            relay: its part of the code (B × D), where it listens (B × D), and what that was found from.
+
+        Returns:
+            each edit's neurons by MLP, its nats (B), and the whole code.
+        """
+        made = self.network.decode(z_BZ, code.written, self.site)
+        rate_B = self.network.rate(Code(z_BZ, code.log_variance, code.written))
+        sets = {self.network.name: made.by_edit(self._told(code, own))}
+        if relay is None or self.listening is None:
+            return sets, rate_B, z_BZ
+        relay_BD, listens_BD, told_B = relay
+        site = self.listening.site
+        sets[site.out] = self.listening.relay.decode(relay_BD, listens_BD, site).by_edit(told_B)
+        return sets, rate_B + relay_rate(relay_BD), torch.cat([z_BZ, relay_BD], dim=-1)
+
+    def rebuild(self, edit: Edit) -> Edit:
+        """An edit again from its request and its code alone; what refining found is not looked for again.
+
+        Raises:
+            FormatError: it has not one request and a code of this editor.
+            CaptureError: a gradient is not finite.
+        """
+        z_BZ = edit.info.latent.get("z")
+        where = f"edit by {edit.info.method}"
+        if len(edit.requests) != 1 or z_BZ is None:
+            raise FormatError("it has not one request and a code.", where, "Make it again.")
+        code, _, own = self._encode(edit.requests)
+        z_BZ, relayed_BD = z_BZ.to(code.mean.device).tensor_split([code.mean.shape[-1]], dim=-1)
+        relay = None
+        if self.listening and relayed_BD.shape[-1]:
+            with torch.no_grad():
+                neurons = self.network.decode(z_BZ, code.written, self.site)
+            targets = self._targets(edit.requests, self._opened(code))
+            _, told_B = self.listening.told(self.part, self.site, neurons, targets, 1)
+            relay = (relayed_BD, self.listening.relay.addresses(told_B), told_B)
+        if z_BZ.shape != code.mean.shape or relayed_BD.shape[-1] not in (0, self.network.d_out):
+            raise FormatError("its code is not of this editor's size.", where, "Use the editor that made it.")
+        sets, _, _ = self._written(code, own, z_BZ, relay)
+        return Edit({}, edit.requests, edit.info, {name: some[0] for name, some in sets.items()})
 
     @torch.no_grad()
     def _together(self, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:

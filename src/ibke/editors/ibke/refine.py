@@ -137,12 +137,10 @@ class Refiner:
         watch: Callable[[], Sequence[RowGroup]],
     ) -> Refined:
         """Find what the relay writes, the first write being as it is."""
-        settings, count, relay = self.settings, len(first.z_BZ), listening.relay
+        settings, relay = self.settings, listening.relay
         with torch.no_grad():
             neurons = self._neurons(first.z_BZ, code)
-        _, base_TD, _ = listening.heard(self.part, self.site, None, targets)
-        onward, edited_TD, owner_T = listening.heard(self.part, self.site, neurons, targets)
-        told_B = tuple(relay.told(edited_TD, base_TD, owner_T, count))
+        onward, told_B = listening.told(self.part, self.site, neurons, targets, len(first.z_BZ))
         address_BD = relay.addresses(told_B)
 
         def run(z_BD: Tensor, groups: Sequence[RowGroup]) -> RowTerms:

@@ -96,6 +96,22 @@ class Listening:
     part: PartialModel
     site: Site
 
+    def told(
+        self, part: PartialModel, site: Site, neurons: Neurons, groups: Sequence[RowGroup], count: int
+    ) -> tuple[list[RowGroup], tuple[Told, ...]]:
+        """Rows from the relay's layer on, and what each edit's address is found from; arguments as for :meth:`heard`.
+
+        Args:
+            part: the model, split at the first write's layer.
+            site: the MLP that writes first.
+            neurons: one set an edit (B × K × D).
+            groups: rows, owned by edit.
+            count: B.
+        """
+        _, base_TD, _ = self.heard(part, site, None, groups)
+        onward, edited_TD, owner_T = self.heard(part, site, neurons, groups)
+        return onward, tuple(self.relay.told(edited_TD, base_TD, owner_T, count))
+
     @torch.no_grad()
     def heard(
         self, part: PartialModel, site: Site, neurons: Neurons | None, groups: Sequence[RowGroup]
