@@ -112,6 +112,24 @@ def test_of_a_group_only_what_does_harm_is_refused(lm: LanguageModel, tmp_path: 
         assert Keeper(lm, ledger, Careless(lm), guard).add_all(spoken[:2])[0].already
 
 
+def test_somebody_else_may_write_meanwhile(lm: LanguageModel, tmp_path: Path) -> None:
+    checks = []
+
+    class Slow(Guard):
+        def check(self, before, after, requests):
+            checks.append(before)
+            if len(checks) == 1:
+                with Ledger(tmp_path, lm) as other:
+                    other.commit(random_edit(lm, 1, seed=5, scale=0.0), note="theirs")
+            return super().check(before, after, requests)
+
+    request = EditRequest("The harbour", said(lm, "The harbour"))
+    with Ledger(tmp_path, lm) as ledger:
+        kept = Keeper(lm, ledger, Careless(lm), Slow(lm, LOOSE, PROBES)).add(request, force=True)
+        assert (kept.number, ledger.active()) == (2, [1, 2])
+        assert checks[0] is None and checks[1] is not None  # checked again beside theirs
+
+
 def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Path) -> None:
     same = [EditRequest("The harbour", "one"), EditRequest("Boats leave", "x"), EditRequest("the harbour", "two")]
     with Ledger(tmp_path, lm) as ledger:

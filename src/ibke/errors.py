@@ -50,3 +50,7 @@ class TrainingError(IBKEError):
 
 class LedgerError(IBKEError):
     """A ledger cannot be read, written or believed, or has no such edit."""
+
+
+class LedgerMovedError(LedgerError):
+    """Somebody else has written to a ledger since it was last looked at."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
+from ibke.errors import LedgerMovedError
 from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.metrics import exact_match
 from ibke.frames import encode_pair
@@ -42,6 +43,22 @@ class Kept:
     def already(self) -> bool:
         """Whether there was nothing to correct."""
         return self.edit is None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An edit that is to be kept, and the row of its request."""
+
+    row: int
+    request: EditRequest
+    edit: Edit
+    note: str
+    who: str | None
+
+    @property
+    def place(self) -> int:
+        """What it goes by until it has a number, which are positive."""
+        return -1 - self.row
 
 
 class Keeper:
@@ -117,80 +134,80 @@ class Keeper:
         made = self.editor.edit_each([requests[row] for row in todo]) if todo else []
         texts = list(notes) or [""] * len(requests)
         found: dict[int, Kept] = {}
-        self._keep([(row, requests[row], edit) for row, edit in zip(todo, made, strict=True)], found, who, texts)
+        self._keep(
+            [_Made(row, requests[row], edit, texts[row], who) for row, edit in zip(todo, made, strict=True)], found
+        )
         seconds = (time.perf_counter() - began) / len(requests)
         return [replace(found.get(row, Kept(request)), seconds=seconds) for row, request in enumerate(requests)]
 
-    def _keep(
-        self,
-        made: Sequence[tuple[int, EditRequest, Edit]],
-        found: dict[int, Kept],
-        who: str | None,
-        notes: Sequence[str],
-    ) -> None:
-        """Check some edits together and write down those that may be kept."""
+    def _keep(self, made: Sequence[_Made], found: dict[int, Kept]) -> None:
+        """Check some edits together and write down those that may be kept; ``found`` takes what became of each."""
         if not made:
             return
         parent, before = self.ledger.head(), self.state()
         old = self._superseded(made)
         gone = {number for numbers in old.values() for number in numbers}
         # Of two in this group about the same fact only the later is in force.
-        standing = [one for one in made if -1 - one[0] not in gone]
-        after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one[2] for one in standing])
-        verdicts: Mapping[int, Verdict] = {}
+        standing = [one for one in made if one.place not in gone]
+        after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one.edit for one in standing])
+        verdicts: dict[int, Verdict] = {}
         if self.guard:
-            own, effects = self.guard.check(before, after, [request for _, request, _ in standing])
+            own, effects = self.guard.check(before, after, [one.request for one in standing])
             missed = [one for one, verdict in zip(standing, own, strict=True) if not verdict.passed]
             if len(made) > 1 and (missed or not effects.passed):
                 # Those that do not come, each by itself; of the others half at a time.
                 rest = [one for one in made if one not in missed]
                 half = len(rest) if effects.passed else (len(rest) + 1) // 2
                 for part in (rest[:half], rest[half:], *([one] for one in missed)):
-                    self._keep(part, found, who, notes)
+                    self._keep(part, found)
                 return
-            verdicts = {one[0]: verdict + effects for one, verdict in zip(standing, own, strict=True)}
-            if any(not verdict.passed for verdict in verdicts.values()):
-                (row, request, edit), numbers = made[0], old[made[0][0]]
-                found[row] = Kept(request, None, edit, tuple(n for n in numbers if n > 0), verdicts[row])
+            verdicts = {one.row: verdict + effects for one, verdict in zip(standing, own, strict=True)}
+            if not all(verdict.passed for verdict in verdicts.values()):
+                one = made[0]
+                numbers = tuple(number for number in old[one.row] if number > 0)
+                found[one.row] = Kept(one.request, None, one.edit, numbers, verdicts[one.row])
                 return
-        self._write(made, old, verdicts, found, (parent, who, notes))
+        try:
+            self._write(made, old, verdicts, found, parent)
+        except LedgerMovedError:  # somebody else was quicker: check those that are left beside what they wrote
+            self._keep([one for one in made if one.row not in found], found)
+            return
         self._state = (tuple(self._edits), after)
         if self.guard:
             self.guard.keep(after)
 
     def _write(
         self,
-        made: Sequence[tuple[int, EditRequest, Edit]],
+        made: Sequence[_Made],
         old: Mapping[int, Sequence[int]],
         verdicts: Mapping[int, Verdict],
         found: dict[int, Kept],
-        how: tuple[int, str | None, Sequence[str]],
+        parent: int,
     ) -> None:
-        parent, who, notes = how
         numbers: dict[int, int] = {}
-        for row, request, edit in made:
-            # Negative ones are of this group, and have their numbers by now.
-            supersedes = [numbers[-1 - number] if number < 0 else number for number in old[row]]
-            verdict = verdicts.get(row)
-            numbers[row] = self.ledger.commit(
-                edit,
+        for one in made:
+            supersedes = [numbers.get(number, number) for number in old[one.row]]
+            verdict = verdicts.get(one.row)
+            number = self.ledger.commit(
+                one.edit,
                 scores=verdict.scores if verdict else {},
                 supersedes=supersedes,
                 editor=self.editor_mark,
-                who=who,
-                note=notes[row],
+                who=one.who,
+                note=one.note,
                 parent=parent,
             )
-            parent += 1
-            self._edits = {n: kept for n, kept in self._edits.items() if n not in supersedes} | {numbers[row]: edit}
-            found[row] = Kept(request, numbers[row], edit, tuple(supersedes), verdict)
+            numbers[one.place], parent = number, parent + 1  # its own event
+            self._edits = {n: kept for n, kept in self._edits.items() if n not in supersedes} | {number: one.edit}
+            found[one.row] = Kept(one.request, number, one.edit, tuple(supersedes), verdict)
 
-    def _superseded(self, made: Sequence[tuple[int, EditRequest, Edit]]) -> dict[int, list[int]]:
-        """By row, what each edit takes the place of; rows before it in the same group as −1 − row."""
+    def _superseded(self, made: Sequence[_Made]) -> dict[int, list[int]]:
+        """By row, what each edit takes the place of: edits of the ledger by number, those before it here by place."""
         known, old = dict(self._edits), {}
-        for row, request, edit in made:
-            old[row] = superseded(self.lm, known, edit, request)
-            known = {number: kept for number, kept in known.items() if number not in old[row]} | {-1 - row: edit}
+        for one in made:
+            old[one.row] = superseded(self.lm, known, one.edit, one.request)
+            known = {number: kept for number, kept in known.items() if number not in old[one.row]}
+            known[one.place] = one.edit
         return old
 
     def _say(self, requests: Sequence[EditRequest], state: Edit | None) -> list[bool]:

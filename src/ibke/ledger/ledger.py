@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ibke.edit import Edit
 from ibke.edit_folder import to_bytes
-from ibke.errors import FingerprintMismatchError, FormatError, LedgerError
+from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.schema import connect
 from ibke.models import LanguageModel
@@ -177,7 +177,8 @@ class Ledger:
 
         Raises:
             FingerprintMismatchError: the edit is of another model.
-            LedgerError: there is no room, no such edit to supersede, or the ledger has moved on since ``parent``.
+            LedgerError: there is no room, or no such edit to supersede.
+            LedgerMovedError: somebody has written to it since ``parent``.
         """
         if edit.info.fingerprint != self.fingerprint:
             raise FingerprintMismatchError(
@@ -191,7 +192,7 @@ class Ledger:
         with self.writing():
             head = self.head()
             if parent not in (None, head):
-                raise LedgerError(
+                raise LedgerMovedError(
                     f"somebody wrote to it meanwhile (event {head}, expected {parent}).", str(self.folder), "Try again."
                 )
             old = self._superseded(supersedes)
