@@ -210,7 +210,8 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     assert run("import", tmp_path / "out.jsonl", "--ledger", tmp_path / "copy").exit_code == 0
     assert json.loads(run("gc", "--ledger", tmp_path / "copy", "--json").stdout) == {"files": 0, "bytes": 0}
     assert run("log", "--ledger", tmp_path / "nowhere").exit_code == 2
-    assert run("edit", "The sky is", "green", "--note", "x").exit_code == 2
+    for option in (("--note", "x"), ("--no-guard",), ("--limits", probes)):
+        refused(run("edit", "The sky is", "green", *option), "--ledger")
     (file,) = (tmp_path / "copy" / "tensors").rglob(
         f"*{max((place / 'tensors').rglob('*.safetensors'), key=lambda p: p.stat().st_size).name}"
     )

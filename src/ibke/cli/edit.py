@@ -26,7 +26,7 @@ from ibke.cli.console import (
     load_for_editing,
 )
 from ibke.cli.correction import Correction, asked_by, correct, figures, render
-from ibke.cli.keep import Keeping, keep_all, numbered, refuse_unused
+from ibke.cli.keep import HOME, Keeping, keep_all, numbered, refuse_unused
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
 from ibke.errors import RequestError
@@ -52,7 +52,8 @@ def edit(
         Path | None, typer.Option(envvar="IBKE_LEDGER", help="Keep the edits in a ledger, beside those that are there.")
     ] = None,
     guard: Annotated[
-        bool | None, typer.Option("--guard/--no-guard", help="Keep only edits within limits. [default with --ledger]")
+        bool | None,
+        typer.Option("--guard/--no-guard", help="Keep only edits within limits; the default with --ledger."),
     ] = None,
     limits: Annotated[Path | None, typer.Option(help="JSON file of such limits; guard.json in the ledger.")] = None,
     probes: Annotated[Path | None, typer.Option(help="Prompts whose answers must stay, one a line.")] = None,
@@ -77,8 +78,9 @@ def edit(
 
     Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
+    ledger = ledger or (HOME if guard else None)
     how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
-    refuse_unused(how, {"--guard": guard, "--limits": limits, "--probes": probes, "--note": note})
+    refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
     chosen = ModelChoice(model, device, dtype, tuple(module or ()))
     if requests is None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ibke.models import LanguageModel
 
 
+HOME = Path(".ibke")  # where a ledger is unless told otherwise
+
+
 @dataclass(frozen=True)
 class Keeping:
     """How edits are kept.

@@ -24,6 +24,7 @@ from ibke.cli.console import (
     ModelName,
     load_for_editing,
 )
+from ibke.cli.keep import HOME
 from ibke.cli.output import print_json, screen, shorten
 from ibke.errors import FormatError, LedgerError
 from ibke.files import write_atomically
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Option("--ledger", envvar="IBKE_LEDGER", help="The ledger's folder.")]
 Numbers = Annotated[list[int], typer.Argument(help="Numbers of edits, as `ibke log` shows them.")]
 Note = Annotated[str, typer.Option(help="Why, in your own words.")]
-HOME = Path(".ibke")  # where a ledger is looked for unless told otherwise
 
 
 def _open(folder: Path) -> Ledger:
