@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from random_editor import REQUESTS, RandomEditor, random_edit
 from ibke.batch import Pair, collate
 from ibke.edit import Edit, EditInfo
 from ibke.errors import RequestError
+from ibke.evaluation import questions as questions_module
 from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
 from ibke.evaluation.protocols import evaluate, evaluate_base, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
@@ -101,15 +103,40 @@ def test_scores_are_those_of_the_full_model(tiny_model: Callable[..., LanguageMo
     pairs = [encode_pair(prompt, target, "bare", lm.tokenizer) for prompt, target in zip(PROMPTS, "abcd", strict=True)]
     edits = [random_edit(lm, rank, seed=rank, scale=0.3) for rank in (1, 2, 3, 4)]
     scores, moved = score(lm, pairs, edits, batch_size=3), divergence(lm, pairs, edits, batch_size=3)
-    for pair, edit, forced, (base_edited, edited_base) in zip(pairs, edits, scores, moved, strict=True):
+    for pair, edit, forced, found in zip(pairs, edits, scores, moved, strict=True):
         base = answer_log_probs(lm, pair)
         with EditSession(lm).attach(edit):
             edited = answer_log_probs(lm, pair)
         assert forced.predicted == tuple(edited.argmax(-1).tolist())
         expected = [-edited[i, token].item() for i, token in enumerate(pair.answer)]
         assert forced.nll == pytest.approx(expected, rel=1e-4)
-        assert base_edited == pytest.approx((base.exp() * (base - edited)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
-        assert edited_base == pytest.approx((edited.exp() * (edited - base)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+        forward, backward = (base.exp() * (base - edited)).sum(-1), (edited.exp() * (edited - base)).sum(-1)
+        assert found.forward == pytest.approx(forward.mean().item(), rel=1e-3, abs=1e-6)
+        assert found.backward == pytest.approx(backward.mean().item(), rel=1e-3, abs=1e-6)
+        assert found.same == (edited.argmax(-1).tolist() == list(pair.answer))
+
+
+def test_answers_that_need_not_be_generated_are_the_generated_ones(
+    tiny_model: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = tiny_model("llama"), []
+    plain, measure = questions_module.generate, questions_module.divergence
+
+    def generate_and_count(lm: LanguageModel, prompts: Any, *edits: Any, **how: Any) -> Any:
+        asked.append(len(prompts) if edits else 0)
+        return plain(lm, prompts, *edits, **how)
+
+    monkeypatch.setattr(questions_module, "generate", generate_and_count)
+    quick = [evaluate(lm, RandomEditor(lm, scale=scale), REQUESTS)["scores"] for scale in (0.0, 0.05, 0.3)]
+    spared = sum(asked)
+    asked.clear()
+    monkeypatch.setattr(
+        questions_module,
+        "divergence",
+        lambda *given, **how: [replace(one, same=False) for one in measure(*given, **how)],
+    )
+    slow = [evaluate(lm, RandomEditor(lm, scale=scale), REQUESTS)["scores"] for scale in (0.0, 0.05, 0.3)]
+    assert quick == slow and spared < sum(asked)
 
 
 def answer_log_probs(lm: LanguageModel, pair: Pair) -> torch.Tensor:

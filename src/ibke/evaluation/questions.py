@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
+import torch
+
 from ibke.batch import Pair
+from ibke.edit import Edit
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Tick, generate, of_rows
+from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Tick, Together, generate, of_rows
 from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
-from ibke.evaluation.scoring import Forced, divergence, score
+from ibke.evaluation.scoring import Forced, Moved, divergence, score
 from ibke.frames import Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
@@ -111,14 +114,47 @@ def ask(
             yield from ((q, judge(q, b, b), None) for q, b in zip(batch, base, strict=True))
             continue
         rows = of_rows(edits, [q.edit for q in batch])
-        answers = generate(lm, [q.pair.prompt for q in batch], rows, batch_size=batch_size, tick=tick)
-        edited = _outcomes(lm, batch, answers, rows, batch_size)
         moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
+        answers = _edited(lm, batch, rows, base, moved, batch_size, tick)
+        edited = _outcomes(lm, batch, answers, rows, batch_size)
         for q, b, e, kl in zip(batch, base, edited, moved, strict=True):
             scores = judge(q, b, e)
             if kl is not None:
-                scores |= {("kl_nats", "base_edited"): kl[0], ("kl_nats", "edited_base"): kl[1]}
+                scores |= {("kl_nats", "base_edited"): kl.forward, ("kl_nats", "edited_base"): kl.backward}
             yield q, judge(q, b, b), scores
+
+
+def _edited(
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    edits: InForce,
+    base: Sequence[Outcome],
+    moved: Sequence[Moved | None],
+    batch_size: int,
+    tick: Tick | None,
+) -> list[Answer]:
+    """The edited model's answers.
+
+    Where each token of the base's is its likeliest too, it gives that one, and need not be asked. Not so where rounding
+    makes another likeliest in a pass of another shape, or where something acts that may take a pass over prompt and
+    answer for another question.
+    """
+    answers = [outcome.answer for outcome in base]
+    certain = lm.dtype == torch.float32 and not any(edit.parts for edit in _all(edits))
+    open_rows = [row for row, one in enumerate(moved) if not (certain and one and one.same)]
+    if tick:
+        tick(len(asked) - len(open_rows))
+    prompts = [asked[row].pair.prompt for row in open_rows]
+    said = generate(lm, prompts, of_rows(edits, open_rows), batch_size=batch_size, tick=tick)
+    for row, answer in zip(open_rows, said, strict=True):
+        answers[row] = answer
+    return answers
+
+
+def _all(edits: InForce) -> Iterator[Edit]:
+    """Every edit in force anywhere."""
+    some = edits.edits if isinstance(edits, Together) else edits or ()
+    return (edit for edit in some if edit is not None)
 
 
 def _base(

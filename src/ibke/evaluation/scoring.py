@@ -62,16 +62,27 @@ def score(
     return [scores[row] for row in range(len(pairs))]
 
 
+@dataclass(frozen=True)
+class Moved:
+    """How far an edit moves the next-token distributions along an answer.
+
+    Args:
+        forward: KL(base‖edited), mean over the answer's positions (nats per token).
+        backward: KL(edited‖base), the same.
+        same: whether the answer's tokens are the edited model's likeliest, so that it would give that answer too.
+    """
+
+    forward: float
+    backward: float
+    same: bool
+
+
 @torch.inference_mode()
 def divergence(
     lm: LanguageModel, pairs: Sequence[Pair], edits: InForce, *, batch_size: int = BATCH_SIZE
-) -> list[tuple[float, float]]:
-    """How far an edit moves the next-token distributions along an answer.
-
-    Returns:
-        for each pair, KL(base ‖ edited) and KL(edited ‖ base), mean over the answer's positions (nats per token).
-    """
-    divergences: dict[int, tuple[float, float]] = {}
+) -> list[Moved]:
+    """How far edits move each pair's distributions, under an edit of its own or those of all rows."""
+    found: dict[int, Moved] = {}
     for rows in plan([len(pair) for pair in pairs], batch_size):
         batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
         base_ND = _answer_states(lm, batch)
@@ -81,12 +92,14 @@ def divergence(
         for part in _parts(len(base_ND)):
             base_NV, edited_NV = _log_probs(lm, base_ND[part]), _log_probs(lm, edited_ND[part])
             gap_NV = base_NV - edited_NV
-            parts.append(torch.stack([(base_NV.exp() * gap_NV).sum(-1), -(edited_NV.exp() * gap_NV).sum(-1)]))
-        forward_N, backward_N = torch.cat(parts, dim=1)
+            kl = [(base_NV.exp() * gap_NV).sum(-1), -(edited_NV.exp() * gap_NV).sum(-1)]
+            parts.append(torch.stack([*kl, (edited_NV.argmax(-1) != batch.labels_N[part]).float()]))
+        forward_N, backward_N, other_N = torch.cat(parts, dim=1)
         counts = batch.per_row(torch.ones_like(forward_N))
-        forward, backward = batch.per_row(forward_N) / counts, batch.per_row(backward_N) / counts
-        divergences |= dict(zip(rows, zip(forward.tolist(), backward.tolist(), strict=True), strict=True))
-    return [divergences[row] for row in range(len(pairs))]
+        means = (batch.per_row(forward_N) / counts, batch.per_row(backward_N) / counts, batch.per_row(other_N) == 0)
+        for row, *one in zip(rows, *(mean.tolist() for mean in means), strict=True):
+            found[row] = Moved(*one)
+    return [found[row] for row in range(len(pairs))]
 
 
 def _answer_states(lm: LanguageModel, batch: Batch) -> Tensor:
