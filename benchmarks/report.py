@@ -113,7 +113,7 @@ def rivals(protocol: str) -> str:
     if not by_method:
         return "Not measured yet."
     heads = [f"{TITLES[name]}: rel. | gen. | loc. | mean" for name in names]
-    heads += ["s/edit | KB/edit | perplexity | choices kept"]
+    heads += ["s/edit | KB/edit | perplexity moved by | choices kept"]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 5) + "|"]
     for method, found in sorted(by_method.items(), key=lambda item: -_score(item[1].values())):
         cells = [method] + [text for name in names for text in _quality(found.get(name))]
@@ -121,7 +121,9 @@ def rivals(protocol: str) -> str:
         effects = [row["effects"] for row in some]
         cells += [_mean([row["seconds_per_edit"] for row in some], ".2f")]
         cells += [_mean([row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
-        cells += [_mean([each["perplexity_change"] for each in effects], "+.1%")]
+        cells += [
+            _mean([abs(each["perplexity_change"]) for each in effects if each["perplexity_change"] is not None], ".2%")
+        ]
         cells += [_mean([each["choices_kept"] for each in effects], ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -162,9 +164,10 @@ def main() -> None:
     parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
     parts |= {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS} | {"tuned": tuned()}
     for name, text in parts.items():
-        before, _, rest = page.partition(f"<!-- {name} -->\n")
-        _, _, after = rest.partition(f"\n<!-- /{name} -->")
-        page = f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}"
+        before, mark, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert mark and end, f"{PAGE} has no place for {name!r}"
+        page = f"{before}{mark}{text}\n{end}{after}"
     PAGE.write_text(page, encoding="utf-8")
 
 
