@@ -14,7 +14,7 @@ from random_editor import RandomEditor, random_edit
 
 from ibke.edit import Edit
 from ibke.editors.ibke.editor import IBKEEditor
-from ibke.errors import LedgerError
+from ibke.errors import LedgerError, RequestError
 from ibke.evaluation.generate import Together, generate
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
@@ -131,10 +131,13 @@ def test_somebody_else_may_write_meanwhile(lm: LanguageModel, tmp_path: Path) ->
 
 
 def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Path) -> None:
-    same = [EditRequest("The harbour", "one"), EditRequest("Boats leave", "x"), EditRequest("the harbour", "two")]
+    same = [EditRequest("The harbour", "one"), EditRequest("Boats leave", "x"), EditRequest("The harbour!", "two")]
     with Ledger(tmp_path, lm) as ledger:
         kept = Keeper(lm, ledger, Careless(lm)).add_all(same)
         assert [one.number for one in kept] == [1, 2, 3] and kept[2].supersedes == (1,)
+        assert ledger.active() == [2, 3]
+        with pytest.raises(RequestError, match="requests 1 and 2 say different things, 'one' and 'two'"):
+            Keeper(lm, ledger, Careless(lm)).add_all([same[0], EditRequest(" the  harbour", "two")])
         assert ledger.active() == [2, 3]
 
 
@@ -232,3 +235,5 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     assert [one["outcome"] for one in second["edits"]] == ["there already", "kept"] and second["in_force"] == 2
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
+    file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))
+    refused(run(*command), "requests 2 and 3 say different things")

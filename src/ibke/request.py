@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,3 +155,25 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
                     raise RequestError(error.what, where, error.todo) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot be read ({error}).", str(path), "Check the path and that it is UTF-8.") from None
+
+
+def refuse_contradictions(requests: Iterable[EditRequest], where: str = "requests") -> int:
+    """Of one prompt only one target can come; returns how many requests there are.
+
+    Only a hash of each prompt and target is kept, so a file of any length may be passed through.
+
+    Raises:
+        RequestError: two requests say different things; names both.
+    """
+    known: dict[int, tuple[int, int, str]] = {}
+    count = 0
+    for count, request in enumerate(requests, start=1):
+        prompt, target = " ".join(request.prompt.split()).casefold(), request.target_new.strip()
+        first, said, shown = known.setdefault(hash(prompt), (count, hash(target), target[:60]))
+        if said != hash(target):
+            raise RequestError(
+                f"requests {first} and {count} say different things, {shown!r} and {target[:60]!r}.",
+                f"{where}, prompt {request.prompt[:60]!r}",
+                "Leave one of them out.",
+            )
+    return count

@@ -30,7 +30,7 @@ from ibke.cli.keep import HOME, Keeping, keep_all, numbered, refuse_unused
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
 from ibke.errors import RequestError
-from ibke.request import EditRequest, Probe, read_requests
+from ibke.request import EditRequest, Probe, read_requests, refuse_contradictions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,9 @@ def edit(
     elif out is None and how is None:
         raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
     else:
-        count = sum(1 for _ in read_requests(requests))  # every line is checked before anything is computed
+        # Every line is checked before anything is computed.
+        lines = read_requests(requests)
+        count = refuse_contradictions(lines, str(requests)) if how else sum(1 for _ in lines)
         if not count:
             raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
         lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())

@@ -16,7 +16,7 @@ from ibke.ledger.conflicts import superseded
 from ibke.ledger.guard import Guard, Verdict
 from ibke.ledger.ledger import Ledger
 from ibke.models import LanguageModel
-from ibke.request import EditRequest
+from ibke.request import EditRequest, refuse_contradictions
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Keeper:
     ) -> list[Kept]:
         """Make several edits in batches and check them together; where that breaks a limit, half of them at a time.
 
-        So a harmful one costs some more checks, and those it came with are kept all the same. Of two of the same fact
-        the later one is in force.
+        So a harmful one costs some more checks, and those it came with are kept all the same. Of two of one fact in other
+        words the later one is in force.
 
         Args:
             requests: what the model shall say.
@@ -125,10 +125,11 @@ class Keeper:
             force: edit even where the model says so already.
 
         Raises:
-            IBKEError: a request cannot be used, or the ledger cannot be read or written.
+            IBKEError: a request cannot be used, two contradict each other, or the ledger cannot be read or written.
         """
         began = time.perf_counter()
         self.editor.pairs(requests)  # refuses what cannot be edited before anything is made
+        refuse_contradictions(requests)
         said = [False] * len(requests) if force else self._say(requests, self.state())
         todo = [row for row, already in enumerate(said) if not already]
         made = self.editor.edit_each([requests[row] for row in todo]) if todo else []

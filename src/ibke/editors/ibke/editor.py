@@ -25,7 +25,7 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_o
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import FormatError, ModuleNotEditableError, RequestError
+from ibke.errors import FormatError, ModuleNotEditableError
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
 from ibke.models import LanguageModel
@@ -33,7 +33,7 @@ from ibke.modules import target_modules
 from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
-from ibke.request import EditRequest
+from ibke.request import EditRequest, refuse_contradictions
 from ibke.rows import EDIT, RowGroup, build_groups, row_terms
 from ibke.session import EditSession
 from ibke.subjects import subject_of
@@ -134,7 +134,7 @@ class IBKEEditor(Editor):
         """
         began = time.perf_counter()
         self.pairs(requests)  # refuses what cannot be edited before anything is made
-        _refuse_contradiction(requests)
+        refuse_contradictions(requests)
         edits = self.edit_each(requests)
         if len(edits) == 1:
             return edits[0]
@@ -357,20 +357,3 @@ class IBKEEditor(Editor):
             asked = [pair.reached(0) for pair in asked]
         pad_id = self.lm.tokenizer.pad_token_id
         return build_groups(self.part, asked, [EDIT] * len(asked), about, pad_id, prefixes=self.prefixes)
-
-
-def _refuse_contradiction(requests: Sequence[EditRequest]) -> None:
-    """Of one prompt only one target can come.
-
-    Raises:
-        RequestError: there are two.
-    """
-    known: dict[str, EditRequest] = {}
-    for request in requests:
-        other = known.setdefault(request.prompt.strip(), request)
-        if other.target_new.strip() != request.target_new.strip():
-            raise RequestError(
-                f"two targets for one prompt, {other.target_new!r} and {request.target_new!r}.",
-                f"prompt {request.prompt[:60]!r}",
-                "Leave one of them out.",
-            )
