@@ -115,8 +115,8 @@ class Keeper:
     ) -> list[Kept]:
         """Make several edits in batches and check them together; where that breaks a limit, half of them at a time.
 
-        So a harmful one costs some more checks, and those it came with are kept all the same. Of two of one fact in other
-        words the later one is in force.
+        So a harmful one costs some more checks, and those it came with are kept all the same. Of two of one fact in
+        other words the later one is in force.
 
         Args:
             requests: what the model shall say.
