@@ -94,6 +94,21 @@ def test_an_edit_taken_back_leaves_no_trace(ledger: Ledger, lm: LanguageModel, e
         assert torch.equal(lm.model(prompt).logits, before)
 
 
+def test_one_among_a_thousand_is_taken_back(ledger: Ledger, lm: LanguageModel, tmp_path: Path) -> None:
+    def made(number: int) -> Edit:
+        return random_edit(lm, 1, seed=number, scale=0.01, layers=[1])
+
+    numbers = [ledger.commit(made(number)) for number in range(1000)]
+    ledger.revert([numbers[499]])
+    with Ledger(tmp_path / "never", lm) as never:
+        for number in range(1000):
+            if number != 499:
+                never.commit(made(number))
+        assert len(ledger.active()) == 999 and same(ledger.state(), never.state())
+    ledger.revert(ledger.active(), note="all")
+    assert ledger.state() is None and verify(ledger) == []
+
+
 def test_what_supersedes_is_taken_back_and_the_old_is_in_force_again(ledger: Ledger, edits: list[Edit]) -> None:
     first = ledger.commit(edits[0])
     second = ledger.commit(edits[1], supersedes=[first])
