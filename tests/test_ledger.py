@@ -233,6 +233,7 @@ def test_a_ledger_goes_out_and_comes_in_again(
 def write_until_killed(folder: Path, lm: LanguageModel, edits: list[Edit], tell: int) -> None:
     """Commit and take back, telling each number that was promised to be on the disk."""
     with Ledger(folder, lm) as ledger:
+        os.write(tell, b"0\n")
         for edit in edits * 1000:
             number = ledger.commit(edit)
             os.write(tell, f"{number}\n".encode())
@@ -244,7 +245,7 @@ def test_killed_at_any_moment_nothing_committed_is_lost(lm: LanguageModel, edits
     draw = random.Random(0)
     Ledger(tmp_path, lm).close()
     promised = 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         hear, tell = os.pipe()
         child = os.fork()
         if not child:
@@ -253,11 +254,13 @@ def test_killed_at_any_moment_nothing_committed_is_lost(lm: LanguageModel, edits
             finally:
                 os._exit(1)
         os.close(tell)
+        if kill % 4:  # else it may be killed before it has begun
+            os.read(hear, 1)
         time.sleep(draw.uniform(0.0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(hear) as heard:
-            promised = max([promised, *(int(line) for line in heard if line.endswith("\n"))])
+            promised = max([promised, *(int(line) for line in heard if line.strip() and line.endswith("\n"))])
     with Ledger(tmp_path, lm) as ledger:
         assert verify(ledger) == []
         made = [entry.id for entry in ledger.entries()]
