@@ -233,6 +233,14 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     file.write_text("\n".join(lines[:2]))
     second = json.loads(run(*command).stdout)
     assert [one["outcome"] for one in second["edits"]] == ["there already", "kept"] and second["in_force"] == 2
+    # A line that says something else now is a new request, wherever it stands; a note changes nothing.
+    file.write_text("\n".join([lines[0], lines[1].replace("green", "red")]))
+    changed = json.loads(run(*command, "--note", "why").stdout)
+    assert [one["outcome"] for one in changed["edits"]] == ["there already", "kept"]
+    noted = json.loads(run("log", "--ledger", tmp_path / "kept", "--json").stdout)["events"][-1]["note"]
+    assert noted == "requests.jsonl#2: why"
+    again = json.loads(run(*command, "--note", "another").stdout)
+    assert {one["outcome"] for one in again["edits"]} == {"there already"}
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))

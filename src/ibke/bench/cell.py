@@ -39,7 +39,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.protocols import evaluate, sample
     from ibke.evaluation.side_effects import Battery
-    from ibke.files import cache_folder, find_file
+    from ibke.files import find_file
     from ibke.models import load_model
 
     given, contender, data = cell.conditions, cell.contender, cell.data
@@ -48,7 +48,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     requests = sample(list(read(find_file(data.path), data.format, skipped)), cell.stage.limit, cell.seed, "random")
     lm = load_model(given.model, device=given.device, dtype=given.dtype, modules=given.modules or None)
     editor = method_class(contender.method).for_model(lm, path=contender.editor, **contender.settings)
-    baseline = Baseline(lm, cache_folder() / "answers")
+    baseline = Baseline.in_cache(lm)
     return evaluate(
         lm,
         editor,

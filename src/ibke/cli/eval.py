@@ -31,7 +31,6 @@ from ibke.cli.output import check_writable, number, print_json, screen, write_js
 from ibke.cli.settings import Settings
 from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.errors import RequestError
-from ibke.files import cache_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +108,7 @@ def _measure(
     from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.side_effects import Battery
 
-    baseline = Baseline(lm, cache_folder() / "answers")
+    baseline = Baseline.in_cache(lm)
     with Bars() as tick:
         if besides:
             tick("Unedited model", 0, None)

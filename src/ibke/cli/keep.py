@@ -17,11 +17,13 @@ from ibke.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
     from ibke.editors.base import Editor
+    from ibke.ledger import Ledger
     from ibke.ledger.guard import Guard
     from ibke.ledger.keeper import Keeper, Kept
     from ibke.models import LanguageModel
 
 
+PLACE_AND_NOTE = ": "  # stands between a request's place in its file and what the user notes
 HOME = Path(".ibke")  # where a ledger is unless told otherwise
 
 
@@ -109,13 +111,13 @@ def keep_all(
     with Bars() as tick, Ledger(how.ledger, lm) as ledger:
         tick("Asking probes", 0, None)
         keeper = Keeper(lm, ledger, editor, how.guard(lm))
-        known = {event.note for event in ledger.events()} - {""}
+        known = _there(ledger)
         done = 0
         while some := list(islice(requests, how.group)):
-            new = [one for one in some if one[1] not in known]
-            for request, note in some:
-                if note in known:
-                    note_down({"prompt": request.prompt, "outcome": "there already", "note": note})
+            new = [one for one in some if _mark(*one) not in known]
+            for request, place in some:
+                if _mark(request, place) in known:
+                    note_down({"prompt": request.prompt, "outcome": "there already", "note": place})
             for outcome in _outcomes(keeper, new, how.note, force):
                 tick.print(
                     console, _line(outcome) if isinstance(outcome, Kept) else Text(f"✗ {outcome[1]}", style="red")
@@ -134,13 +136,26 @@ def keep_all(
     return NOT_ACHIEVED if "missed" in outcomes else DONE
 
 
+def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:
+    """What a request of a file is known by: its place, and what it says, since a file may change."""
+    return place, request.prompt, request.target_new
+
+
+def _there(ledger: Ledger) -> set[tuple[str, str, str]]:
+    """The marks of all edits that came from a file, taken back or not."""
+    places = {event.edit: event.note.split(PLACE_AND_NOTE)[0] for event in ledger.events() if event.action == "commit"}
+    found = ((entry, places[entry.id]) for entry in ledger.entries() if "#" in places[entry.id])
+    return {_mark(entry.requests[0], place) for entry, place in found}
+
+
 def _outcomes(
     keeper: Keeper, some: list[tuple[EditRequest, str]], note: str, force: bool
 ) -> Iterator[Kept | tuple[EditRequest, RequestError]]:
     """What became of some requests; one that cannot be used does not keep the others from theirs."""
     if not some:
         return
-    requests, notes = [request for request, _ in some], [own or note for _, own in some]
+    requests = [request for request, _ in some]
+    notes = [PLACE_AND_NOTE.join(filter(None, (place, note))) for _, place in some]
     try:
         yield from keeper.add_all(requests, notes=notes, force=force)
     except RequestError as error:

@@ -24,43 +24,11 @@ from ibke.request import EditRequest
 from ibke.subjects import subject_of
 
 # Words that do not say what is asked.
-EMPTY = {
-    "a",
-    "an",
-    "and",
-    "are",
-    "at",
-    "be",
-    "by",
-    "did",
-    "do",
-    "does",
-    "for",
-    "from",
-    "has",
-    "have",
-    "how",
-    "in",
-    "is",
-}
-EMPTY |= {
-    "it",
-    "its",
-    "of",
-    "on",
-    "or",
-    "s",
-    "that",
-    "the",
-    "to",
-    "was",
-    "were",
-    "what",
-    "when",
-    "where",
-    "which",
-    "who",
-}
+_LITTLE = """
+    a an and are at be by did do does for from has have how in is it its of on or s that the to was were what when where
+    which who
+"""
+EMPTY = frozenset(_LITTLE.split())
 ALIKE = 0.6  # cosine of two keys in the metric of generic ones, from which on they may be of one subject
 
 

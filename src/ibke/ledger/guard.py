@@ -28,7 +28,6 @@ from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, generate, in_force
 from ibke.evaluation.metrics import contains, exact_match
 from ibke.evaluation.scoring import score
-from ibke.files import cache_folder
 from ibke.frames import Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import first_layer, resolve
@@ -140,7 +139,7 @@ class Guard:
         self.lm, self.limits = lm, limits or Limits()
         self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
         prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
-        answers = self._answered(prompts, Baseline(lm, cache_folder() / "answers"))
+        answers = self._answered(prompts, Baseline.in_cache(lm))
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
