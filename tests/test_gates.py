@@ -1,5 +1,6 @@
 """Gates of edits made apart, found again when they come to stand side by side."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -170,3 +171,20 @@ def test_what_does_not_fit_is_refused(generic_DD, broken):
     assert Told.checked("mlp", tensors, [0.4, 200.0, 6.0], WIDTH, 2).gate == GATE
     with pytest.raises(FormatError, match="do not fit"):
         Told.checked("mlp", tensors | broken, [0.4, 200.0, 6.0], WIDTH, 2)
+
+
+def test_many_edits_must_be_surer_each(generic_DD, constant_D, monkeypatch):
+    monkeypatch.setattr("ibke.gates.FEW", 2)
+    gate = replace(GATE, threshold=0.6)
+    # Keys that say nothing of each other, so that nothing has to be taken back.
+    axes = torch.eye(WIDTH) * 8 / constant_D
+
+    def one(axis):
+        pulled = torch.linalg.solve(generic_DD, axes[axis : axis + 1].double().T).T.float()
+        kept = axes[axis : axis + 1] / axes[axis].square().sum()
+        return Told(axes[axis : axis + 1], axes[:0], pulled, torch.zeros(1, dtype=torch.long), gate, kept)
+
+    for count, threshold in ((1, 0.6), (2, 0.6), (6, 0.6 + 0.05 * math.log10(3)), (10, 0.6 + 0.05 * math.log10(5))):
+        several = [one(axis) for axis in range(count)]
+        found_ED = Told.join(several).addresses(constant_D)
+        torch.testing.assert_close(found_ED, torch.cat([told.kept_ED for told in several]) * 0.6 / threshold)

@@ -13,9 +13,11 @@ from conftest import make_tiny
 from random_editor import RandomEditor, random_edit
 
 from ibke.edit import Edit
+from ibke.editors.fine_tuning import BoundedFineTuning, FineTuning
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import LedgerError, RequestError
 from ibke.evaluation.generate import Together, generate
+from ibke.fingerprint import mark
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
 from ibke.ledger.care import verify
@@ -110,6 +112,19 @@ def test_of_a_group_only_what_does_harm_is_refused(lm: LanguageModel, tmp_path: 
         assert ledger.active() == [1, 2, 3, 4]
         assert [event.note for event in ledger.events()] == ["a", "b", "d", "e"]
         assert Keeper(lm, ledger, Careless(lm), guard).add_all(spoken[:2])[0].already
+
+
+def test_the_ledger_says_which_editor_it_was(lm: LanguageModel, tmp_path: Path) -> None:
+    request = EditRequest("The harbour", said(lm, "The harbour"))
+    with Ledger(tmp_path, lm) as ledger:
+        editor = FineTuning.for_model(lm, epochs=1)
+        Keeper(lm, ledger, editor).add(request, force=True)
+        assert [entry.editor for entry in ledger.entries()] == [editor.mark]
+    others = FineTuning.for_model(lm, epochs=2), BoundedFineTuning.for_model(lm, epochs=1)
+    assert FineTuning.for_model(lm, epochs=1).mark == editor.mark != others[0].mark != others[1].mark != editor.mark
+    weights = {"w": torch.ones(2, 3)}
+    reshaped, renamed = {"w": torch.ones(3, 2)}, {"v": weights["w"]}
+    assert len({mark("", weights), mark("x", weights), mark("", reshaped), mark("", renamed)}) == 4
 
 
 def test_somebody_else_may_write_meanwhile(lm: LanguageModel, tmp_path: Path) -> None:

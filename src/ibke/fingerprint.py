@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +44,17 @@ def fingerprint(model: Any) -> str:
         ]
     essentials = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     return hashlib.sha256(json.dumps([essentials, rows]).encode()).hexdigest()[:32]
+
+
+def mark(what: str, tensors: Mapping[str, Tensor]) -> str:
+    """What tells trained weights and their settings from others: 12 hexadecimal digits.
+
+    Args:
+        what: the settings, in words.
+        tensors: the weights, by name; may be empty.
+    """
+    rows = [(name, list(tensor.shape), _digest(tensor)) for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([what, rows]).encode()).hexdigest()[:12]
 
 
 def _digest(tensor: Tensor) -> str:

@@ -19,12 +19,16 @@ address a, and only where another's key u answers too loudly is that taken back,
 
     a ← a + Σ_j w_j p_j   with the least  ‖d‖²_B + F Σ_k (d·k)² + F Σ_u ((a + d)·u)²,  d the change, F = ``FIRM``.
 
+The more edits there are, the more often some gate opens where none should. So beyond ``FEW`` edits each must be surer:
+its address is made shorter, as if the threshold were higher by ``SURER`` for every tenfold number.
+
 Shape suffixes: E edits, T keys that answer, S keys that must not, U = T + S, D width of what gates look at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +38,11 @@ from ibke.errors import FormatError
 
 QUIET = 0.8  # of the threshold, at keys of other edits
 FIRM = 3.0  # weight of a key against those that B stands for
-STILL = 0.7  # of its own response an edit keeps at least, or stays as it is
+STILL, SLACK = 0.7, 0.1  # of its own response an edit keeps at least, and above its threshold, or stays as it is
 LEAST = 0.05  # response at an edit's own keys that is still made 1
 LEAST_CONSTANT = 0.1  # c·x, by which responses are divided, counts as so much at least
+FEW, SURER = 100, 0.05  # edits, and response (ratio 0–1)
+AT_ONCE = 256  # edits whose responses are held at a time
 
 
 @dataclass(frozen=True)
@@ -184,31 +190,46 @@ class Told:
 
     def _loudest(self, found_ED: Tensor, constant_D: Tensor) -> Tensor:
         """The largest response of each address at a key that is not its own (E)."""
-        return self._foreign(found_ED, torch.cat([self.answer_TD, self.silent_SD]).double(), constant_D).amax(-1)
+        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).double()
+        some = self._foreign(found_ED, keys_UD, constant_D)
+        return torch.cat([response_EU.amax(-1) for _, response_EU in some])
 
-    def _foreign(self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor) -> Tensor:
-        """The response of each address at every key but its own, where it is 0 (E × U); answering keys come first."""
+    def _foreign(self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The response of addresses at every key but their own, where it is 0 (E × U); answering keys come first.
+
+        Some addresses at a time, each time with the first one's number: of ten thousand edits all of it were gigabytes.
+        """
         level_U = (keys_UD @ constant_D).clamp_min(LEAST_CONSTANT)
-        response_EU = found_ED @ keys_UD.T / level_U
-        response_EU[self.owner_T, torch.arange(len(self.owner_T))] = 0.0
-        return response_EU
+        own_T = torch.arange(len(self.owner_T))
+        for first in range(0, len(found_ED), AT_ONCE):
+            response_EU = found_ED[first : first + AT_ONCE] @ keys_UD.T / level_U
+            mine_T = (self.owner_T >= first) & (self.owner_T < first + AT_ONCE)
+            response_EU[self.owner_T[mine_T] - first, own_T[mine_T]] = 0.0
+            yield first, response_EU
 
     def _amended(self, kept_ED: Tensor, constant_D: Tensor) -> Tensor:
         """Addresses that answer to other edits' keys no more (E × D, float64)."""
         keys_TD, pulled_TD = self.answer_TD.double(), self.pulled_UD[: len(self.answer_TD)].double()
-        loud_ET = self._foreign(kept_ED, keys_TD, constant_D) > QUIET * self.gate.threshold
+        loud: dict[int, Tensor] = {}
+        for first, response_ET in self._foreign(kept_ED, keys_TD, constant_D):
+            loud_ET = response_ET > QUIET * self.gate.threshold
+            # Few: others' keys seldom answer.
+            loud |= {first + row: loud_ET[row].clone() for row in loud_ET.any(-1).nonzero().flatten().tolist()}
         found_ED = kept_ED.clone()
-        for edit in loud_ET.any(-1).nonzero().flatten().tolist():  # few: others' keys seldom answer
+        threshold = self.gate.threshold + SURER * max(0.0, math.log10(self.count / FEW))
+        for edit, loud_T in loud.items():
             own_T = self.owner_T == edit
-            chosen_T = own_T | loud_ET[edit]
+            chosen_T = own_T | loud_T
             u_CD, p_CD, own_C = keys_TD[chosen_T], pulled_TD[chosen_T], own_T[chosen_T]
             response_C = u_CD @ kept_ED[edit]
             gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
             change_D = FIRM * torch.linalg.solve(gram_CC, response_C.masked_fill(own_C, 0.0)) @ p_CD
             left = (response_C[own_C] - u_CD[own_C] @ change_D).mean() / response_C[own_C].mean()
-            if left >= STILL:  # else both say the same of the same: there is nothing to tell apart
+            if left >= max(
+                STILL, threshold + SLACK
+            ):  # else both say the same of the same: there is nothing to tell apart
                 found_ED[edit] -= change_D
-        return found_ED
+        return found_ED * (self.gate.threshold / threshold)
 
     def _mean_by_edit(self, values_T: Tensor) -> Tensor:
         zeros_E = torch.zeros(self.count, dtype=values_T.dtype)

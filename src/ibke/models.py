@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class LanguageModel:
         name: what it was loaded as.
         architecture: where its editable modules are.
         fingerprint: hash of its weights (see ``ibke.fingerprint``).
+        sessions: those that have edits attached to it (see ``ibke.session``).
     """
 
     model: Any
@@ -42,6 +43,7 @@ class LanguageModel:
     name: str
     architecture: Architecture
     fingerprint: str
+    sessions: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,8 @@ Shape suffixes: R rank, I d_in, O d_out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -80,6 +81,8 @@ class EditSession:
         handles = [module.register_forward_hook(hooks[name]) for name, module in modules.items()]
         self._attached.append((edit, handles))
         self._attach_shared()
+        if self not in self.lm.sessions:
+            self.lm.sessions.append(self)
         return self
 
     def detach(self, edit: Edit | None = None) -> EditSession:
@@ -96,6 +99,8 @@ class EditSession:
                 handle.remove()
             self._attached.remove(pair)
         self._attach_shared()
+        if not self._attached and self in self.lm.sessions:
+            self.lm.sessions.remove(self)
         return self
 
     def merge(self, edit: Edit) -> EditSession:
@@ -218,6 +223,20 @@ class EditSession:
                 raise ModuleNotEditableError(
                     f"its weight is shared with {other}.", name, "Attach the edit instead of merging it."
                 )
+
+
+@contextmanager
+def set_aside(lm: LanguageModel) -> Iterator[None]:
+    """Take all edits that are attached to a model off it for a while, whoever attached them; merged ones stay."""
+    kept = [(session, session.attached) for session in lm.sessions]
+    for session, _ in kept:
+        session.detach()
+    try:
+        yield
+    finally:
+        for session, edits in kept:
+            for edit in edits:
+                session.attach(edit)
 
 
 def _refuse_size(name: str, mine: tuple[int, int], wanted: tuple[int, int]) -> None:

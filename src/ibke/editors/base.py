@@ -65,6 +65,14 @@ class Editor(ABC):
     def __init__(self, lm: LanguageModel):
         self.lm = lm
 
+    @property
+    def mark(self) -> str:
+        """What tells this editor's edits from those of another: a digest of method, settings and trained weights."""
+        from ibke.fingerprint import mark
+
+        network = getattr(self, "network", None)
+        return mark(repr((self.name, getattr(self, "settings", None))), network.state_dict() if network else {})
+
     @classmethod
     def for_model(cls, lm: LanguageModel, path: str | None = None, **settings: Any) -> Editor:
         """An editor ready for use with a model.

@@ -162,7 +162,7 @@ def pair_batches(pairs: Sequence[Pair], tokenizer: Any, device: torch.device) ->
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """The lines of a text file; our own text where none is named.
+    """The lines of a text file, or the longest text of each record of a JSON list; our own text where none is named.
 
     Raises:
         FormatError: it cannot be read.
@@ -170,10 +170,16 @@ def lines_of(text: str) -> Iterator[str]:
     place = find_file(text) if text else files("ibke.data").joinpath("text.txt")
     try:
         with place.open(encoding="utf-8") as lines:
-            yield from lines
-    except (OSError, UnicodeDecodeError) as error:
+            if place.name.endswith(".json"):
+                for record in json.load(lines):
+                    yield max((value for value in record.values() if isinstance(value, str)), key=len) + "\n"
+            else:
+                yield from lines
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise FormatError(
-            f"the text cannot be read ({error}).", str(place), "Name a text file in UTF-8, or leave `text` out."
+            f"the text cannot be read ({error}).",
+            str(place),
+            "Name a text file in UTF-8, or a JSON list of records that hold texts.",
         ) from None
 
 

@@ -69,13 +69,10 @@ class Keeper:
         ledger: where they are kept.
         editor: the method.
         guard: decides which are; None keeps all.
-        editor_mark: what the ledger shall say of the editor.
     """
 
-    def __init__(
-        self, lm: LanguageModel, ledger: Ledger, editor: Editor, guard: Guard | None = None, editor_mark: str = ""
-    ):
-        self.lm, self.ledger, self.editor, self.guard, self.editor_mark = lm, ledger, editor, guard, editor_mark
+    def __init__(self, lm: LanguageModel, ledger: Ledger, editor: Editor, guard: Guard | None = None):
+        self.lm, self.ledger, self.editor, self.guard, self.mark = lm, ledger, editor, guard, editor.mark
         self._edits: dict[int, Edit] = {}
         self._state: tuple[tuple[int, ...], Edit | None] = ((), None)
 
@@ -193,7 +190,7 @@ class Keeper:
                 one.edit,
                 scores=verdict.scores if verdict else {},
                 supersedes=supersedes,
-                editor=self.editor_mark,
+                editor=self.mark,
                 who=one.who,
                 note=one.note,
                 parent=parent,

@@ -80,11 +80,14 @@ class TrainSettings(RunSettings):
 
     Args:
         text: file of running text for the generic keys C₀; empty takes the training prompts alone.
+        words: file of running text; of its words, and of those of ``text``, the editor keeps those that come nearest to
+            opening training edits; empty keeps a sample.
         start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.
         config: the editor's own settings.
     """
 
     text: str = ""
+    words: str = ""
     start: str = ""
     config: IBKEConfig = field(default_factory=IBKEConfig)
 

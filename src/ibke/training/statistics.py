@@ -19,18 +19,26 @@ from ibke.neurons import Site
 from ibke.partial import PartialModel
 
 SEEN = 40_000  # words whose keys the constant is fitted to
-SPACING = 6  # one of six of them is a common word, until there are enough
 LOW, LOW_WEIGHT, FITS = 0.9, 10.0, 8  # where the constant is below this a word counts so much more; fitted so often
 FIRST_SHARE = 0.05  # of C₀ that stands for first positions, whose keys are like no others
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The generic keys' spectrum, the constant, the mean norm of what the MLP writes, and a sample of the keys."""
+    """What a frozen layer's MLP sees and writes.
+
+    Args:
+        spectrum: of the generic keys.
+        constant_D: c, with c·x = 1 for every key.
+        output_scale: mean norm of what it writes.
+        seen: some of the keys.
+        common: those that an editor keeps.
+    """
 
     spectrum: KeySpectrum
     constant_D: Tensor
     output_scale: Tensor
+    seen: Common
     common: Common
 
 
@@ -69,9 +77,9 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
     moment_DD = mixed(word.second, first.second)
     seen_SD, ids_S = torch.cat(keys)[:SEEN], torch.cat(ids)[:SEEN]
     constant_D = constant(seen_SD.double(), first.second, first.first)
-    common = Common(seen_SD[::SPACING][:COMMON], ids_S[::SPACING][:COMMON])
     spectrum = key_spectrum(moment_DD, len(moment_DD))
-    return LayerStatistics(spectrum, constant_D, torch.stack(norms).mean().cpu(), common)
+    words = Common(seen_SD, ids_S)
+    return LayerStatistics(spectrum, constant_D, torch.stack(norms).mean().cpu(), words, words.spread(COMMON))
 
 
 def constant(words_SD: Tensor, first_DD: Tensor, first_D: Tensor) -> Tensor:

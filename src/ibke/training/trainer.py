@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ibke.batch import Batch
-from ibke.editors.ibke.address import Addresser
+from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
+from ibke.editors.ibke.statistics import Common
 from ibke.editors.key_statistics import lines_of, pair_batches, text_batches
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
@@ -21,6 +23,7 @@ from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, target_modules
 from ibke.neurons import Site
 from ibke.partial import PartialModel
+from ibke.subjects import subject_of
 from ibke.training.building import Builder
 from ibke.training.cache import EpisodeCache
 from ibke.training.episodes import Episode
@@ -29,6 +32,7 @@ from ibke.training.settings import TrainSettings
 from ibke.training.statistics import LayerStatistics, layer_statistics
 from ibke.training.step import terms
 from ibke.training.validation import validate
+from ibke.training.words import useful_words
 
 Settings = TrainSettings
 LAYOUT = 6  # of cached shards; a new one makes old caches unseen, never misread
@@ -87,6 +91,45 @@ def take_statistics(settings: TrainSettings, ground: Ground, episodes: Sequence[
     return layer_statistics(ground.part, ground.site, batches())
 
 
+def make_addresser(
+    settings: TrainSettings,
+    ground: Ground,
+    statistics: LayerStatistics,
+    kind: type[Addresser],
+    common: Common,
+) -> Addresser:
+    """What makes the addresses of a run, told of some common words."""
+    config = settings.config
+    return kind(
+        ground.part,
+        ground.site.entrance,
+        ground.lm.tokenizer,
+        statistics.spectrum,
+        common,
+        config.threshold * statistics.constant_D.cpu(),
+        gamma=config.gamma,
+        ridge=config.ridge,
+        alike=config.alike,
+    )
+
+
+def with_words(
+    settings: TrainSettings,
+    ground: Ground,
+    statistics: LayerStatistics,
+    episodes: Sequence[Episode],
+    report: OnProgress,
+) -> LayerStatistics:
+    """With the words that the editor keeps chosen by what they do to training edits, where a text is named."""
+    if not settings.words:
+        return statistics
+    asked = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+    make = partial(make_addresser, settings, ground, statistics)
+    folder = Path(settings.cache or settings.out)
+    common = useful_words(make, statistics.seen, settings.words, asked, folder, report)
+    return replace(statistics, common=common)
+
+
 def prepare_episodes(
     settings: TrainSettings,
     ground: Ground,
@@ -96,21 +139,12 @@ def prepare_episodes(
 ) -> list[EpisodeCache]:
     """Episodes with everything cached that never changes, training first, then validation."""
     config, lm = settings.config, ground.lm
-    addresser = Addresser(
-        ground.part,
-        ground.site.entrance,
-        lm.tokenizer,
-        statistics.spectrum,
-        statistics.common,
-        config.threshold * statistics.constant_D.cpu(),
-        gamma=config.gamma,
-        ridge=config.ridge,
-        alike=config.alike,
-    )
+    addresser = make_addresser(settings, ground, statistics, Addresser, statistics.common)
     threshold = config.threshold if config.keys == "address" else None
     shut_D = None if threshold is None else threshold * statistics.constant_D.cpu()
     builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
-    identity = (LAYOUT, lm.fingerprint, config.layer, config.keys, config.threshold, addresser.identity, settings.text)
+    seen = (config.layer, config.keys, config.threshold, addresser.identity, settings.text, settings.words)
+    identity = (LAYOUT, lm.fingerprint, *seen)
     return [EpisodeCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report)]
 
 
@@ -239,7 +273,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     open_run(settings, resume)
     ground = prepare_ground(settings)
     drawn = draw_episodes(settings)
-    statistics = take_statistics(settings, ground, drawn[0])
+    statistics = with_words(settings, ground, take_statistics(settings, ground, drawn[0]), drawn[0], report)
     caches = prepare_episodes(settings, ground, statistics, drawn, report)
     network = start_network(settings, ground, statistics, caches[0])
     ground_relay(network, settings, ground.lm, drawn[0])

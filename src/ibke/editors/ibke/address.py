@@ -191,8 +191,8 @@ class Addresser:
         self.basis_DE = spectrum.basis_IE.cpu().double()
         self.values_E = spectrum.values_E.cpu().double() + ridge * spectrum.mean()
         self.pull = spectrum.inverse(gamma, ridge)
-        self.common = Common(common.keys_SD.cpu().double(), common.ids_S.cpu())
-        self.shut_S = self.common.keys_SD @ shut_D.cpu().double()
+        self.common = Common(common.keys_SD.cpu().float(), common.ids_S.cpu())
+        self.shut_S = self.common.keys_SD @ shut_D.cpu().float()
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -256,18 +256,19 @@ class Addresser:
         address_D = solved()
         mine = torch.tensor([row.tail[-1] for row in rows])
         for _ in range(ROUNDS):
-            near_SD = self._near(address_D, mine)
-            if not len(near_SD):
+            near = self.near(address_D, mine)
+            if not len(near):
                 break
-            silent_TD = torch.cat([silent_TD, near_SD])
+            silent_TD = torch.cat([silent_TD, self.common.keys_SD[near].double()])
             address_D = solved()
         return address_D
 
-    def _near(self, address_D: Tensor, mine: Tensor) -> Tensor:
-        """Common words that answer, or nearly, the subject's own last tokens apart."""
-        over_S = (self.common.keys_SD @ address_D - self.shut_S).masked_fill(torch.isin(self.common.ids_S, mine), -1.0)
+    def near(self, address_D: Tensor, mine: Tensor) -> Tensor:
+        """Which common words answer an address, or nearly; those that are among some tokens never do."""
+        over_S = self.common.keys_SD @ address_D.float() - self.shut_S
+        over_S = over_S.masked_fill(torch.isin(self.common.ids_S, mine), -1.0)
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
-        return self.common.keys_SD[which_S[most_S > -NEAR]]
+        return which_S[most_S > -NEAR]
 
     def _asks_the_same(self, keys_TD: Tensor, kind_T: Tensor) -> Tensor:
         """Which questions ask what the request asks: they move the subject's key the same way (bool, T of OTHER)."""

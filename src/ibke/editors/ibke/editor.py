@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest, refuse_contradictions
 from ibke.rows import EDIT, RowGroup, build_groups, row_terms
-from ibke.session import EditSession
+from ibke.session import EditSession, set_aside
 from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
@@ -126,7 +127,7 @@ class IBKEEditor(Editor):
         """One Edit that makes all requests true together.
 
         Each is made alone, and gates are told apart as edits come together (:mod:`ibke.gates`). Those whose targets
-        then come no more are made again beside the others.
+        then come no more are made again beside the others, edits that are attached to the model already included.
 
         Raises:
             RequestError: no request, one longer than the model's window, or the same prompt with two targets.
@@ -135,7 +136,8 @@ class IBKEEditor(Editor):
         began = time.perf_counter()
         self.pairs(requests)  # refuses what cannot be edited before anything is made
         refuse_contradictions(requests)
-        edits = self.edit_each(requests)
+        with set_aside(self.lm) if self.settings.base == "pristine" else nullcontext():
+            edits = self.edit_each(requests)
         if len(edits) == 1:
             return edits[0]
         nll_B, achieved_B = self._together(edits)

@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.editors.ibke.relay import Listening, relay_rate
+from ibke.errors import IBKEError
 from ibke.gates import Told
 from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.rows import OUTSIDE, RowGroup, RowTerms, merge, run_rows
+
+Base = Literal["pristine", "live"]
 
 RELAY_MOST = 8  # steps of the relay
 FEW_ROWS = 64  # up to here reading the weights costs more than computing on padding
@@ -39,6 +43,8 @@ class RefineSettings:
         extra: steps taken after the target is first generated, for margin.
         relay_steps: fewest steps in which the relay is found, else as many as the first write took; 0 for no relay.
         relay_learning_rate: of Adam for the relay at first, in units of its code.
+        base: the model that an edit is made on where others are attached already: ``pristine`` without them, so that
+            it is what it would be alone, and in the end the order of edits does not matter; or ``live`` with them.
     """
 
     steps: int = 40
@@ -48,6 +54,11 @@ class RefineSettings:
     extra: int = 0
     relay_steps: int = 2
     relay_learning_rate: float = 2.0
+    base: Base = "pristine"
+
+    def __post_init__(self) -> None:
+        if self.base not in get_args(Base):
+            raise IBKEError(f"an edit cannot be made on {self.base!r}.", "base", "Choose pristine or live.")
 
 
 @dataclass

@@ -13,11 +13,13 @@ from safetensors.torch import save as serialise
 
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.statistics import Common, packed, unpacked
 from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 5
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 6
+WORDS = "common_SD"  # the tensor that is kept as bytes
 SHIPPED = Path(__file__).parent / "shipped"
 
 
@@ -25,6 +27,7 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
     """Write weights and linear maps in half precision, and a manifest; each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: _half(name, tensor) for name, tensor in network.state_dict().items()}
+    tensors[WORDS] = packed(network.common_SD, network.spectrum).cpu().contiguous()
     manifest = {
         "format": "ibke-editor",
         "version": VERSION,
@@ -72,6 +75,7 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
     network = Bottleneck(config, manifest["module"], manifest["d_out"])
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
+        network.know(Common(unpacked(network.common_SD, network.spectrum), network.common_ids_S))
     except (SafetensorError, RuntimeError) as error:
         raise FormatError(
             f"the weights are damaged ({error}).", str(folder / WEIGHTS), "Fetch or train the editor again."
