@@ -189,10 +189,10 @@ class Told:
         return torch.linalg.inv(gram_UU)[:, :answering].T @ pulled_UD
 
     def _loudest(self, found_ED: Tensor, constant_D: Tensor) -> Tensor:
-        """The largest response of each address at a key that is not its own (E)."""
-        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).double()
-        some = self._foreign(found_ED, keys_UD, constant_D)
-        return torch.cat([response_EU.amax(-1) for _, response_EU in some])
+        """The largest response of each address at a key that is not its own (E); single precision does for a length."""
+        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).float()
+        some = self._foreign(found_ED.float(), keys_UD, constant_D.float())
+        return torch.cat([response_EU.amax(-1) for _, response_EU in some]).double()
 
     def _foreign(self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The response of addresses at every key but their own, where it is 0 (E × U); answering keys come first.
