@@ -1,39 +1,63 @@
-"""Streams of many edits with distinct, held-out subjects, for batch and sequential editing; and what becomes of them.
+"""Streams of many edits with distinct, held-out subjects, one group after another on one model.
 
-    IBKE_DATA=... python benchmarks/lifelong.py stream [--tuning] [--size 1000] [--kind mixed]
+    IBKE_DATA=... python benchmarks/lifelong.py run [--method ibke] [--kind mixed] [--size 1000] [--group 100]
 
-writes build/streams/KIND-SIZE.jsonl (`-tuning` holds other edits, for choosing settings).
+Every group's edit is kept under runs/lifelong as soon as it is made, so a run that was stopped goes on from there.
+After every `--every` edits a sample of all edits so far is asked about, text is read and the update measured; the rows
+are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--tuning`: others, for choosing settings).
 """
 
 import argparse
 import json
 import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from rivals import COUNTS, SEED
+from rivals import ABILITIES, COUNTS, QUESTIONS, SEED, TUNED, running_text  # the script beside this one
 
 from ibke.data.readers import read
+from ibke.edit import Edit
+from ibke.editors.base import Editor, method_class
+from ibke.evaluation.examination import Examination
+from ibke.evaluation.generate import Together
+from ibke.evaluation.machine import describe, peak_memory_mb
 from ibke.evaluation.protocols import sample
+from ibke.evaluation.sequence import InSequence, summed
+from ibke.evaluation.side_effects import Battery, Beside
+from ibke.files import write_atomically
+from ibke.models import LanguageModel, load_model
 from ibke.request import EditRequest
 from ibke.subjects import subject_of
 
 DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
-STREAMS = Path("build/streams")
+STREAMS, RUNS, RESULTS = Path("build/streams"), Path("runs/lifelong"), Path("benchmarks/results/lifelong")
+TOKENS = 4096  # of running text
 SHARES = {"mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4}, "counterfact": {"counterfact": 1.0}}
 """By kind of stream, from where its edits come; what a source lacks is made up with questions."""
 
 
 def main() -> None:
-    """Write a stream."""
+    """Write a stream, or run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stream",))
+    parser.add_argument("what", choices=("stream", "run"))
     parser.add_argument("--kind", choices=tuple(SHARES), default="mixed")
     parser.add_argument("--size", type=int, default=1000)
     parser.add_argument("--tuning", action="store_true")
+    parser.add_argument("--method", default="ibke")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--group", type=int, default=100, help="edits made at once")
+    parser.add_argument("--order", type=int, default=0, help="seed of the order")
+    parser.add_argument("--every", type=int, default=1000)
+    parser.add_argument("--sample", type=int, default=200, help="edits asked about")
     args = parser.parse_args()
-    print(stream(args.kind, args.size, args.tuning))
+    file = stream(args.kind, args.size, args.tuning)
+    print(file)
+    if args.what == "run":
+        run(file, args)
 
 
 def stream(kind: str, size: int, tuning: bool = False) -> Path:
@@ -41,9 +65,10 @@ def stream(kind: str, size: int, tuning: bool = False) -> Path:
     target = STREAMS / f"{kind}-{size}{'-tuning' if tuning else ''}.jsonl"
     if target.exists():
         return target
-    shares, chosen, subjects = SHARES[kind], [], set[str]()
-    for source in (*shares, "questions"):
-        wanted = round(shares.get(source, 0.0) * size) if source != "questions" else size - len(chosen)
+    chosen: list[EditRequest] = []
+    shares, subjects = SHARES[kind], set[str]()
+    for source in (*(name for name in shares if name != "questions"), "questions"):
+        wanted = size - len(chosen) if source == "questions" else round(shares[source] * size)
         for request in edits(source, tuning):
             if wanted < 1:
                 break
@@ -71,6 +96,113 @@ def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
         found = [request for index, request in enumerate(everything) if (index % 4 == 0) == tuning]
     random.Random(SEED).shuffle(found)
     yield from (request for request in found if request.rephrase_prompts)
+
+
+def run(file: Path, args: argparse.Namespace) -> None:
+    """Make a stream's edits, group by group, and measure now and then."""
+    name = f"{file.stem}.{args.method}{''.join(f'.{text}' for text in args.set)}.group-{args.group}.order-{args.order}"
+    folder, result = RUNS / name, RESULTS / f"{name}.json"
+    requests = list(read(file, "jsonl", []))
+    random.Random(f"order {args.order}").shuffle(requests)
+    groups = [requests[start : start + args.group] for start in range(0, len(requests), args.group)]
+    lm = load_model("smollm2-135m", dtype="float32")
+    text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
+    battery = Battery(lm, text, TOKENS, suites)
+    editor = prepared(lm, args.method, args.set)
+    with InSequence(lm) as sequence:
+        editor, made, seconds = taken_up(folder, sequence, editor)
+        for number in range(made, len(groups) + 1):
+            done = min(len(requests), number * args.group)
+            known = rows(result)
+            asked = done % args.every == 0 or done == len(requests)
+            if sequence.whole and asked and all(row["edits"] != done for row in known):
+                row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
+                row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
+                keep(result, {"stream": file.name, "rows": [*known, row]}, vars(args), describe(lm.device))
+            if number == len(groups):
+                break
+            began = time.perf_counter()
+            edit = editor.edit([as_asked(request) for request in groups[number]])
+            edit.save(folder / f"{number:05d}")
+            sequence.add(edit)
+            editor = editor.after(edit)
+            seconds.append((time.perf_counter() - began) / len(groups[number]))
+            write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
+            print(f"{done + len(groups[number])} of {len(requests)} edits, {seconds[-1]:.2f} s each", flush=True)
+
+
+def prepared(lm: LanguageModel, method: str, settings: Sequence[str]) -> Editor:
+    """A method with the settings it was found best with, and those given."""
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    chosen = dict(tuned.get(method, {}).get("settings", {}))
+    for text in settings:
+        key, _, value = text.partition("=")
+        try:
+            chosen[key] = json.loads(value)
+        except ValueError:
+            chosen[key] = value
+    return method_class(method).for_model(lm, **chosen)
+
+
+def abilities() -> tuple[str, ...]:
+    """Files of questions whose choices an edit must not move."""
+    return tuple(f"ability/{name}" for name in ABILITIES)
+
+
+def as_asked(request: EditRequest) -> EditRequest:
+    """What an editor may know of a request: paraphrases and probes are for the examination."""
+    return EditRequest(request.prompt, request.target_new, request.subject, request.target_true)
+
+
+def taken_up(folder: Path, sequence: InSequence, editor: Editor) -> tuple[Editor, int, list[float]]:
+    """Put the edits of a run that was stopped in force again.
+
+    Returns:
+        the editor for what follows, how many groups there are, and the seconds an edit took in each.
+    """
+    place = folder / "seconds.json"
+    seconds = json.loads(place.read_text()) if place.exists() else []
+    # What was saved and not counted was not in force yet.
+    kept = [Edit.load(folder / f"{number:05d}") for number in range(len(seconds))]
+    if kept:
+        whole = summed(Edit.join(kept))
+        sequence.session.attach(whole)
+        sequence.whole = whole
+        for edit in kept:
+            editor = editor.after(edit)
+    return editor, len(kept), seconds
+
+
+def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: int, size: int) -> dict[str, Any]:
+    """One row: a sample of all edits by the block they came in, running text, abilities, and the update's size."""
+    lm, draw = battery.lm, random.Random(SEED)
+    blocks = [range(start, min(start + every, len(made))) for start in range(0, len(made), every)]
+    drawn = [sorted(draw.sample(block, min(len(block), size // len(blocks)))) for block in blocks]
+    by_block = []
+    everything: dict[str, list[float]] = {}
+    for block, chosen in zip(blocks, drawn, strict=True):
+        exam = Examination(lm, [made[index] for index in chosen], ("bare",), 32, None)
+        exam.examine(range(len(chosen)), Together((whole,)))
+        scores = exam.tally.core("edited")["generation"]
+        found = {name: scores[name]["mean"] for name in ("reliability", "generality", "locality") if scores[name]}
+        by_block.append({"from": block.start, "to": block.stop, "n": len(chosen), **found})
+        for name, value in found.items():
+            everything.setdefault(name, []).append(value)
+    battery.note([whole])
+    means = {name: fmean(values) for name, values in everything.items()}
+    rest = {"by_block": by_block, "peak_memory_mb": peak_memory_mb()}
+    return {"edits": len(made), **means, **battery.found[-1], **rest}
+
+
+def rows(result: Path) -> list[dict[str, Any]]:
+    """The rows known so far."""
+    return json.loads(result.read_text())["rows"] if result.exists() else []
+
+
+def keep(result: Path, report: dict[str, Any], how: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Write what is known so far."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(result, (json.dumps({**report, "config": how, "machine": machine}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
