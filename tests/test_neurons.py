@@ -138,6 +138,31 @@ def test_every_row_has_neurons_of_its_own():
     torch.testing.assert_close(rows_RTD[:, 1:], base_TD[1:].expand(3, -1, -1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_only_open_neurons_are_computed_on_and_the_sum_is_that_of_all(architecture, alike):
+    site = site_of(make_tiny(architecture))
+    x_TD, run = inputs_for(site), mlp_of(site)
+    generator = torch.Generator().manual_seed(3)
+    # Some open, some shut far below, one that says something that is no number.
+    gate_KD = torch.randn(9, x_TD.shape[1], generator=generator)
+    gate_KD[3:8, 0] = -400.0
+    out_KD = torch.randn(gate_KD.shape, generator=generator)
+    value_KD = torch.randn(1 if alike else 9, x_TD.shape[1], generator=generator).expand(9, -1).contiguous()
+    neurons = Neurons(gate_KD, value_KD if site.value else None, out_KD)
+    hidden_TK = site.activation(x_TD @ gate_KD.T) * (x_TD @ value_KD.T if site.value else 1.0)
+    expected_TD = run(x_TD[None])[0] + hidden_TK @ out_KD
+    handles = site.attach(neurons)
+    torch.testing.assert_close(run(x_TD[None])[0], expected_TD, rtol=1e-4, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+    neurons.gate[8, 0] = torch.nan
+    handles = site.attach(neurons)
+    assert run(x_TD[None]).isnan().all()
+    for handle in handles:
+        handle.remove()
+
+
 def test_neurons_that_do_not_fit_are_refused():
     lm = make_tiny("llama")
     site = site_of(lm)

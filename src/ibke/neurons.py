@@ -32,6 +32,8 @@ from ibke.errors import FormatError, ModuleNotEditableError
 from ibke.gates import Gate, Told, gate_rows
 from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any
 
+SHUT = 1e-30  # what a neuron says at most that is shut, to whatever the activation's far end rounds
+
 # Where architectures keep the activation of an MLP, beside its projections or in the configuration.
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "gelu_impl")
 _CONFIGURED = ("hidden_act", "hidden_activation", "activation_function", "activation")
@@ -231,6 +233,10 @@ class Site:
             Handles that take them off again.
         """
         seen: list[Tensor] = []
+        whole = neurons.gate.dim() == 2
+        # Gates all have the same value branch, so that it is one product however many they are.
+        alike = whole and neurons.value is not None and bool((neurons.value == neurons.value[:1]).all())
+        value = neurons.value[:1] if neurons.value is not None and alike else neurons.value
 
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[:] = [args[0]]
@@ -240,9 +246,13 @@ class Site:
             rows = (len(neurons.gate), -1) if neurons.gate.dim() == 3 else (-1,)
             x_RTD = seen.pop().float().view(*rows, neurons.gate.shape[-1])
             hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
-            if neurons.value is not None:
-                hidden_RTK = hidden_RTK * (x_RTD @ neurons.value.transpose(-1, -2))
-            return out + (hidden_RTK @ neurons.out).view_as(out).to(out.dtype)
+            if value is not None:
+                hidden_RTK = hidden_RTK * (x_RTD @ value.transpose(-1, -2))
+            if not whole:
+                return out + (hidden_RTK @ neurons.out).view_as(out).to(out.dtype)
+            # Of a thousand edits hardly one is in force at a time.
+            open_K = (~(hidden_RTK.detach().abs() <= SHUT)).flatten(0, -2).any(0).nonzero().flatten()
+            return out + (hidden_RTK[..., open_K] @ neurons.out[open_K]).view_as(out).to(out.dtype)
 
         return [self.entrance.register_forward_pre_hook(look), self.modules[self.out].register_forward_hook(add)]
 
