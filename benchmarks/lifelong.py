@@ -31,6 +31,7 @@ from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import write_atomically
 from ibke.models import LanguageModel, load_model
 from ibke.request import EditRequest
+from ibke.session import set_aside
 from ibke.subjects import subject_of
 
 DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
@@ -116,7 +117,8 @@ def run(file: Path, args: argparse.Namespace) -> None:
             known = rows(result)
             asked = done % args.every == 0 or done == len(requests)
             if sequence.whole and asked and all(row["edits"] != done for row in known):
-                row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
+                with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
+                    row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
                 row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
                 keep(result, {"stream": file.name, "rows": [*known, row]}, vars(args), describe(lm.device))
             if number == len(groups):
