@@ -9,7 +9,6 @@ are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--t
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -28,13 +27,13 @@ from ibke.evaluation.machine import describe, peak_memory_mb
 from ibke.evaluation.protocols import sample
 from ibke.evaluation.sequence import InSequence, summed
 from ibke.evaluation.side_effects import Battery, Beside
-from ibke.files import write_atomically
+from ibke.files import data_folder, write_atomically
 from ibke.models import LanguageModel, load_model
 from ibke.request import EditRequest
 from ibke.session import set_aside
 from ibke.subjects import subject_of
 
-DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
+DATA = data_folder()
 STREAMS, RUNS, RESULTS = Path("build/streams"), Path("runs/lifelong"), Path("benchmarks/results/lifelong")
 TOKENS = 4096  # of running text
 SHARES = {"mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4}, "counterfact": {"counterfact": 1.0}}

@@ -9,7 +9,6 @@ candidates is the one of the largest score, mean over data sets, and is written 
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from statistics import fmean
 
 from ibke.data.readers import read
 from ibke.evaluation.protocols import sample
+from ibke.files import data_folder
 
-DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
+DATA = data_folder()
 RESULTS = Path("benchmarks/results/rivals")
 TUNED = RESULTS / "tuned.json"
 TUNING = Path("build/tuning")

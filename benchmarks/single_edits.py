@@ -6,12 +6,13 @@ Each cell is one `ibke eval` and one JSON file under benchmarks/results/single; 
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-DATA = Path(os.environ.get("IBKE_DATA", "../shared/data"))
+from ibke.files import data_folder
+
+DATA = data_folder()
 HELD_OUT = Path("build/heldout-relations.jsonl")
 
 # name: data file, format, edits, how prompts are asked

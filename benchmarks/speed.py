@@ -7,7 +7,6 @@ The unit is the cheapest honest one: whole model, frozen weights, gradient of th
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from ibke.data.readers import read
 from ibke.editors.base import method_class
 from ibke.evaluation.machine import describe
 from ibke.evaluation.protocols import sample
+from ibke.files import data_folder
 from ibke.frames import encode_pair
 from ibke.models import load_model
 from ibke.request import EditRequest
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     args = parser.parse_args()
-    data = Path(os.environ.get("IBKE_DATA", "../shared/data")) / "counterfact/counterfact-val.json"
+    data = data_folder() / "counterfact/counterfact-val.json"
     # As `ibke eval` hands them to an editor: paraphrases and probes are for examinations.
     requests = [
         EditRequest(request.prompt, request.target_new, request.subject, request.target_true)

@@ -111,6 +111,22 @@ def test_invalid_line_of_a_request_file(run: Run, tmp_path: Path):
     file.write_text(json.dumps({"prompt": PROMPT, "target_new": NEW}) + '\n{"prompt": \n')
     refused(run("edit", "--requests", file, "--out", tmp_path / "out"), str(file), "line 2", "not valid JSON")
     refused(run("eval", "--data", file), str(file), "line 2")
+
+
+def test_data_are_looked_for_in_the_data_folder_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("IBKE_DATA", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/facts.jsonl").write_text("nothing\n")
+    refused(run("eval", "--data", "mine/facts.jsonl"), str(tmp_path / "mine/facts.jsonl"), "line 1")
+    refused(run("eval", "--data", "mine/none.jsonl"), str(tmp_path / "mine/none.jsonl"))
+
+
+def test_an_edit_goes_to_a_ledger_or_to_a_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = ("--out", tmp_path / "out", "--ledger", tmp_path / "ledger")
+    refused(run("edit", PROMPT, NEW, *folders), "--out", str(tmp_path / "ledger"))
+    monkeypatch.setenv("IBKE_LEDGER", str(tmp_path / "ledger"))
+    refused(run("edit", PROMPT, NEW, "--out", tmp_path / "out"), "--out", str(tmp_path / "ledger"))
+    assert not (tmp_path / "ledger").exists()
     assert not (tmp_path / "out").exists()
 
 

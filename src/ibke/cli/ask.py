@@ -15,7 +15,9 @@ from ibke.errors import RequestError
 def ask(
     prompt: Annotated[str, typer.Argument(help="A text to go on with, or a question.")],
     edits: Annotated[list[Path] | None, typer.Option("--edit", help="Folder of an edit to put on. Repeat.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="Folder of a ledger; all its edits are in force.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(envvar="IBKE_LEDGER", help="Folder of a ledger; all its edits are in force.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
     model: ModelName = ModelChoice.name,

@@ -29,7 +29,7 @@ from ibke.cli.correction import Correction, asked_by, correct, figures, render
 from ibke.cli.keep import HOME, Keeping, keep_all, numbered, refuse_unused
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
-from ibke.errors import RequestError
+from ibke.errors import IBKEError, RequestError
 from ibke.request import EditRequest, Probe, read_requests, refuse_contradictions
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def edit(
     Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
     ledger = ledger or (HOME if guard else None)
+    if ledger and out:
+        raise IBKEError(f"edits are kept in the ledger {ledger}, not in folders.", "--out", "Give one of the two.")
     how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
     refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]

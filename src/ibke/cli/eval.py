@@ -31,6 +31,7 @@ from ibke.cli.output import check_writable, number, print_json, screen, write_js
 from ibke.cli.settings import Settings
 from ibke.data.readers import READERS, Skipped, count_reasons, read
 from ibke.errors import RequestError
+from ibke.files import find_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +132,7 @@ def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> Non
 
 def _read(data: Path, format: str, console: Console) -> tuple[list[EditRequest], list[Skipped]]:
     skipped: list[Skipped] = []
-    requests = list(read(data, format, skipped))
+    requests = list(read(find_file(str(data)), format, skipped))
     if not requests:
         raise RequestError("there is no request in it.", str(data), "Give a file that holds some.")
     _name_skipped(skipped, console)

@@ -50,7 +50,8 @@ def main(
 ) -> None:
     """Correct facts in a language model without retraining it, in seconds, and undo it to the last bit.
 
-    Exit codes: 0 done, 1 not achieved (the target is not generated, a method failed), 2 wrong input.
+    Exit codes: 0 done, 1 not achieved (the target is not generated, a method failed), 2 wrong input, 3 refused
+    by a guard.
 
     Every command takes --json: one JSON document on standard output, everything for people on standard error
     (`ibke eval --json` is followed by a file, or by - for standard output).

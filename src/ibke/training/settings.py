@@ -79,7 +79,7 @@ class TrainSettings(RunSettings):
     """Settings of one training run of IBKE.
 
     Args:
-        text: file of running text for the generic keys C₀; empty takes the training prompts alone.
+        text: file of running text for the generic keys C₀, beside our own short one and training prompts.
         words: file of running text; of its words, and of those of ``text``, the editor keeps those that come nearest to
             opening training edits; empty keeps a sample.
         start: folder of a trained editor to go on from, e.g. for a sweep of beta; empty starts from spectra.

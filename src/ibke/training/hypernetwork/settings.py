@@ -33,7 +33,7 @@ class HypernetworkSettings(RunSettings):
     weight_decay: float = 0.0
     validate_every: int = 100
     patience: int = 10
-    minutes: float = 48.0
+    minutes: float = 59.0
     scalar_step: float = 3000.0
     config: HypernetworkConfig = field(default_factory=MENDConfig)
 
