@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from costs import COSTS
 from rivals import PUBLISHED, TUNED
 
 from ibke.editors.ibke.shipped import SHIPPED
@@ -113,13 +114,12 @@ def rivals(protocol: str) -> str:
     if not by_method:
         return "Not measured yet."
     heads = [f"{TITLES[name]}: rel. | gen. | loc. | mean" for name in names]
-    heads += ["s/edit | KB/edit | perplexity moved by | choices kept"]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 5) + "|"]
+    heads += ["KB/edit | perplexity moved by | choices kept"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 4) + "|"]
     for method, found in sorted(by_method.items(), key=lambda item: -_score(item[1].values())):
         cells = [method] + [text for name in names for text in _quality(found.get(name))]
         some = list(found.values())
         effects = [row["effects"] for row in some]
-        cells += [_mean([row["seconds_per_edit"] for row in some], ".2f")]
         cells += [_mean([row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
         cells += [
             _mean([abs(each["perplexity_change"]) for each in effects if each["perplexity_change"] is not None], ".2%")
@@ -145,6 +145,34 @@ def _mean(values: Sequence[float | None], form: str) -> str:
     return f"{fmean(known):{form}}" if known else "–"
 
 
+def costs() -> str:
+    """What a single edit takes, all methods in one run."""
+    if not COSTS.exists():
+        return "Not measured yet."
+    report = json.loads(COSTS.read_text())
+    names, machine = list(report["pass"]), report["machine"]
+    found = {method: some for method, some in report["methods"].items() if "left_out" not in some}
+    passes = ", ".join(f"{TITLES[name]} {report['pass'][name] * 1000:.0f} ms" for name in names)
+    lines = [
+        f"Medians of {report['edits']} edits each, {machine['cpu']}, {machine['threads']} thread(s). "
+        f"One forward and backward pass of a request takes {passes}.",
+        "",
+        "| method | " + " | ".join(f"{TITLES[name]}: s/edit | times IBKE's | passes" for name in names) + " |",
+        "|---" * (3 * len(names) + 1) + "|",
+    ]
+    for method, some in sorted(found.items(), key=lambda item: item[1][names[0]]["median"]):
+        cells = [method]
+        for name in names:
+            seconds = some[name]["median"]
+            ratio = f"{seconds / found['ibke'][name]['median']:.1f}" if "ibke" in found else "–"
+            cells += [f"{seconds:.2f}", ratio, f"{seconds / report['pass'][name]:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    missing = [method for method, some in report["methods"].items() if "left_out" in some]
+    return "\n".join(
+        [*lines, *(["", f"Not timed, for want of trained weights: {', '.join(missing)}."] if missing else [])]
+    )
+
+
 def tuned() -> str:
     """Published settings, those tried and the best."""
     lines = ["| method | published | best of those tried | score | score of the published |", "|---|---|---|---|---|"]
@@ -162,7 +190,9 @@ def main() -> None:
     """Fill the page."""
     page = PAGE.read_text(encoding="utf-8")
     parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
-    parts |= {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS} | {"tuned": tuned()}
+    parts |= (
+        {"costs": costs()} | {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS} | {"tuned": tuned()}
+    )
     for name, text in parts.items():
         before, mark, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
