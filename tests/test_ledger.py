@@ -190,6 +190,9 @@ def test_a_full_disk_loses_nothing(ledger: Ledger, edits: list[Edit]) -> None:
     try:
         with pytest.raises(LedgerError, match="Make room"):
             ledger.commit(edits[1])
+        with pytest.raises(LedgerError, match="Look at the disk"):  # its files are there, the database cannot grow
+            for _ in range(100):
+                ledger.commit(edits[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)
@@ -222,12 +225,49 @@ def test_a_ledger_goes_out_and_comes_in_again(
         assert import_lines(copy, lines, "lines") == 4 and copy.active() == [3, 4, 7, 8]
         state = list(copy.events())
         bad = [*lines[:3], lines[3].replace('"factors": "', '"factors": "AAAA')]
-        for wrong, message in ((bad, "no tensors"), ([*lines[:2], "{"], "line 3"), (["{}"], "line 1")):
+        cut = lines[:5], lines[:-1], [line for line in lines if '"commit"' not in line]
+        wrongs = ((bad, "no tensors"), ([*lines[:2], "{"], "line 3"), (["{}"], "line 1"), ([], "nothing in it"))
+        for wrong, message in (*wrongs, *((some, "not whole") for some in cut)):
             with pytest.raises((FormatError, LedgerError), match=message):
                 import_lines(copy, wrong, "lines")
         assert list(copy.events()) == state and verify(copy) == []
         with pytest.raises(FingerprintMismatchError):
             import_lines(copy, [lines[0].replace(lm.fingerprint, "another")], "lines")
+
+
+def test_what_goes_out_is_of_one_moment(ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path) -> None:
+    for edit in edits[:3]:
+        ledger.commit(edit)
+    lines = export_lines(ledger)
+    begun = [next(lines), next(lines)]
+    with Ledger(ledger.folder, lm) as other:
+        other.commit(edits[3])
+    with Ledger(tmp_path / "copy", lm) as copy:
+        assert import_lines(copy, [*begun, *lines], "lines") == 3 and copy.active() == [1, 2, 3]
+    assert ledger.active() == [1, 2, 3, 4]
+
+
+def test_who_reads_waits_for_no_writer(ledger: Ledger, edits: list[Edit], lm: LanguageModel) -> None:
+    ledger.commit(edits[0])
+    began = time.monotonic()
+    with ledger.writing(), Ledger(ledger.folder, lm) as reader:
+        assert reader.active() == [1] and same(reader.state(), edits[0])
+    assert time.monotonic() - began < 30  # a writer would be waited for a minute
+
+
+def test_a_file_that_is_there_is_checked_before_it_is_named_again(ledger: Ledger, edits: list[Edit]) -> None:
+    ledger.commit(edits[0])
+    ledger.commit(edits[1])
+    places = [
+        ledger.blobs.path(ledger.rows("SELECT factors FROM edits WHERE id = ?", number)[0][0]) for number in (1, 2)
+    ]
+    places[0].write_bytes(b"x" * places[0].stat().st_size)
+    os.utime(places[1], (0, 0))
+    assert len(verify(ledger)) == 1
+    ledger.commit(edits[0])
+    ledger.commit(edits[1])
+    assert verify(ledger) == []
+    assert time.time() - places[1].stat().st_mtime < 3600  # too young to be cleared away
 
 
 def write_until_killed(folder: Path, lm: LanguageModel, edits: list[Edit], tell: int) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def find_file(path: str) -> Path:
     return Path(path) if Path(path).exists() else data_folder() / path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file in one step: whoever looks sees the old one or the new one, also after an interruption.
+
+    Args:
+        path: its folder is there.
+        data: all of it, or piece by piece.
 
     Raises:
         OSError: it cannot be written; nothing is left behind.
@@ -38,7 +43,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         temporary = Path(file.name)
         try:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)

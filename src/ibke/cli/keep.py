@@ -105,7 +105,7 @@ def keep_all(
     def note_down(document: dict[str, Any]) -> None:
         outcomes.add(document["outcome"])
         outcomes.update({"missed"} if document.get("achieved") is False else ())
-        if as_json:  # else a file of any length takes no more memory than a line of it
+        if as_json:  # else only the edits themselves are held
             documents.append(document)
 
     with Bars() as tick, Ledger(how.ledger, lm) as ledger:
@@ -143,9 +143,11 @@ def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:
 
 def _there(ledger: Ledger) -> set[tuple[str, str, str]]:
     """The marks of all edits that came from a file, taken back or not."""
-    places = {event.edit: event.note.split(PLACE_AND_NOTE)[0] for event in ledger.events() if event.action == "commit"}
-    found = ((entry, places[entry.id]) for entry in ledger.entries() if "#" in places[entry.id])
-    return {_mark(entry.requests[0], place) for entry, place in found}
+    with ledger.reading():
+        commits = (event for event in ledger.events() if event.action == "commit")
+        places = {event.edit: event.note.split(PLACE_AND_NOTE)[0] for event in commits}
+        found = ((entry, places.get(entry.id, "")) for entry in ledger.entries())
+        return {_mark(entry.requests[0], place) for entry, place in found if "#" in place}
 
 
 def _outcomes(

@@ -190,7 +190,7 @@ def export(
             return
         path = Path(out)
         try:
-            write_atomically(path, "".join(export_lines(ledger)).encode())
+            write_atomically(path, (line.encode() for line in export_lines(ledger)))
         except OSError as error:
             raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
         screen(False).print(f"{len(list(ledger.entries()))} edits written to {out}.", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Blobs:
         sha256 = hashlib.sha256(raw).hexdigest()
         path = self.path(sha256)
         try:
-            if path.exists() and path.stat().st_size == len(raw):
+            if self._there(path, sha256):
                 return sha256
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, raw)
@@ -46,6 +47,14 @@ class Blobs:
                 f"it cannot be written ({error.strerror or error}).", str(path), "Make room, and try again."
             ) from error
         return sha256
+
+    def _there(self, path: Path, sha256: str) -> bool:
+        """Whether a file holds what its name says; if so it is young again, so that nobody clears it away."""
+        try:
+            os.utime(path)
+            return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        except FileNotFoundError:
+            return False
 
     def read(self, sha256: str) -> bytes:
         """What was written.

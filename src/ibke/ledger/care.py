@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
@@ -32,6 +32,8 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
     problems += [
         f"{ledger.folder}: a row of {row[0]} points nowhere." for row in ledger.rows("PRAGMA foreign_key_check")
     ]
+    missing = "SELECT id FROM edits WHERE id NOT IN (SELECT edit FROM events WHERE action = 'commit')"
+    problems += [f"edit {row[0]} was never put in force." for row in ledger.rows(missing)]
     numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]
     for done, number in enumerate(numbers, start=1):
         try:
@@ -71,11 +73,9 @@ def gc(ledger: Ledger, grace: float = GRACE) -> tuple[int, int]:
     with ledger.writing():
         named = {ledger.blobs.path(row[0]) for row in ledger.rows("SELECT sha256 FROM blobs")}
         for path in ledger.blobs:
-            if path not in named and _age(path) >= grace:
-                count, size = count + 1, size + path.stat().st_size
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another writer's, which has its name by now
+                about = path.stat()
+                if path not in named and time.time() - about.st_mtime >= grace:
+                    path.unlink()
+                    count, size = count + 1, size + about.st_size
     return count, size
-
-
-def _age(path: Path) -> float:
-    return time.time() - path.stat().st_mtime

@@ -1,13 +1,15 @@
 """A ledger as JSON Lines, to be read, kept elsewhere, and taken in again.
 
-The first line says what it is and of which model, then comes a line an edit and a line an event, in the order in which
-they were written down. Tensors are safetensors files in base64, so what is taken in again is the same, bit for bit.
+The first line says what it is, of which model, and how much there is; then comes a line an edit and a line an event, in
+the order in which they were written down. Tensors are safetensors files in base64, so what is taken in again is the
+same, bit for bit.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,13 +21,19 @@ COPIED = ("at", "who", "method", "editor", "parent", "record", "scores")
 
 
 def export_lines(ledger: Ledger) -> Iterator[str]:
-    """The lines of a ledger.
+    """The lines of a ledger, as it is at the first of them.
 
     Raises:
         LedgerError: a file is missing or has changed.
     """
+    with ledger.reading():
+        yield from _lines(ledger)
+
+
+def _lines(ledger: Ledger) -> Iterator[str]:
     about = {row["name"]: row["value"] for row in ledger.rows("SELECT name, value FROM about")}
-    yield _line({"format": FORMAT, "version": VERSION, **about})
+    counts = {name: ledger.rows(f"SELECT count(*) FROM {name}")[0][0] for name in ("edits", "events")}
+    yield _line({"format": FORMAT, "version": VERSION, **about, **counts})
     for row in ledger.rows("SELECT * FROM edits ORDER BY id"):
         old = ledger.rows("SELECT old FROM supersedes WHERE edit = ? ORDER BY old", row["id"])
         files = {part: base64.b64encode(ledger.blobs.read(row[part])).decode() for part in ("latent", "factors")}
@@ -51,28 +59,36 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
         how many edits came in.
 
     Raises:
-        FormatError: a line is not what it should be; says which.
+        FormatError: a line is not what it should be, or some are missing; says which.
         FingerprintMismatchError: they are of another model.
         LedgerError: there is no room.
     """
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     numbers: dict[int, int] = {}
-    shift = ledger.head()
+    told: dict[str, int] = {}
+    found = {"edits": 0, "events": 0}
     with ledger.writing():
+        shift = ledger.head()
         for count, (number, line) in enumerate(numbered):
             at = f"{where}, line {number}"
             try:
                 one = json.loads(line)
                 if not count:
                     _check_head(one, ledger, at)
+                    told = {name: int(one[name]) for name in found}
                 elif "edit" in one:
                     numbers[one["edit"]] = _take_edit(ledger, one, numbers, shift)
+                    found["edits"] += 1
                 else:
                     row = (one["at"], one["who"], one["action"], numbers[one["of"]], one["note"])
                     question = "INSERT INTO events (at, who, action, edit, note) VALUES (?, ?, ?, ?, ?)"
                     ledger.base.execute(question, row)
-            except (ValueError, KeyError, TypeError) as error:
+                    found["events"] += 1
+            except (ValueError, KeyError, TypeError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
+        if found != told:
+            counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
+            raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
     return len(numbers)
 
 

@@ -29,7 +29,7 @@ from ibke.edit import Edit
 from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
 from ibke.ledger.blobs import Blobs
-from ibke.ledger.schema import connect
+from ibke.ledger.schema import advice, connect
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
 
@@ -335,6 +335,15 @@ class Ledger:
             raise self._failed(error) from error
 
     @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Everything as it is at the first question, whatever others write meanwhile."""
+        self.rows("BEGIN")
+        try:
+            yield
+        finally:
+            self.rows("COMMIT")
+
+    @contextmanager
     def writing(self) -> Iterator[None]:
         """All or nothing; one writer at a time, the others wait."""
         try:
@@ -350,20 +359,13 @@ class Ledger:
             raise self._failed(error) from error
 
     def _failed(self, error: sqlite3.DatabaseError) -> LedgerError:
-        return LedgerError(f"the database says: {error}.", str(self.folder / DATABASE), _advice(error))
+        return LedgerError(f"the database says: {error}.", str(self.folder / DATABASE), advice(error))
 
 
 _ENTRIES = """
     SELECT edits.*, a.bytes AS latent_bytes, b.bytes AS factors_bytes FROM edits
     JOIN blobs AS a ON a.sha256 = edits.latent JOIN blobs AS b ON b.sha256 = edits.factors
 """
-
-
-def _advice(error: sqlite3.DatabaseError) -> str:
-    text = str(error)
-    if "full" in text:
-        return "Make room on the disk; nothing was written."
-    return "Try again when the other process is done." if "locked" in text else "Restore it from a copy."
 
 
 def _now() -> str:

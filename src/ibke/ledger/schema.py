@@ -61,11 +61,24 @@ def connect(path: Path) -> sqlite3.Connection:
             base.execute(f"PRAGMA {setting}")
         _migrate(base, path)
     except sqlite3.DatabaseError as error:
-        raise LedgerError(f"the database cannot be used ({error}).", str(path), "Restore it from a copy.") from error
+        raise LedgerError(f"the database cannot be used ({error}).", str(path), advice(error)) from error
     return base
 
 
+def advice(error: sqlite3.DatabaseError) -> str:
+    """What to do about what the database says."""
+    text = str(error)
+    if "full" in text or "disk I/O" in text:
+        return "Look at the disk and make room on it; nothing was written."
+    if "readonly" in text or "unable to open" in text:
+        return "Check who may write there."
+    return "Try again when the other process is done." if "locked" in text else "Restore it from a copy."
+
+
 def _migrate(base: sqlite3.Connection, path: Path) -> None:
+    # Whoever only reads does not wait for a writer.
+    if base.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
+        return
     base.execute("BEGIN IMMEDIATE")
     try:
         (version,) = base.execute("PRAGMA user_version").fetchone()
