@@ -4,12 +4,12 @@ import pytest
 import torch
 from tests.conftest import make_tiny
 from tests.test_ibke import APART, REQUESTS, make_editor
-from tests.test_session import logits, make_edit
+from tests.test_session import hooks, logits, make_edit
 
 from ibke.edit import Edit
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.refine import RefineSettings
-from ibke.errors import IBKEError
+from ibke.errors import FormatError, IBKEError
 from ibke.evaluation.sequence import InSequence
 from ibke.request import EditRequest
 from ibke.session import EditSession, set_aside
@@ -73,12 +73,45 @@ def test_what_is_set_aside_comes_back_also_after_an_error():
     with EditSession(lm).attach(make_edit(lm)) as session, EditSession(lm).attach(make_edit(lm, seed=1)):
         both = logits(lm)
         with set_aside(lm):
-            assert torch.equal(logits(lm), base) and session.attached == ()
+            assert torch.equal(logits(lm), base) and lm.sessions == []
+            with set_aside(lm), EditSession(lm).attach(make_edit(lm, seed=2)):
+                assert not torch.equal(logits(lm), base)
+            assert torch.equal(logits(lm), base)  # the inner one put nothing back that it had not taken off
         assert torch.equal(logits(lm), both)
         with pytest.raises(ZeroDivisionError), set_aside(lm):
             raise ZeroDivisionError
         assert torch.equal(logits(lm), both) and len(session.attached) == 1
-    assert torch.equal(logits(lm), base) and lm.sessions == []
+    assert torch.equal(logits(lm), base) and lm.sessions == [] and hooks(lm) == 0
+
+
+def test_what_cannot_be_attached_leaves_all_as_it_was(monkeypatch):
+    editor = make_editor()
+    lm = editor.lm
+    first, second = editor.edit(REQUESTS[:1]), editor.edit(REQUESTS[1:])
+    other = make_editor(threshold=0.3).edit(REQUESTS[1:])
+    with EditSession(lm).attach(first) as session:
+        one = logits(lm)
+        with pytest.raises(FormatError, match="different thresholds"):
+            session.attach(other)
+        assert torch.equal(logits(lm), one) and session.attached == (first,)
+        with monkeypatch.context() as broken:
+            broken.setattr("ibke.session.attach_parts", lambda *_: 1 / 0 if len(session.attached) > 1 else [])
+            with pytest.raises(ZeroDivisionError):
+                session.attach(second)
+        assert torch.equal(logits(lm), one) and session.attached == (first,)
+        both = logits(session.attach(second).lm)
+        assert torch.equal(logits(session.detach(second).lm), one) and not torch.equal(both, one)
+
+
+def test_neurons_are_not_merged_beside_a_riding_update():
+    editor = make_editor()
+    edit = editor.edit(REQUESTS[:1])
+    assert set(edit.neurons) & set(make_edit(editor.lm).factors)
+    with EditSession(editor.lm).attach(make_edit(editor.lm)) as session:
+        before = logits(editor.lm)
+        with pytest.raises(IBKEError, match="another edit rides"):
+            session.merge(edit)
+        assert torch.equal(logits(editor.lm), before)
 
 
 def test_another_base_is_refused():

@@ -22,6 +22,8 @@ from ibke.modules import add_delta_, in_out, parameters_of, resolve, set_paramet
 from ibke.neurons import Neurons, Site
 from ibke.parts import attach_parts, join_parts
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
 
 class EditSession:
     """Edits in force on a model.
@@ -41,8 +43,9 @@ class EditSession:
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm
-        self._attached: list[tuple[Edit, list[RemovableHandle]]] = []
-        self._shared: list[RemovableHandle] = []  # neurons and parts of all attached edits together
+        self._attached: list[tuple[Edit, dict[str, Hook]]] = []
+        self._neurons: dict[str, Neurons] = {}  # of all attached edits together
+        self._handles: list[RemovableHandle] = []  # while they are in force
         self._merged: list[Edit] = []
         self._saved: dict[str, Tensor] = {}
         self._narrow: dict[str, tuple[nn.Parameter, nn.Parameter | None]] = {}
@@ -78,12 +81,7 @@ class EditSession:
         modules = self._checked(edit)
         join_parts([*(other.parts for other in self.attached), edit.parts])
         hooks = {name: _adder(module, self.lm.dtype, *edit.factors[name]) for name, module in modules.items()}
-        handles = [module.register_forward_hook(hooks[name]) for name, module in modules.items()]
-        self._attached.append((edit, handles))
-        self._attach_shared()
-        if self not in self.lm.sessions:
-            self.lm.sessions.append(self)
-        return self
+        return self._take([*self._attached, (edit, hooks)])
 
     def detach(self, edit: Edit | None = None) -> EditSession:
         """Take an attached edit off, or all of them.
@@ -91,17 +89,10 @@ class EditSession:
         Raises:
             IBKEError: this edit is not attached.
         """
-        leaving = [pair for pair in self._attached if edit is None or pair[0] is edit]
-        if edit is not None and not leaving:
+        staying = [pair for pair in self._attached if edit is not None and pair[0] is not edit]
+        if edit is not None and len(staying) == len(self._attached):
             raise IBKEError("this edit is not attached.", "detach", "See `attached` for those that are.")
-        for pair in leaving:
-            for handle in pair[1]:
-                handle.remove()
-            self._attached.remove(pair)
-        self._attach_shared()
-        if not self._attached and self in self.lm.sessions:
-            self.lm.sessions.remove(self)
-        return self
+        return self._take(staying)
 
     def merge(self, edit: Edit) -> EditSession:
         """Fold an edit into the weights: W ← W + BA, summed in float32 and rounded once to the weight's dtype.
@@ -120,6 +111,14 @@ class EditSession:
                 f"it acts while the model runs ({kinds}) and changes no weight, so it cannot be merged.",
                 f"edit by {edit.info.method}",
                 "Attach it instead.",
+            )
+        attached = {name for _, hooks in self._attached for name in hooks}
+        widened = [module for name in edit.neurons for module in Site.find(self.lm.model, name).modules]
+        if wide := next((name for name in widened if name in attached), None):
+            raise IBKEError(
+                "it would add neurons to a module beside whose weight another edit rides.",
+                wide,
+                "Merge that edit too, or detach it.",
             )
         merged, modules = list(self._merged), {}
         self._make_narrow()
@@ -180,18 +179,44 @@ class EditSession:
         sites = [Site.find(self.lm.model, name) for name in edit.neurons]
         return modules | {name: module for site in sites for name, module in site.modules.items()}
 
-    def _attach_shared(self) -> None:
-        """All attached edits' neurons as one set an MLP, so that a thousand edits cost as many products as one.
+    def _take(self, attached: list[tuple[Edit, dict[str, Hook]]]) -> EditSession:
+        """Have these edits attached, or, where they do not go together, those that were.
 
-        So with parts: which of them answers is decided once, over all of them.
+        All their neurons are one set an MLP, so that a thousand edits cost as many products as one. So with parts:
+        which of them answers is decided once, over all of them.
         """
-        for handle in self._shared:
-            handle.remove()
-        self._shared = []
-        for name, some in _joined(self.attached).items():
+        neurons = _joined(edit for edit, _ in attached)
+        before = self._attached, self._neurons
+        self._silence()
+        try:
+            self._attached, self._neurons = attached, neurons
+            self._speak()
+        except BaseException:
+            self._attached, self._neurons = before
+            self._silence()
+            self._speak()
+            raise
+        return self
+
+    def _speak(self) -> None:
+        """Put the attached edits in force."""
+        for _, hooks in self._attached:
+            for name, module in resolve(self.lm.model, hooks).items():
+                self._handles.append(module.register_forward_hook(hooks[name]))
+        for name, some in self._neurons.items():
             site = Site.find(self.lm.model, name)
-            self._shared += site.attach(some.to(next(site.entrance.parameters()).device))
-        self._shared += attach_parts(self.lm, [join_parts(edit.parts for edit in self.attached)])
+            self._handles += site.attach(some.to(next(site.entrance.parameters()).device))
+        self._handles += attach_parts(self.lm, [join_parts(edit.parts for edit, _ in self._attached)])
+        if self._attached:
+            self.lm.sessions.append(self)
+
+    def _silence(self) -> None:
+        """Take them off the model, but remember them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self in self.lm.sessions:
+            self.lm.sessions.remove(self)
 
     def _widen(self) -> None:
         """Append the merged edits' neurons to their MLPs."""
@@ -228,15 +253,16 @@ class EditSession:
 @contextmanager
 def set_aside(lm: LanguageModel) -> Iterator[None]:
     """Take all edits that are attached to a model off it for a while, whoever attached them; merged ones stay."""
-    kept = [(session, session.attached) for session in lm.sessions]
-    for session, _ in kept:
-        session.detach()
+    silenced: list[EditSession] = []
     try:
+        for session in tuple(lm.sessions):
+            silenced.append(session)
+            session._silence()
         yield
     finally:
-        for session, edits in kept:
-            for edit in edits:
-                session.attach(edit)
+        for session in silenced:
+            if not session._handles:  # else it was attached to meanwhile
+                session._speak()
 
 
 def _refuse_size(name: str, mine: tuple[int, int], wanted: tuple[int, int]) -> None:
@@ -257,9 +283,7 @@ def _joined(edits: Iterable[Edit]) -> dict[str, Neurons]:
     return {name: Neurons.join(parts) for name, parts in found.items()}
 
 
-def _adder(
-    module: nn.Module, dtype: torch.dtype, a_RI: Tensor, b_OR: Tensor
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _adder(module: nn.Module, dtype: torch.dtype, a_RI: Tensor, b_OR: Tensor) -> Hook:
     device = next(module.parameters()).device
     a_RI, b_OR = a_RI.to(device, dtype), b_OR.to(device, dtype)
 

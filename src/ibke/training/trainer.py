@@ -153,7 +153,10 @@ def start_network(
 ) -> Bottleneck:
     """A network whose linear maps come from the layer's statistics and from training edits."""
     if settings.start:
-        return started_from(Path(settings.start), settings, ground)
+        started = started_from(Path(settings.start), settings, ground)
+        if settings.words:
+            started.know(statistics.common)
+        return started
     torch.manual_seed(settings.seed)
     network = Bottleneck(settings.config, ground.site.out, in_out(ground.site.modules[ground.site.out])[1])
     network.ground(statistics.spectrum, statistics.constant_D, statistics.output_scale)

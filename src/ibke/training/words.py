@@ -74,7 +74,8 @@ def useful_words(
         report: called with progress.
     """
     plain = make(Addresser, seen)
-    identity = repr((plain.identity, text, READ, ASKED, COMMON, asked, len(seen.ids_S), float(seen.keys_SD.sum())))
+    known = (plain.identity, float(plain.shut_S.sum()), float(seen.keys_SD.sum()), len(seen.ids_S))
+    identity = repr((known, "".join(lines_of(text)), READ, ASKED, COMMON, asked))
     path = folder / f"words-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         stored = load_file(path)

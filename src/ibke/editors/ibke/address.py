@@ -266,7 +266,8 @@ class Addresser:
     def near(self, address_D: Tensor, mine: Tensor) -> Tensor:
         """Which common words answer an address, or nearly; those that are among some tokens never do."""
         over_S = self.common.keys_SD @ address_D.float() - self.shut_S
-        over_S = over_S.masked_fill(torch.isin(self.common.ids_S, mine), -1.0)
+        # Rows without a token hold no word.
+        over_S = over_S.masked_fill(torch.isin(self.common.ids_S, mine) | (self.common.ids_S < 0), -1.0)
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
         return which_S[most_S > -NEAR]
 

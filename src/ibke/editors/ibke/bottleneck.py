@@ -116,6 +116,8 @@ class Bottleneck(Grounded):
     def know(self, common: Common) -> None:
         """Set the words that an edit must not answer to; what is missing of ``COMMON`` stays zero and never answers."""
         size = min(COMMON, len(common.keys_SD))
+        self.common_SD.zero_()
+        self.common_ids_S.fill_(-1)
         self.common_SD[:size], self.common_ids_S[:size] = common.keys_SD[:size], common.ids_S[:size]
 
     @torch.no_grad()

@@ -127,7 +127,8 @@ class IBKEEditor(Editor):
         """One Edit that makes all requests true together.
 
         Each is made alone, and gates are told apart as edits come together (:mod:`ibke.gates`). Those whose targets
-        then come no more are made again beside the others, edits that are attached to the model already included.
+        then come no more are made again beside the others. What is attached to the model already counts if
+        :attr:`RefineSettings.base` says so.
 
         Raises:
             RequestError: no request, one longer than the model's window, or the same prompt with two targets.
@@ -137,7 +138,13 @@ class IBKEEditor(Editor):
         self.pairs(requests)  # refuses what cannot be edited before anything is made
         refuse_contradictions(requests)
         with set_aside(self.lm) if self.settings.base == "pristine" else nullcontext():
-            edits = self.edit_each(requests)
+            whole = self._edit(requests)
+        whole.info.seconds = time.perf_counter() - began
+        return whole
+
+    def _edit(self, requests: Sequence[EditRequest]) -> Edit:
+        """One Edit of all requests, on the model as it is."""
+        edits = self.edit_each(requests)
         if len(edits) == 1:
             return edits[0]
         nll_B, achieved_B = self._together(edits)
@@ -155,7 +162,6 @@ class IBKEEditor(Editor):
         asked = bool(self.settings.steps)
         whole.info.nll_after = float(nll_B.mean()) if asked else None
         whole.info.achieved = bool(achieved_B.all()) if asked else None
-        whole.info.seconds = time.perf_counter() - began
         return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
