@@ -146,7 +146,7 @@ def verify(
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = ModelChoice.dtype,
     as_json: JSON = False,
 ) -> None:
     """Check that all of a ledger is as it was written: exit code 1 if not."""

@@ -111,7 +111,7 @@ class Editor(ABC):
         """
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
-        """Independent Edits, one a request, each as if made alone on the pristine model."""
+        """Independent Edits, one a request, each made alone on the model as it is."""
         edits = []
         for index, request in enumerate(requests):
             edits.append(self.edit([request]))

@@ -10,6 +10,7 @@ from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import IBKEError
 from ibke.ledger.ledger import Ledger
+from ibke.session import set_aside
 
 Progress = Callable[[int, int], None]
 
@@ -26,7 +27,8 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
     Args:
         ledger: what to look at.
         progress: told how many edits are done, and how many there are.
-        editor: given, edits of its method are also made again from their requests and codes, and compared.
+        editor: given, edits are also made again from their requests and codes, and compared; of those that it cannot
+            make this is said.
     """
     problems = [f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA quick_check") if row[0] != "ok"]
     problems += [
@@ -40,13 +42,27 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
             edit = ledger.load(number)
             if edit.info.fingerprint != ledger.fingerprint:
                 problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
-            if editor and edit.info.method == editor.name and (again := editor.rebuild(edit)):
-                problems += [f"edit {number}: {text}" for text in differences(edit, again)]
+            if editor:
+                problems += [f"edit {number}: {text}" for text in replayed(ledger, number, edit, editor)]
         except IBKEError as error:
             problems.append(f"edit {number}: {error}")
         if progress:
             progress(done, len(numbers))
     return problems
+
+
+def replayed(ledger: Ledger, number: int, edit: Edit, editor: Editor) -> list[str]:
+    """What is wrong with an edit as soon as it is made again, in words."""
+    if edit.info.method != editor.name or len(edit.requests) != 1:
+        return [f"not made again: it is by {edit.info.method}, of {len(edit.requests)} requests."]
+    with set_aside(editor.lm):
+        again = editor.rebuild(edit)
+    if again is None:
+        return ["not made again: its method has no code to make it from."]
+    found = differences(edit, again)
+    mark = ledger.entry(number).editor
+    other = found and mark not in ("", editor.mark)
+    return [f"{found[0]} It is by another editor or settings ({mark}, here {editor.mark})."] if other else found
 
 
 def differences(kept: Edit, again: Edit) -> list[str]:

@@ -34,6 +34,7 @@ from ibke.modules import first_layer, resolve
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
 from ibke.rows import CONTINUATION, OUTSIDE, RowGroup, build_groups, continuations, row_terms
+from ibke.session import set_aside
 
 Prompt = tuple[str, Frame]
 
@@ -139,7 +140,8 @@ class Guard:
         self.lm, self.limits = lm, limits or Limits()
         self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
         prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
-        answers = self._answered(prompts, Baseline.in_cache(lm))
+        with set_aside(lm):  # the answers are kept, and have to be the unedited model's
+            answers = self._answered(prompts, Baseline.in_cache(lm))
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
@@ -161,10 +163,11 @@ class Guard:
             baseline.keep(identity, known)
         return known
 
-    def _first(self, state: Edit) -> int:
-        """The first layer that a state changes; what is below it is run once and for all."""
-        names = [*state.factors, *state.neurons]
-        return first_layer(resolve(self.lm.model, names)) if names and not state.parts else 0
+    def _first(self, *states: Edit | None) -> int:
+        """The first layer that one of some states changes; what is below it is run once and for all."""
+        names = [name for state in states if state for name in (*state.factors, *state.neurons)]
+        parts = any(state.parts for state in states if state)
+        return first_layer(resolve(self.lm.model, names)) if names and not parts else 0
 
     def _groups(self, first: int) -> tuple[PartialModel, list[RowGroup]]:
         if first not in self._rows:
@@ -202,7 +205,7 @@ class Guard:
 
     def _effects(self, before: Edit | None, after: Edit) -> Verdict:
         """Probes and text, beside what they were."""
-        first = self._first(after)
+        first = self._first(before, after)
         # Measured in passes of the same shapes, so that what differs is the edit's doing and not a sum's rounding.
         if first not in self._known or self._known[first][0] is not before:
             self._known = {first: (before, self._measure(before, first))}

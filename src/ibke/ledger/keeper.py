@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
@@ -17,6 +19,9 @@ from ibke.ledger.guard import Guard, Verdict
 from ibke.ledger.ledger import Ledger
 from ibke.models import LanguageModel
 from ibke.request import EditRequest, refuse_contradictions
+from ibke.session import set_aside
+
+ATTEMPTS = 3  # of writing what was checked, before others have to wait
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Keeper:
             LedgerError: a file is missing or has changed.
         """
         numbers = tuple(self.ledger.active())
-        if numbers != self._state[0]:
+        if numbers != self._state[0] or numbers != tuple(self._edits):
             self._edits = {n: self._edits[n] if n in self._edits else self.ledger.load(n) for n in numbers}
             self._state = (numbers, Edit.join(list(self._edits.values())) if numbers else None)
         return self._state[1]
@@ -124,29 +129,49 @@ class Keeper:
         Raises:
             IBKEError: a request cannot be used, two contradict each other, or the ledger cannot be read or written.
         """
+        with set_aside(self.lm):
+            return self._add_all(requests, list(notes) or [""] * len(requests), who, force)
+
+    def _add_all(
+        self, requests: Sequence[EditRequest], notes: Sequence[str], who: str | None, force: bool
+    ) -> list[Kept]:
         began = time.perf_counter()
         self.editor.pairs(requests)  # refuses what cannot be edited before anything is made
         refuse_contradictions(requests)
         said = [False] * len(requests) if force else self._say(requests, self.state())
         todo = [row for row, already in enumerate(said) if not already]
         made = self.editor.edit_each([requests[row] for row in todo]) if todo else []
-        texts = list(notes) or [""] * len(requests)
         found: dict[int, Kept] = {}
         self._keep(
-            [_Made(row, requests[row], edit, texts[row], who) for row, edit in zip(todo, made, strict=True)], found
+            [_Made(row, requests[row], edit, notes[row], who) for row, edit in zip(todo, made, strict=True)], found
         )
         seconds = (time.perf_counter() - began) / len(requests)
         return [replace(found.get(row, Kept(request)), seconds=seconds) for row, request in enumerate(requests)]
 
     def _keep(self, made: Sequence[_Made], found: dict[int, Kept]) -> None:
         """Check some edits together and write down those that may be kept; ``found`` takes what became of each."""
+        for attempt in count(1):
+            made = [one for one in made if one.row not in found]
+            # Whoever was overtaken again and again has the others wait.
+            locked = self.ledger.writing() if attempt > ATTEMPTS else nullcontext()
+            # If somebody else was quicker, what is left is checked beside what they wrote.
+            with suppress(LedgerMovedError), locked:
+                self._keep_once(made, found)
+                return
+
+    def _keep_once(self, made: Sequence[_Made], found: dict[int, Kept]) -> None:
         if not made:
             return
         parent, before = self.ledger.head(), self.state()
         old = self._superseded(made)
         gone = {number for numbers in old.values() for number in numbers}
-        # Of two in this group about the same fact only the later is in force.
+        # Of two in this group about the same fact only the later is in force; the earlier may be, once that is taken
+        # back, so it is checked as well.
         standing = [one for one in made if one.place not in gone]
+        if self.guard and len(standing) < len(made):
+            for part in ([one for one in made if one.place in gone], standing):
+                self._keep(part, found)
+            return
         after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one.edit for one in standing])
         verdicts: dict[int, Verdict] = {}
         if self.guard:
@@ -165,11 +190,7 @@ class Keeper:
                 numbers = tuple(number for number in old[one.row] if number > 0)
                 found[one.row] = Kept(one.request, None, one.edit, numbers, verdicts[one.row])
                 return
-        try:
-            self._write(made, old, verdicts, found, parent)
-        except LedgerMovedError:  # somebody else was quicker: check those that are left beside what they wrote
-            self._keep([one for one in made if one.row not in found], found)
-            return
+        self._write(made, old, verdicts, found, parent)
         self._state = (tuple(self._edits), after)
         if self.guard:
             self.guard.keep(after)

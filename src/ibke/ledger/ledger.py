@@ -345,7 +345,10 @@ class Ledger:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """All or nothing; one writer at a time, the others wait."""
+        """All or nothing; one writer at a time, the others wait. Inside another one it is a part of that."""
+        if self.base.in_transaction:
+            yield
+            return
         try:
             self.base.execute("BEGIN IMMEDIATE")
             try:

@@ -165,7 +165,7 @@ class IBKEEditor(Editor):
         return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
-        """Independent Edits, one a request, made in batches; each as if made alone on the pristine model."""
+        """Independent Edits, one a request, made in batches; each alone, on the model as it is."""
         edits: list[Edit] = []
         for begin in range(0, len(requests), GROUP):
             edits += self._make(requests[begin : begin + GROUP])
