@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from ibke.ledger import Ledger
 from ibke.ledger.care import verify
 from ibke.ledger.conflicts import alike, same_words
 from ibke.ledger.guard import Guard, Limits, own_probes
-from ibke.ledger.keeper import Keeper
+from ibke.ledger.keeper import ATTEMPTS, Keeper
 from ibke.models import LanguageModel
 from ibke.request import EditRequest, Probe
+from ibke.rows import continuations
+from ibke.session import EditSession
 
 ANKARA = EditRequest("The capital of Turkey is", "Ankara", "Turkey")
 PROBES = [("Water boils when", "bare"), ("What is the capital of Canada?", "question"), ("A triangle has", "bare")]
@@ -143,6 +146,51 @@ def test_somebody_else_may_write_meanwhile(lm: LanguageModel, tmp_path: Path) ->
         kept = Keeper(lm, ledger, Careless(lm), Slow(lm, LOOSE, PROBES)).add(request, force=True)
         assert (kept.number, ledger.active()) == (2, [1, 2])
         assert checks[0] is None and checks[1] is not None  # checked again beside theirs
+
+
+def test_whoever_is_overtaken_again_and_again_has_the_others_wait(lm: LanguageModel, tmp_path: Path) -> None:
+    checks = []
+
+    class Overtaken(Guard):
+        def check(self, before, after, requests):
+            checks.append(before)
+            if len(checks) <= ATTEMPTS:
+                with Ledger(tmp_path, lm) as other:
+                    other.commit(random_edit(lm, 1, seed=len(checks), scale=0.0))
+            else:
+                other = sqlite3.connect(tmp_path / "ledger.sqlite", timeout=0.0, isolation_level=None)
+                with pytest.raises(sqlite3.OperationalError, match="locked"):
+                    other.execute("BEGIN IMMEDIATE")
+                other.close()
+            return super().check(before, after, requests)
+
+    request = EditRequest("The harbour", said(lm, "The harbour"))
+    with Ledger(tmp_path, lm) as ledger:
+        kept = Keeper(lm, ledger, Careless(lm), Overtaken(lm, LOOSE, PROBES)).add(request, force=True)
+        assert kept.number == ATTEMPTS + 1 and len(checks) == ATTEMPTS + 1
+        assert ledger.commit(random_edit(lm, 1, seed=9, scale=0.0)) == ATTEMPTS + 2  # the lock is gone
+
+
+def test_what_is_superseded_at_once_is_checked_too(lm: LanguageModel, tmp_path: Path) -> None:
+    same = [EditRequest("The harbour", "much"), EditRequest("The harbour!", said(lm, "The harbour!") or "-")]
+    with Ledger(tmp_path, lm) as ledger:
+        guard = Guard(lm, Limits(kl_nats=1e-6), PROBES)
+        first, second = Keeper(lm, ledger, Careless(lm), guard).add_all(same, force=True)
+        assert first.number is None and any("KL" in broken for broken in first.verdict.broken)
+        assert (second.number, second.supersedes, ledger.active()) == (1, (), [1])
+
+
+def test_what_is_attached_is_no_part_of_what_is_measured(lm: LanguageModel, tmp_path: Path) -> None:
+    probes = [("The lighthouse keeper wrote", "bare"), ("Seven bridges", "bare")]
+    loud = random_edit(lm, 1, seed=3, scale=1.0)
+    with EditSession(lm).attach(loud), Ledger(tmp_path, lm) as ledger:
+        guard = Guard(lm, LOOSE, probes)
+        kept = Keeper(lm, ledger, Careless(lm), guard).add(EditRequest("The harbour", "much"), force=True)
+    expected = continuations(lm.model, lm.tokenizer, [pair.prompt for pair in guard.pairs])
+    assert [pair.answer for pair in guard.pairs] == expected
+    alone = Careless(lm).edit([EditRequest("The harbour", "much")])
+    found = guard.check(None, alone, [])[1].scores["kl_nats"]
+    assert kept.verdict is not None and kept.verdict.scores["kl_nats"] == pytest.approx(found) and found > 0
 
 
 def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Path) -> None:
