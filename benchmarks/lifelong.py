@@ -77,8 +77,9 @@ def stream(kind: str, size: int, tuning: bool = False) -> Path:
                 chosen.append(request)
                 wanted -= 1
     random.Random(SEED).shuffle(chosen)
+    assert len(chosen) == size, f"the sources have no more than {len(chosen)} edits"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(json.dumps(request.to_dict()) + "\n" for request in chosen))
+    write_atomically(target, (f"{json.dumps(request.to_dict())}\n".encode() for request in chosen))
     return target
 
 
@@ -109,12 +110,13 @@ def run(file: Path, args: argparse.Namespace) -> None:
     text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
     battery = Battery(lm, text, TOKENS, suites)
     editor = prepared(lm, args.method, args.set)
+    refuse_another(folder / "editor", editor.mark)
     with InSequence(lm) as sequence:
         editor, made, seconds = taken_up(folder, sequence, editor)
         for number in range(made, len(groups) + 1):
             done = min(len(requests), number * args.group)
             known = rows(result)
-            asked = done % args.every == 0 or done == len(requests)
+            asked = done // args.every > (done - args.group) // args.every or done == len(requests)
             if sequence.whole and asked and all(row["edits"] != done for row in known):
                 with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
                     row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
@@ -130,6 +132,14 @@ def run(file: Path, args: argparse.Namespace) -> None:
             seconds.append((time.perf_counter() - began) / len(groups[number]))
             write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
             print(f"{done + len(groups[number])} of {len(requests)} edits, {seconds[-1]:.2f} s each", flush=True)
+
+
+def refuse_another(place: Path, mark: str) -> None:
+    """A stream goes on with the editor it began with."""
+    if place.exists() and place.read_text() != mark:
+        raise SystemExit(f"{place.parent} was begun with another editor or other settings: delete it, or use those.")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(mark)
 
 
 def prepared(lm: LanguageModel, method: str, settings: Sequence[str]) -> Editor:
@@ -178,7 +188,7 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
     """One row: a sample of all edits by the block they came in, running text, abilities, and the update's size."""
     lm, draw = battery.lm, random.Random(SEED)
     blocks = [range(start, min(start + every, len(made))) for start in range(0, len(made), every)]
-    drawn = [sorted(draw.sample(block, min(len(block), size // len(blocks)))) for block in blocks]
+    drawn = [sorted(draw.sample(block, min(len(block), max(1, size // len(blocks))))) for block in blocks]
     by_block = []
     everything: dict[str, list[float]] = {}
     for block, chosen in zip(blocks, drawn, strict=True):

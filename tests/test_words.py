@@ -8,8 +8,9 @@ import torch
 from tests.test_training import ground, settings  # noqa: F401
 
 from ibke.editors.ibke import statistics
-from ibke.editors.ibke.address import About
-from ibke.editors.ibke.shipped import load_editor
+from ibke.editors.ibke.address import About, Addresser
+from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.statistics import Common, key_spectrum, packed, unpacked
 from ibke.editors.key_statistics import lines_of
 from ibke.errors import FormatError
@@ -83,8 +84,39 @@ def test_an_editor_is_trained_with_them(ground, text, tmp_path):  # noqa: F811
     run = settings(ground, tmp_path / "run", words=str(text), steps=4, cache=str(tmp_path / "cache"))
     folder = train(run)
     network, manifest = load_editor(folder, load_model(str(ground / "model"), dtype="float32"))
-    assert manifest["training"]["words"] == str(text)
-    assert int((network.common.ids_S >= 0).sum()) > 100
+    base, drawn, found = statistics_of(run)
+    chosen = with_words(run, base, found, drawn[0], lambda _: pytest.fail("chosen again")).common
+    kept_S = network.common.ids_S >= 0
+    assert manifest["training"]["words"] == str(text) and kept_S.sum() == len(chosen.ids_S) > 100
+    assert torch.equal(network.common.ids_S[kept_S], chosen.ids_S)
+    far = (network.common.keys_SD[kept_S] - chosen.keys_SD).norm() / chosen.keys_SD.norm()
+    assert far < 0.1 and not torch.equal(chosen.ids_S, found.common.ids_S)
+
+
+def test_the_shipped_editor_keeps_as_many_as_it_can(smollm32):
+    network, _ = load_editor(shipped_folder(smollm32), smollm32)
+    kept = network.common
+    assert int((kept.ids_S >= 0).sum()) == statistics.COMMON and int(kept.ids_S.max()) < len(smollm32.tokenizer)
+    # Keys of the layer: the constant is near 1 at each of them.
+    assert float(((kept.keys_SD @ network.constant_D) > 0.5).float().mean()) > 0.99
+
+
+def test_rows_that_hold_no_word_are_never_near(ground, tmp_path):  # noqa: F811
+    run = settings(ground, tmp_path / "run")
+    base, drawn, found = statistics_of(run)
+    network = Bottleneck(run.config, base.site.out, 32)
+    network.ground(found.spectrum, found.constant_D, found.output_scale)
+    network.know(found.seen)
+    network.know(found.seen.spread(5))
+    assert int((network.common.ids_S >= 0).sum()) == len(found.seen.spread(5).ids_S) < statistics.COMMON
+    assert not network.common.keys_SD[network.common.ids_S < 0].any()
+    addresser = make_addresser(run, base, found, words.CountingAddresser, network.common)
+    addresser.counts_S = torch.zeros(len(network.common.ids_S))
+    asked = [About(one.edit.prompt, subject_of(one.edit.prompt, one.subject)) for one in drawn[0]]
+    padded_BD = addresser(asked)
+    assert float(addresser.counts_S[network.common.ids_S < 0].sum()) == 0
+    # Nothing is lost on the way: with and without such rows the addresses are the same.
+    assert torch.equal(padded_BD, make_addresser(run, base, found, Addresser, found.seen.spread(5))(asked))
 
 
 def test_kept_as_bytes_they_answer_as_before():

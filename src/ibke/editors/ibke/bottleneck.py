@@ -116,9 +116,9 @@ class Bottleneck(Grounded):
     def know(self, common: Common) -> None:
         """Set the words that an edit must not answer to; what is missing of ``COMMON`` stays zero and never answers."""
         size = min(COMMON, len(common.keys_SD))
-        self.common_SD.zero_()
-        self.common_ids_S.fill_(-1)
-        self.common_SD[:size], self.common_ids_S[:size] = common.keys_SD[:size], common.ids_S[:size]
+        keys_SD, ids_S = common.keys_SD[:size].clone(), common.ids_S[:size].clone()  # they may be ours
+        self.common_SD.zero_()[:size] = keys_SD
+        self.common_ids_S.fill_(-1)[:size] = ids_S
 
     @torch.no_grad()
     def initialise(self, grads_TD: Tensor, address_BD: Tensor) -> None:
