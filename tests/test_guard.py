@@ -235,7 +235,8 @@ def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, 
         assert (other.number, other.supersedes) == (2, ())
         newer = keeper.add(EditRequest("What is the capital of Turkey?", "Izmir", "Turkey"))
         assert (newer.number, newer.supersedes) == (3, (1,)) and ledger.active() == [2, 3]
-        assert alike(first.edit, newer.edit) > 0.6 > alike(first.edit, other.edit)
+        found = alike({1: first.edit, 2: other.edit}, newer.edit)
+        assert found[1] > 0.6 > found[2]
         assert said(smollm32, ANKARA.prompt, keeper.state()) == "Izmir"
         ledger.revert([3])
         assert said(smollm32, ANKARA.prompt, keeper.state()) == "Ankara"

@@ -12,6 +12,7 @@ Shape suffixes: T keys, D width of what gates look at.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 
@@ -42,11 +43,14 @@ def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: 
         request: what it was made for.
     """
     found, asked = [], []
+    likeness = alike(kept, new)
+    mine, subject = _said_of(request)
     for number, old in kept.items():
         for other in old.requests:
-            if normalise(other.prompt) == normalise(request.prompt):
+            theirs, about = _said_of(other)
+            if theirs == mine:
                 found.append(number)
-            elif _same_subject(request, other) or alike(old, new) >= ALIKE:
+            elif (subject and about and (subject in about or about in subject)) or likeness.get(number, 0.0) >= ALIKE:
                 asked.append((number, old, other))
     if asked:
         prompts = [request.prompt] * len(asked) + [other.prompt for _, _, other in asked]
@@ -62,22 +66,27 @@ def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: 
     return sorted(set(found))
 
 
-def alike(old: Edit, new: Edit) -> float:
-    """The largest cosine of two keys that the first gates of two edits were found from; 0 where they have none.
+def alike(kept: Mapping[int, Edit], new: Edit) -> dict[int, float]:
+    """The largest cosine of two keys that the first gates of a new edit and of each old one were found from.
 
-    In the metric of generic keys: with p = B⁻¹ k beside each key, ⟨k, k'⟩ = kᵀ p'.
+    In the metric of generic keys: with p = B⁻¹ k beside each key, ⟨k, k'⟩ = kᵀ p'. Edits without such keys are left
+    out.
     """
     for name, some in new.neurons.items():
-        other = old.neurons.get(name)
-        if some.told is None or other is None or other.told is None:
+        mine = some.told
+        theirs = {number: old.neurons[name].told for number, old in kept.items() if name in old.neurons}
+        told = {number: one for number, one in theirs.items() if one is not None}
+        if mine is None or not told:
             continue
-        mine, theirs = some.told, other.told
-        count, others = len(mine.answer_TD), len(theirs.answer_TD)
-        cross_TT = mine.answer_TD @ theirs.pulled_UD[:others].T
-        mine_T = (mine.answer_TD * mine.pulled_UD[:count]).sum(-1)
-        theirs_T = (theirs.answer_TD * theirs.pulled_UD[:others]).sum(-1)
-        return float((cross_TT / torch.outer(mine_T, theirs_T).clamp_min(1e-12).sqrt()).max())
-    return 0.0
+        counts = [len(one.answer_TD) for one in told.values()]
+        keys_UD = torch.cat([one.answer_TD for one in told.values()])
+        pulled_UD = torch.cat([one.pulled_UD[:count] for one, count in zip(told.values(), counts, strict=True)])
+        mine_T = (mine.answer_TD * mine.pulled_UD[: len(mine.answer_TD)]).sum(-1)
+        theirs_U = (keys_UD * pulled_UD).sum(-1)
+        cosine_TU = mine.answer_TD @ pulled_UD.T / torch.outer(mine_T, theirs_U).clamp_min(1e-12).sqrt()
+        parts = cosine_TU.amax(0).split(counts)
+        return {number: float(part.max()) for number, part in zip(told, parts, strict=True)}
+    return {}
 
 
 def same_words(one: EditRequest, other: EditRequest) -> bool:
@@ -91,6 +100,7 @@ def _words(request: EditRequest) -> set[str]:
     return set(normalise(request.prompt).split()) - subject - EMPTY
 
 
-def _same_subject(one: EditRequest, other: EditRequest) -> bool:
-    mine, theirs = (normalise(subject_of(request.prompt, request.subject)) for request in (one, other))
-    return bool(mine) and bool(theirs) and (mine in theirs or theirs in mine)
+@lru_cache(maxsize=100_000)
+def _said_of(request: EditRequest) -> tuple[str, str]:
+    """A request's prompt and its subject, in normal form."""
+    return normalise(request.prompt), normalise(subject_of(request.prompt, request.subject))
