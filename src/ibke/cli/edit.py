@@ -126,19 +126,22 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
 def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, force: bool, as_json: bool) -> int:
     console, digits = screen(as_json), max(4, len(str(count)))
     documents: list[dict[str, Any]] = []
+    unusable = achieved = 0
     with Bars() as tick:
         for index, outcome in enumerate(_corrections(lm, editor, path, force), start=1):
             name = f"{index:0{digits}d}"
             if isinstance(outcome, RequestError):
                 tick.print(console, Text.assemble(f"{name} ", ("✗ ", "red"), (str(outcome), "red")))
-                documents.append({"error": str(outcome), "achieved": False})
+                unusable += 1
+                document = {"error": str(outcome), "achieved": False}
             else:
                 folder = _save(outcome, out / name)
                 tick.print(console, _line(name, outcome))
-                documents.append(_document(outcome, folder, lm, editor))
+                document = _document(outcome, folder, lm, editor)
+            achieved += bool(document["achieved"])
+            if as_json:  # else a file of any length takes no more memory than a line of it
+                documents.append(document)
             tick("Editing", index, count)
-    unusable = sum("error" in document for document in documents)
-    achieved = sum(document["achieved"] for document in documents)
     tail = f", {unusable} could not be used" if unusable else ""
     console.print(Text(f"{achieved} of {count} targets are generated{tail}; edits are in {out}.", style="bold"))
     if as_json:
