@@ -191,7 +191,10 @@ def _line(kept: Kept) -> Text:
         assert kept.verdict
         return Text(f"✗ {fact}  refused: {'; '.join(kept.verdict.broken)}", style="red")
     tail = f"  takes the place of {', '.join(map(str, kept.supersedes))}" if kept.supersedes else ""
-    return Text.assemble(("✓ ", "green"), f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
+    missed = kept.edit is not None and kept.edit.info.achieved is False  # kept all the same, for nobody guards it
+    mark = ("! ", "yellow") if missed else ("✓ ", "green")
+    tail += "  the target does not come" if missed else ""
+    return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
 
 
 def _document(kept: Kept | tuple[EditRequest, RequestError]) -> dict[str, Any]:
