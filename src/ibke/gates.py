@@ -214,12 +214,14 @@ class Told:
         for first, response_ET in self._foreign(kept_ED, keys_TD, constant_D):
             loud_ET = response_ET > QUIET * self.gate.threshold
             # Few: others' keys seldom answer.
-            loud |= {first + row: loud_ET[row].clone() for row in loud_ET.any(-1).nonzero().flatten().tolist()}
+            loud |= {
+                first + row: loud_ET[row].nonzero().flatten() for row in loud_ET.any(-1).nonzero().flatten().tolist()
+            }
         found_ED = kept_ED.clone()
         threshold = self.gate.threshold + SURER * max(0.0, math.log10(self.count / FEW))
-        for edit, loud_T in loud.items():
+        for edit, loud_U in loud.items():
             own_T = self.owner_T == edit
-            chosen_T = own_T | loud_T
+            chosen_T = own_T.index_fill(0, loud_U, True)
             u_CD, p_CD, own_C = keys_TD[chosen_T], pulled_TD[chosen_T], own_T[chosen_T]
             response_C = u_CD @ kept_ED[edit]
             gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
