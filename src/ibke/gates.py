@@ -213,10 +213,8 @@ class Told:
         loud: dict[int, Tensor] = {}
         for first, response_ET in self._foreign(kept_ED, keys_TD, constant_D):
             loud_ET = response_ET > QUIET * self.gate.threshold
-            # Few: others' keys seldom answer.
-            loud |= {
-                first + row: loud_ET[row].nonzero().flatten() for row in loud_ET.any(-1).nonzero().flatten().tolist()
-            }
+            some = loud_ET.any(-1).nonzero().flatten().tolist()  # few: others' keys seldom answer
+            loud |= {first + row: loud_ET[row].nonzero().flatten() for row in some}
         found_ED = kept_ED.clone()
         threshold = self.gate.threshold + SURER * max(0.0, math.log10(self.count / FEW))
         for edit, loud_U in loud.items():
@@ -227,9 +225,8 @@ class Told:
             gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
             change_D = FIRM * torch.linalg.solve(gram_CC, response_C.masked_fill(own_C, 0.0)) @ p_CD
             left = (response_C[own_C] - u_CD[own_C] @ change_D).mean() / response_C[own_C].mean()
-            if left >= max(
-                STILL, threshold + SLACK
-            ):  # else both say the same of the same: there is nothing to tell apart
+            # Else both say the same of the same: there is nothing to tell apart.
+            if left >= max(STILL, threshold + SLACK):
                 found_ED[edit] -= change_D
         return found_ED * (self.gate.threshold / threshold)
 
