@@ -117,3 +117,9 @@ def test_neurons_are_not_merged_beside_a_riding_update():
 def test_another_base_is_refused():
     with pytest.raises(IBKEError, match="made on 'frozen'"):
         RefineSettings(base="frozen")
+
+
+def test_two_targets_for_one_prompt_are_refused():
+    other = replace(REQUESTS[0], target_new="Oslo")
+    with pytest.raises(RequestError, match="'Rome' and 'Oslo'"):
+        make_editor().edit([*REQUESTS, other])

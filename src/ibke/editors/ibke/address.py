@@ -45,6 +45,7 @@ from ibke.prefixes import Prefixes, Reading, Row
 REQUEST, NEUTRAL, OTHER = range(3)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
+NEAR_WEIGHT = 0.1  # of each, against 1 for the rest of N: there are many, and they must not outweigh other questions
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
 
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
@@ -197,7 +198,7 @@ class Addresser:
     @property
     def identity(self) -> tuple[Any, ...]:
         """All that decides an address but the model and the request."""
-        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, json.dumps(_own()))
+        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, NEAR_WEIGHT, json.dumps(_own()))
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
@@ -249,10 +250,10 @@ class Addresser:
         own_TD = keys_TD[kind_T == REQUEST] if (kind_T == REQUEST).any() else answer_TD
 
         def solved() -> Tensor:
-            ones_S = silent_TD.new_ones(len(silent_TD))
-            address_D = solve(answer_TD[None], root_T[None], silent_TD[None], ones_S[None], self.pull)[0].sum(0)
+            address_D = solve(answer_TD[None], root_T[None], silent_TD[None], root_S[None], self.pull)[0].sum(0)
             return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
 
+        root_S = silent_TD.new_ones(len(silent_TD))
         address_D = solved()
         mine = torch.tensor([row.tail[-1] for row in rows])
         for _ in range(ROUNDS):
@@ -260,6 +261,7 @@ class Addresser:
             if not len(near):
                 break
             silent_TD = torch.cat([silent_TD, self.common.keys_SD[near].double()])
+            root_S = torch.cat([root_S, root_S.new_full((len(near),), NEAR_WEIGHT**0.5)])
             address_D = solved()
         return address_D
 
