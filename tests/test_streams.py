@@ -1,5 +1,7 @@
 """Edits that come one after another: where a stream ends, and on which model each is made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.conftest import make_tiny
@@ -9,7 +11,7 @@ from tests.test_session import hooks, logits, make_edit
 from ibke.edit import Edit
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.refine import RefineSettings
-from ibke.errors import FormatError, IBKEError
+from ibke.errors import FormatError, IBKEError, RequestError
 from ibke.evaluation.sequence import InSequence
 from ibke.request import EditRequest
 from ibke.session import EditSession, set_aside
