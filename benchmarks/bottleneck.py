@@ -24,6 +24,7 @@ from ibke.training.trainer import (
     prepare_ground,
     started_from,
     take_statistics,
+    with_words,
 )
 from ibke.training.validation import validate
 
@@ -64,7 +65,7 @@ def main() -> None:
     base = settings_for({}, manifest, args, folder, args.runs / "base")
     ground = prepare_ground(base)
     drawn = draw_episodes(base)
-    statistics = take_statistics(base, ground, drawn[0])
+    statistics = with_words(base, ground, take_statistics(base, ground, drawn[0]), drawn[0], lambda _: None)
     episodes, validation = prepare_episodes(base, ground, statistics, drawn, lambda _: None)
     report = json.loads(args.out.read_text()) if args.out.exists() else {"points": {}}
     report["command"] = "python benchmarks/bottleneck.py " + (
