@@ -9,7 +9,6 @@ from tests.conftest import make_tiny
 
 from ibke.edit import Edit
 from ibke.editors.ibke.address import (
-    NEUTRAL,
     OTHER,
     REQUEST,
     About,
@@ -156,23 +155,19 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
     editor = IBKEEditor.for_model(smollm32)
     assert editor.training_seconds
     editor.addresser.alike = 2.0  # no question counts as the request's own
-    about = About("The capital of Borduria is", "Borduria", ("Borduria is governed from",))
+    about = About("The mother of Quentin Tarbell is", "Quentin Tarbell", ("Quentin Tarbell was born to",))
     address = editor.addresser([about])[0]
     rows = contexts_of(about, editor.lm.tokenizer)
     assert sum(row.kind == REQUEST for row in rows) == 6  # three frames, the phrase as a question twice, one wording
     read = editor.addresser.prefixes.read(editor.site.entrance, [Row(row.prefix, row.tail) for row in rows])
-    own, threshold, neutral = [], editor.network.config.threshold, []
+    own, threshold = [], editor.network.config.threshold
     for row, (_, keys_TD) in zip(rows, read, strict=True):
         *before, last = (keys_TD @ address).tolist()
-        if row.kind == NEUTRAL:  # told of common words, of eleven contexts one ("Who was …") answers .68
-            neutral.append(last - threshold)
-        else:
-            assert (last > threshold + 0.1) if row.kind == REQUEST else (last < threshold - 0.1)
+        assert (last < threshold - 0.1) if row.kind == OTHER else (last > threshold + 0.1)
         if row.kind == REQUEST:
             own.append(last)
             assert max(before[0 if row.prefix else 1 :], default=0.0) < threshold
     assert sum(own) / len(own) == pytest.approx(1.0, abs=1e-4)
-    assert min(neutral) > 0.05 and sorted(neutral)[1] > 0.1
 
 
 def test_an_address_stays_shut_in_running_text(smollm32):
