@@ -18,6 +18,7 @@ from ibke.editors.fine_tuning import BoundedFineTuning, FineTuning
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import LedgerError, RequestError
 from ibke.evaluation.generate import Together, generate
+from ibke.evaluation.scoring import score
 from ibke.fingerprint import mark
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
@@ -94,6 +95,29 @@ def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
     assert any("all edits" in broken for broken in Guard(lm, probes=PROBES).check(first, first, [])[1].broken)
 
 
+def comes(lm: LanguageModel, request: EditRequest, state: Edit | None = None) -> bool:
+    """Whether every token of the target is the likeliest."""
+    pair = encode_pair(request.prompt, request.target_new, "bare", lm.tokenizer)
+    return score(lm, [pair], Together((state,)) if state else None)[0].predicted[:-1] == tuple(pair.answer[:-1])
+
+
+def test_an_edit_that_takes_an_earlier_ones_answer_away_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    words = [word[1:] for word in lm.tokenizer.get_vocab() if word[1:].isalpha()]
+    earlier = next(one for word in words if comes(lm, one := EditRequest(word, said(lm, word).split()[0])))
+    tried = (random_edit(lm, 1, seed=seed, scale=1.0) for seed in range(100))
+    loud = next(edit for edit in tried if not comes(lm, earlier, edit))
+    with Ledger(tmp_path, lm) as ledger:
+        Keeper(lm, ledger, Careless(lm)).add(earlier, force=True)
+        later = EditRequest("Boats leave", said(lm, "Boats leave", loud))
+        editor = RandomEditor(lm)
+        editor.edit = lambda requests: Edit(loud.factors, tuple(requests), loud.info)
+        refused = Keeper(lm, ledger, editor, Guard(lm, LOOSE, [])).add(later, force=True)
+        assert refused.number is None and refused.verdict is not None
+        assert refused.verdict.changed == (earlier.prompt,) and "earlier edits lost 1.0" in refused.verdict.broken[0]
+        never_asked = Guard(lm, replace(LOOSE, edits=0), [])
+        assert Keeper(lm, ledger, editor, never_asked).add(later, force=True).number == 2
+
+
 class Careless(RandomEditor):
     """Edits of requests for "much" change everything, all others nothing; none makes its target come."""
 
@@ -134,12 +158,12 @@ def test_somebody_else_may_write_meanwhile(lm: LanguageModel, tmp_path: Path) ->
     checks = []
 
     class Slow(Guard):
-        def check(self, before, after, requests):
+        def check(self, before, after, *rest):
             checks.append(before)
             if len(checks) == 1:
                 with Ledger(tmp_path, lm) as other:
                     other.commit(random_edit(lm, 1, seed=5, scale=0.0), note="theirs")
-            return super().check(before, after, requests)
+            return super().check(before, after, *rest)
 
     request = EditRequest("The harbour", said(lm, "The harbour"))
     with Ledger(tmp_path, lm) as ledger:
@@ -152,7 +176,7 @@ def test_whoever_is_overtaken_again_and_again_has_the_others_wait(lm: LanguageMo
     checks = []
 
     class Overtaken(Guard):
-        def check(self, before, after, requests):
+        def check(self, before, after, *rest):
             checks.append(before)
             if len(checks) <= ATTEMPTS:
                 with Ledger(tmp_path, lm) as other:
@@ -162,7 +186,7 @@ def test_whoever_is_overtaken_again_and_again_has_the_others_wait(lm: LanguageMo
                 with pytest.raises(sqlite3.OperationalError, match="locked"):
                     other.execute("BEGIN IMMEDIATE")
                 other.close()
-            return super().check(before, after, requests)
+            return super().check(before, after, *rest)
 
     request = EditRequest("The harbour", said(lm, "The harbour"))
     with Ledger(tmp_path, lm) as ledger:

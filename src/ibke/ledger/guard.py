@@ -44,6 +44,7 @@ TITLES = {
     "drift": "probes changed by all edits",
     "kl_nats": "KL, nats",
     "perplexity": "perplexity, more",
+    "lost": "earlier edits lost",
 }
 WINDOW, WINDOWS = 256, 4  # tokens of running text read at once, and how often
 
@@ -60,6 +61,8 @@ class Limits:
         drift: most of them whose answer may be another than the unedited model's, by all edits together (ratio 0–1).
         kl_nats: how much KL(base‖edited) may grow at their answers, mean per token (nats).
         perplexity: how much the perplexity of running text may grow (ratio; .01 is one percent).
+        edits: most earlier edits asked again, those nearest to the new one.
+        lost: most of them whose target may cease to come (ratio 0–1).
     """
 
     wordings: float = 1.0
@@ -69,6 +72,8 @@ class Limits:
     drift: float = 0.1
     kl_nats: float = 0.02
     perplexity: float = 0.01
+    edits: int = 32
+    lost: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> Limits:
@@ -190,21 +195,28 @@ class Guard:
         nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
         return Measured(kept_P, kl / max(1, self.tokens), nll)
 
-    def check(self, before: Edit | None, after: Edit, requests: Sequence[EditRequest]) -> tuple[list[Verdict], Verdict]:
+    def check(
+        self,
+        before: Edit | None,
+        after: Edit,
+        requests: Sequence[EditRequest],
+        earlier: Sequence[EditRequest] = (),
+    ) -> tuple[list[Verdict], Verdict]:
         """What more edits do.
 
         Args:
             before: all others in force, as one.
             after: the same with them.
             requests: what they were made for.
+            earlier: of what others in force were made for, what is to be asked again.
 
         Returns:
             for each request whether it is answered and keeps what it says must stay; and what happens to all else.
         """
-        return self._asked(before, after, requests), self._effects(before, after)
+        return self._asked(before, after, requests), self._effects(before, after, earlier)
 
-    def _effects(self, before: Edit | None, after: Edit) -> Verdict:
-        """Probes and text, beside what they were."""
+    def _effects(self, before: Edit | None, after: Edit, earlier: Sequence[EditRequest]) -> Verdict:
+        """Probes, text and earlier edits, beside what they were."""
         first = self._first(before, after)
         # Measured in passes of the same shapes, so that what differs is the edit's doing and not a sum's rounding.
         if first not in self._known or self._known[first][0] is not before:
@@ -221,13 +233,26 @@ class Guard:
             "drift": float(drifted_P.sum()) / count,
             "kl_nats": now.kl_nats - was.kl_nats,
             "perplexity": math.exp(min(now.nll - was.nll, 100.0)) - 1.0,
+            "edits": len(earlier),
+            "lost": len(gone := self._lost(before, after, earlier)) / max(1, len(earlier)),
         }
         limits, broken = asdict(self.limits), []
         for name, title in TITLES.items():
             if not scores[name] <= limits[name]:  # not-a-number breaks every limit
                 broken.append(f"{title} {scores[name]:.4f}, at most {limits[name]:g}")
         changed = tuple(self.probes[number][0] for number in lost_P.nonzero().flatten().tolist())
-        return Verdict(scores, tuple(broken), changed)
+        return Verdict(scores, tuple(broken), (*changed, *gone))
+
+    def _lost(self, before: Edit | None, after: Edit, earlier: Sequence[EditRequest]) -> list[str]:
+        """The prompts of earlier edits whose target came and comes no more: some token is not the likeliest."""
+        if not earlier or before is None:
+            return []
+        pairs = [encode_pair(one.prompt, one.target_new, "bare", self.lm.tokenizer) for one in earlier]
+        comes = [
+            [one.predicted[:-1] == tuple(pair.answer[:-1]) for one, pair in zip(read, pairs, strict=True)]
+            for read in (score(self.lm, pairs, Together((state,))) for state in (before, after))
+        ]
+        return [one.prompt for one, was, now in zip(earlier, *comes, strict=True) if was and not now]
 
     def _asked(self, before: Edit | None, after: Edit, requests: Sequence[EditRequest]) -> list[Verdict]:
         """Each request's own prompt, wordings and locality prompts."""

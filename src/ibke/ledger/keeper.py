@@ -14,7 +14,7 @@ from ibke.errors import LedgerMovedError
 from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.metrics import exact_match
 from ibke.frames import encode_pair
-from ibke.ledger.conflicts import superseded
+from ibke.ledger.conflicts import alike, superseded
 from ibke.ledger.guard import Guard, Verdict
 from ibke.ledger.ledger import Ledger
 from ibke.models import LanguageModel
@@ -175,7 +175,8 @@ class Keeper:
         after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one.edit for one in standing])
         verdicts: dict[int, Verdict] = {}
         if self.guard:
-            own, effects = self.guard.check(before, after, [one.request for one in standing])
+            earlier = self._nearest(standing, gone, self.guard.limits.edits)
+            own, effects = self.guard.check(before, after, [one.request for one in standing], earlier)
             missed = [one for one, verdict in zip(standing, own, strict=True) if not verdict.passed]
             if len(made) > 1 and (missed or not effects.passed):
                 # Those that do not come, each by itself; of the others half at a time.
@@ -228,6 +229,16 @@ class Keeper:
             known = {number: kept for number, kept in known.items() if number not in old[one.row]}
             known[one.place] = one.edit
         return old
+
+    def _nearest(self, made: Sequence[_Made], gone: set[int], most: int) -> list[EditRequest]:
+        """Requests of the edits that stay in force which come nearest to some new ones, or else of the latest."""
+        kept = {number: edit for number, edit in self._edits.items() if number not in gone}
+        likeness: dict[int, float] = {}
+        for one in made:
+            for number, value in alike(kept, one.edit).items():
+                likeness[number] = max(value, likeness.get(number, 0.0))
+        order = sorted(kept, key=lambda number: (likeness.get(number, 0.0), number), reverse=True)
+        return [request for number in order[:most] for request in kept[number].requests][:most]
 
     def _say(self, requests: Sequence[EditRequest], state: Edit | None) -> list[bool]:
         ids = [encode_pair(request.prompt, "-", "bare", self.lm.tokenizer).prompt for request in requests]
