@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=0, help="seed of the order")
     parser.add_argument("--every", type=int, default=1000)
     parser.add_argument("--sample", type=int, default=200, help="edits asked about")
+    parser.add_argument("--dtype", default="float32", help="of the model; bfloat16 where the CPU computes in it")
     args = parser.parse_args()
     file = stream(args.kind, args.size, args.tuning)
     print(file)
@@ -101,12 +102,13 @@ def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
 
 def run(file: Path, args: argparse.Namespace) -> None:
     """Make a stream's edits, group by group, and measure now and then."""
-    name = f"{file.stem}.{args.method}{''.join(f'.{text}' for text in args.set)}.group-{args.group}.order-{args.order}"
+    how = "".join(f".{text}" for text in (*args.set, *([args.dtype] if args.dtype != "float32" else [])))
+    name = f"{file.stem}.{args.method}{how}.group-{args.group}.order-{args.order}"
     folder, result = RUNS / name, RESULTS / f"{name}.json"
     requests = list(read(file, "jsonl", []))
     random.Random(f"order {args.order}").shuffle(requests)
     groups = [requests[start : start + args.group] for start in range(0, len(requests), args.group)]
-    lm = load_model("smollm2-135m", dtype="float32")
+    lm = load_model("smollm2-135m", dtype=args.dtype)
     text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
     battery = Battery(lm, text, TOKENS, suites)
     editor = prepared(lm, args.method, args.set)
