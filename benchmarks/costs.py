@@ -16,12 +16,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rivals import ALWAYS, DATA, DATASETS, METHODS, RESULTS, SEED, labelled
+from rivals import DATA, DATASETS, METHODS, RESULTS, SEED, ready
 from speed import pass_seconds
 
 from ibke.batch import collate
 from ibke.data.readers import read
-from ibke.editors.base import method_class
 from ibke.errors import IBKEError
 from ibke.evaluation.machine import describe
 from ibke.evaluation.protocols import sample
@@ -46,9 +45,9 @@ def main() -> None:
     asked = {name: requests(name, args.edits + 1) for name in ON}
     unit = {name: median(passes(lm, some)) for name, some in asked.items()}
     report: dict[str, Any] = {"machine": describe(lm.device), "edits": args.edits, "pass": unit, "methods": {}}
-    for method, (_, settings) in labelled(args.methods.split(",")).items():
+    for method in args.methods.split(","):
         try:
-            editor = method_class(method).for_model(lm, **{**ALWAYS.get(method, {}), **settings})
+            editor = ready(lm, method)
         except IBKEError as error:
             report["methods"][method] = {"left_out": str(error)}
         else:

@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rivals import ABILITIES, COUNTS, QUESTIONS, SEED, TUNED, running_text  # the script beside this one
+from rivals import ABILITIES, COUNTS, QUESTIONS, SEED, ready, running_text  # the script beside this one
 
 from ibke.data.readers import read
 from ibke.edit import Edit
-from ibke.editors.base import Editor, method_class
+from ibke.editors.base import Editor
 from ibke.evaluation.examination import Examination
 from ibke.evaluation.generate import Together
 from ibke.evaluation.machine import describe, peak_memory_mb
@@ -28,7 +28,7 @@ from ibke.evaluation.protocols import sample
 from ibke.evaluation.sequence import InSequence, summed
 from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import data_folder, write_atomically
-from ibke.models import LanguageModel, load_model
+from ibke.models import load_model
 from ibke.request import EditRequest
 from ibke.session import set_aside
 from ibke.subjects import subject_of
@@ -111,7 +111,7 @@ def run(file: Path, args: argparse.Namespace) -> None:
     lm = load_model("smollm2-135m", dtype=args.dtype)
     text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
     battery = Battery(lm, text, TOKENS, suites)
-    editor = prepared(lm, args.method, args.set)
+    editor = ready(lm, args.method, *args.set)
     refuse_another(folder / "editor", editor.mark)
     with InSequence(lm) as sequence:
         editor, made, seconds = taken_up(folder, sequence, editor)
@@ -142,19 +142,6 @@ def refuse_another(place: Path, mark: str) -> None:
         raise SystemExit(f"{place.parent} was begun with another editor or other settings: delete it, or use those.")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(mark)
-
-
-def prepared(lm: LanguageModel, method: str, settings: Sequence[str]) -> Editor:
-    """A method with the settings it was found best with, and those given."""
-    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    chosen = dict(tuned.get(method, {}).get("settings", {}))
-    for text in settings:
-        key, _, value = text.partition("=")
-        try:
-            chosen[key] = json.loads(value)
-        except ValueError:
-            chosen[key] = value
-    return method_class(method).for_model(lm, **chosen)
 
 
 def abilities() -> tuple[str, ...]:
@@ -197,10 +184,11 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
         exam = Examination(lm, [made[index] for index in chosen], ("bare",), 32, None)
         exam.examine(range(len(chosen)), Together((whole,)))
         scores = exam.tally.core("edited")["generation"]
-        found = {name: scores[name]["mean"] for name in ("reliability", "generality", "locality") if scores[name]}
+        found = {name: scores[name]["mean"] for name in ("reliability", "generality", "locality")}
         by_block.append({"from": block.start, "to": block.stop, "n": len(chosen), **found})
         for name, value in found.items():
-            everything.setdefault(name, []).append(value)
+            if value is not None:
+                everything.setdefault(name, []).append(value)
     battery.note([whole])
     means = {name: fmean(values) for name, values in everything.items()}
     rest = {"by_block": by_block, "peak_memory_mb": peak_memory_mb()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from costs import COSTS
-from rivals import PUBLISHED, TUNED
+from rivals import CANDIDATES, PUBLISHED, TUNED
 
 from ibke.editors.ibke.shipped import SHIPPED
 
@@ -113,11 +113,13 @@ def rivals(protocol: str) -> str:
             by_method.setdefault(row["method"], {})[row["data"]] = row
     if not by_method:
         return "Not measured yet."
+    known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     heads = [f"{TITLES[name]}: rel. | gen. | loc. | mean" for name in names]
     heads += ["KB/edit | perplexity moved by | choices kept"]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 4) + "|"]
-    for method, found in sorted(by_method.items(), key=lambda item: -_score(item[1].values())):
-        cells = [method] + [text for name in names for text in _quality(found.get(name))]
+    for method, found in sorted(by_method.items(), key=lambda item: (-len(item[1]), -_score(item[1].values()))):
+        named = f"{method} (not tuned)" if method in CANDIDATES and method not in known else method
+        cells = [named] + [text for name in names for text in _quality(found.get(name))]
         some = list(found.values())
         effects = [row["effects"] for row in some]
         cells += [_mean([row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
@@ -167,10 +169,10 @@ def costs() -> str:
             ratio = f"{seconds / found['ibke'][name]['median']:.1f}" if "ibke" in found else "–"
             cells += [f"{seconds:.2f}", ratio, f"{seconds / report['pass'][name]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    missing = [method for method, some in report["methods"].items() if "left_out" in some]
-    return "\n".join(
-        [*lines, *(["", f"Not timed, for want of trained weights: {', '.join(missing)}."] if missing else [])]
-    )
+    for method, some in report["methods"].items():
+        if "left_out" in some:
+            lines += ["", f"Not timed: {method}, {some['left_out']}"]
+    return "\n".join(lines)
 
 
 def tuned() -> str:

@@ -16,9 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
+from ibke.cli.settings import parse
 from ibke.data.readers import read
+from ibke.editors.base import Editor, method_class
 from ibke.evaluation.protocols import sample
 from ibke.files import data_folder
+from ibke.models import LanguageModel
 
 DATA = data_folder()
 RESULTS = Path("benchmarks/results/rivals")
@@ -42,7 +45,12 @@ ALONE = ("ike", "ike-retrieval")  # all facts stand in front of every question: 
 ABILITIES = ("boolq.jsonl", "natural_language_inference.tsv", "truthfulqa_fold0_test.csv")
 LOOKS, QUESTIONS = 2, 20  # edited models of a cell that are asked other things, and how many of each kind
 UNREAD = 1500  # last lines of WikiText's validation text, of which nothing went into anybody's statistics
-ALWAYS = {"serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())}}
+# Generic keys are of the text that IBKE's statistics read too, and not of what perplexity is measured on (UNREAD).
+TEXT = {"text": "text/wikitext2_valid.txt"}
+ALWAYS: dict[str, dict[str, object]] = {
+    **dict.fromkeys(("rome", "memit", "alphaedit"), TEXT),
+    "serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())},
+}
 
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
 CANDIDATES: dict[str, list[dict[str, object]]] = {
@@ -121,11 +129,11 @@ def tune(method: str) -> None:
     labels = {label: (method, settings) for label, settings in candidates.items()}
     run(labels, data, f"batch:{EDITS}" if method in TOGETHER else "single", out)
     rows = json.loads((out / "summary.json").read_text())["rows"]
-    scores = {
-        label: fmean(row["generation"]["score"]["mean"] for row in rows if row["method"] == label)
-        for label in candidates
-        if all(row["generation"]["score"] for row in rows if row["method"] == label)
-    }
+    found = {label: [row["generation"]["score"]["mean"] for row in rows if row["method"] == label] for label in labels}
+    # One that failed somewhere is out of the running.
+    scores = {label: fmean(some) for label, some in found.items() if len(some) == len(data) and None not in some}
+    if not scores:
+        raise SystemExit(f"No candidate of {method} came through; see {out}.")
     best = max(scores, key=lambda label: scores[label])
     known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     known[method] = {
@@ -167,6 +175,19 @@ def labelled(methods: Iterable[str]) -> dict[str, tuple[str, dict[str, object]]]
     """Methods with the settings they were found to be best with."""
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     return {method: (method, tuned.get(method, {}).get("settings", {})) for method in methods}
+
+
+def ready(lm: LanguageModel, method: str, *more: str) -> Editor:
+    """A method as the table has it, with more settings as NAME=VALUE.
+
+    Raises:
+        IBKEError: what it was trained to is not there, or a setting is none.
+    """
+    kind = method_class(method)
+    ((_, settings),) = labelled([method]).values()
+    texts = [f"{name}={value}" for name, value in {**ALWAYS.get(method, {}), **settings}.items()]
+    (given,) = parse([*texts, *more], kind.Settings) if kind.Settings else ({},)
+    return kind.for_model(lm, **given)
 
 
 def sources(names: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ import pytest
 from random_editor import REQUESTS, RandomEditor
 
 from ibke.bench.cell import Progress
+from ibke.bench.charts import Dot, costs
 from ibke.bench.compare import METRICS, bootstrap, by_edit, paired
 from ibke.bench.effects import EFFECTS, effect
 from ibke.bench.page import page
@@ -333,6 +334,12 @@ def test_names_are_text_and_not_markup(lm: LanguageModel) -> None:
     document = {"failed": "<b>x & y</b>", "cell_seconds": 1.0}
     text = page(summarise(plan, [document] * len(plan.cells)))
     assert "&lt;b&gt;x &amp; y&lt;/b&gt;" in text and Page(text).open == []
+
+
+def test_what_is_no_number_is_null_and_draws_nothing() -> None:
+    assert json.loads(to_json({"a": float("nan"), "b": [1.0, float("inf")]})) == {"a": None, "b": [1.0, None]}
+    drawn = costs("x", [Dot("broken", float("inf"), text="inf"), Dot("whole", 2.0, text="2")])
+    assert drawn.count("<circle") == 1 and "nan" not in drawn
 
 
 def test_json_for_people_is_the_same_json() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from ibke.edit import Edit, EditInfo
 from ibke.editors.grace import GRACE, GRACESettings
 from ibke.editors.ike import IKE
 from ibke.errors import FormatError, RequestError
+from ibke.evaluation.generate import Together
 from ibke.evaluation.protocols import Protocol, evaluate
-from ibke.evaluation.side_effects import LEADING, MOST, WINDOW, Battery, Beside, update_size
+from ibke.evaluation.scoring import MOST, divergence, score
+from ibke.evaluation.side_effects import LEADING, WINDOW, Battery, Beside, update_size
+from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import resolve, target_modules, weight_OI
 from ibke.neurons import Neurons
@@ -96,6 +100,34 @@ def test_neurons_count_as_columns_of_a_wider_projection(lm: LanguageModel) -> No
     found = update_size(lm, [edit])
     assert found["relative_norm"] == pytest.approx(float(out.norm() / weight.norm()), rel=1e-5)
     assert found["drift"] == pytest.approx(spaces_apart(weight, torch.cat([weight, out.T], 1)), rel=1e-4)
+
+
+def test_a_model_that_is_broken_is_no_model_without_side_effects(lm: LanguageModel) -> None:
+    made = random_edit(lm, 1, seed=0)
+    broken = Edit({name: (a * 1e25, b * 1e25) for name, (a, b) in made.factors.items()}, (), made.info)
+    assert update_size(lm, [broken])["drift"] == 1.0
+    pair, force = encode_pair("The harbour", "lies", "bare", lm.tokenizer), Together((broken,))
+    (read,), (moved,) = score(lm, [pair], force), divergence(lm, [pair], force)
+    assert max(read.nll) == moved.forward == MOST
+
+
+def test_questions_have_intervals_over_questions_paired_with_the_unedited_models_answers(lm: LanguageModel) -> None:
+    battery = Battery(lm, suites={"suite": SUITE})
+    for seed in range(2):
+        battery.note([random_edit(lm, 1, seed=seed, scale=1.0)])
+    found = battery.report()["abilities"]["suite"]
+    assert found["change"]["mean"] == pytest.approx(found["edited"]["mean"] - found["base"])
+    assert found["edited"]["mean"] == pytest.approx(fmean(row["abilities"]["suite"] for row in battery.found))
+    assert 0.0 <= found["kept"]["low"] <= found["kept"]["mean"] <= found["kept"]["high"] <= 1.0
+    silent = Battery(lm, suites={"suite": SUITE}).report()["abilities"]["suite"]
+    assert silent["edited"]["mean"] is None and silent["change"]["mean"] is None
+
+
+def test_the_unedited_model_is_asked_without_what_is_attached(lm: LanguageModel) -> None:
+    battery = Battery(lm, TEXT, tokens=60, suites={"suite": SUITE})
+    with EditSession(lm).attach(random_edit(lm, 1, seed=0, scale=1.0)):
+        assert battery.base.nll != battery.condition(()).nll
+    assert battery.base.nll == battery.condition(()).nll
 
 
 def test_an_edit_that_changes_nothing_has_no_side_effect(lm: LanguageModel) -> None:

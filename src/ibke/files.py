@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -69,7 +70,12 @@ def digest(value: Any) -> str:
 
 
 def to_json(value: Any, ascii_only: bool = False, depth: int = 0) -> str:
-    """A JSON text for people: a member a line, and lists of numbers or texts on one line."""
+    """A JSON text for people: a member a line, and lists of numbers or texts on one line.
+
+    JSON knows no infinity and no not-a-number; both are null.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
     inner, outer = "\n" + "  " * (depth + 1), "\n" + "  " * depth
     if isinstance(value, dict) and value:
         members = (
@@ -79,4 +85,6 @@ def to_json(value: Any, ascii_only: bool = False, depth: int = 0) -> str:
         return "{" + inner + f",{inner}".join(members) + outer + "}"
     if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
         return "[" + inner + f",{inner}".join(to_json(item, ascii_only, depth + 1) for item in value) + outer + "]"
+    if isinstance(value, list | tuple):
+        value = [None if isinstance(item, float) and not math.isfinite(item) else item for item in value]
     return json.dumps(value, ensure_ascii=ascii_only)

@@ -6,12 +6,14 @@ when the system ends it for want of memory.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, cast
 
 from ibke.bench.plan import Cell
@@ -61,6 +63,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         config={
             "data": data.name,
             "format": data.format,
+            "data_sha256": data_digest(find_file(data.path)),
             "limit": cell.stage.limit,
             "seed": cell.seed,
             "order": "random",
@@ -71,6 +74,16 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         },
         progress=progress,
     )
+
+
+def data_digest(path: Path) -> str:
+    """What a file holds, or the files of a folder (SHA-256)."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                found.update(hashlib.file_digest(content, "sha256").digest())
+    return found.hexdigest()
 
 
 def in_own_process(cell: Cell, progress: Progress) -> dict[str, Any]:

@@ -70,12 +70,13 @@ def differences(title: str, dots: Sequence[Dot]) -> str:
 
 def costs(title: str, dots: Sequence[Dot]) -> str:
     """Positive quantities as dots on a logarithmic axis."""
+    dots = [dot if dot.mean and math.isfinite(dot.mean) else Dot(dot.label, None) for dot in dots]
     known = [dot.mean for dot in dots if dot.mean is not None and dot.mean > 0] or [1.0]
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     axis = _Axis(10.0**low, 10.0 ** max(high, low + 1), log=True)
     step = math.ceil((max(high, low + 1) - low) / 5)
     body = [axis.grid([10.0**power for power in range(low, max(high, low + 1) + 1, step)], len(dots))]
-    body += [_interval(axis, row, dot if dot.mean else Dot(dot.label, None)) for row, dot in enumerate(dots)]
+    body += [_interval(axis, row, dot) for row, dot in enumerate(dots)]
     return _svg(title, body, len(dots))
 
 

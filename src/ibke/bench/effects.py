@@ -18,8 +18,8 @@ def _abilities(report: Document, change: Callable[[Document], float | None]) -> 
     return mean_known(change(suite) for suite in _looked(report).get("abilities", {}).values())
 
 
-def _gain(suite: Document) -> float | None:
-    return None if suite["edited"]["mean"] is None else suite["edited"]["mean"] - suite["base"]
+def _gain(asked: Document) -> float | None:
+    return None if asked["edited"]["mean"] is None else asked["edited"]["mean"] - asked["base"]
 
 
 def _perplexity(report: Document) -> float | None:
@@ -28,7 +28,9 @@ def _perplexity(report: Document) -> float | None:
 
 
 def _tasks(report: Document) -> float | None:
-    return mean_known(_gain(task) for task in _looked(report).get("tasks", {}).values())
+    """Of shares only: a perplexity's change is no share of anything."""
+    tasks = _looked(report).get("tasks", {})
+    return mean_known(_gain(task) for name, task in tasks.items() if name.partition("/")[2].startswith(SHARES))
 
 
 # By name: its title, and where it is in a report.
@@ -41,7 +43,9 @@ EFFECTS: dict[str, tuple[str, Callable[[Document], float | None]]] = {
     "choices_kept": ("choices kept", lambda report: _abilities(report, lambda suite: suite["kept"]["mean"])),
     "tasks_change": ("lm-eval, change", _tasks),
 }
-RELATIVE = ("perplexity_change", "abilities_change", "tasks_change")
+RELATIVE = ("perplexity_change",)
+POINTS = ("abilities_change", "tasks_change")
+SHARES = ("acc", "exact_match", "f1")  # lm-eval's names of metrics between 0 and 1
 
 
 def effects(reports: Sequence[Document]) -> dict[str, float | None]:
@@ -85,9 +89,9 @@ def families_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def effect(name: str, value: float | None) -> str:
-    """One of them as it is written: changes in percent with their sign."""
-    if name in RELATIVE:
-        return "–" if value is None else f"{100 * value:+.2f} %"
+    """One of them as it is written: changes with their sign, of a quantity in percent and of a share in points."""
+    if name in (*RELATIVE, *POINTS):
+        return "–" if value is None else f"{100 * value:+.2f} {'%' if name in RELATIVE else 'points'}"
     return _number(value, ".3f" if name in ("drift", "choices_kept") else ".3g")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ibke.bench import charts
 from ibke.bench.charts import Dot
 from ibke.bench.compare import SCORE
-from ibke.bench.effects import EFFECTS, RELATIVE, effect, effects_table, families_table
+from ibke.bench.effects import EFFECTS, POINTS, RELATIVE, effect, effects_table, families_table
 from ibke.bench.summary import COSTS, by_place, cells, conditions, measured, number, share, unedited
 from ibke.evaluation.tally import ASPECTS
 
@@ -124,7 +124,7 @@ def _by_age(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _effects(rows: Sequence[Mapping[str, Any]], against: str) -> dict[str, str]:
     """Plots of how far weights, perplexity and abilities moved, where that was measured."""
-    plots = {"relative_norm": charts.costs} | dict.fromkeys(RELATIVE, charts.differences)
+    plots = {"relative_norm": charts.costs} | dict.fromkeys((*RELATIVE, *POINTS), charts.differences)
     found = {}
     for name, plot in plots.items():
         values = [(row["method"], row["effects"][name]) for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,7 +39,8 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         ``portability``, each mean, 95 % interval and number of edits; ``minus``, the generated ones less those of
         ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
         ``by_age``, of the first seed; and ``files``, where all of it comes from.
-        ``base`` has reliability and generality of the unedited model; ``failed`` the cells without a result.
+        ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
+        answers anything; ``failed`` the cells without a result.
     """
     against = against or plan.contenders[0].label
     named = list(zip(plan.cells, documents, strict=True))
@@ -63,7 +64,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         "seeds": list(plan.seeds),
         "cells": sum(bool(document) for document in documents),
         "conditions": asdict(plan.conditions),
-        "machine": next((document["machine"] for _, document in named if "machine" in document), None),
+        "machines": _distinct(document["machine"] for _, document in named if "machine" in document),
         "rows": rows,
         "base": base,
         "failed": [
@@ -74,6 +75,14 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
     }
 
 
+def _distinct(machines: Iterable[Document]) -> list[Document]:
+    found: list[Document] = []
+    for machine in machines:
+        if machine not in found:
+            found.append(machine)
+    return found
+
+
 def _row(reports: Sequence[Document]) -> dict[str, Any]:
     """What one method reached and took."""
     row: dict[str, Any] = {"seeds": [report["config"]["seed"] for report in reports]}
@@ -81,6 +90,9 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
     row |= {name: mean_known(report.get(name) for report in reports) for name in COSTS}
+    details = [report["locality_detail"]["edited"].get("where_base_answers", {}) for report in reports]
+    row["where_base_answers"] = mean_known(detail.get("mean") for detail in details)
+    row["marks"] = list(dict.fromkeys(report["config"].get("editor_mark") for report in reports))
     row |= {"effects": effects(reports), "families": families(reports)}
     return row | {"by_age": reports[0]["by_age"] if reports else []}
 
@@ -94,10 +106,12 @@ def _minus(reports: Sequence[Document], other: Sequence[Document]) -> dict[str, 
 
 
 def _base(reports: Sequence[Document]) -> dict[str, float | None]:
-    return {
+    found = {
         name: mean_known(report["base"]["generation"][name]["mean"] for report in reports)
         for name in ("reliability", "generality")
     }
+    detail = [report["locality_detail"]["edited"].get("base_answers", {}) for report in reports]
+    return found | {"answers": mean_known(some.get("mean") for some in detail)}
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -144,11 +158,16 @@ def csv_text(summary: Mapping[str, Any]) -> str:
 
 def conditions(summary: Mapping[str, Any]) -> list[str]:
     """Under which conditions the numbers hold, and how to read them; a sentence a line."""
-    given, machine, seeds = summary["conditions"], summary["machine"] or {}, ", ".join(map(str, summary["seeds"]))
+    given, seeds = summary["conditions"], ", ".join(map(str, summary["seeds"]))
+    machines = [
+        f"{machine.get('cpu', 'Unknown processor')}, {machine.get('threads', '?')} thread(s), "
+        f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}"
+        for machine in summary["machines"]
+    ]
+    mixed = " Seconds of different machines cannot be compared." if len(machines) > 1 else ""
     return [
         f"{given['model']} in {given['dtype']}, asked {', '.join(given['frames'])}; seeds {seeds}.",
-        f"{machine.get('cpu', 'Unknown processor')}, {machine.get('threads', '?')} thread(s), "
-        f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}.",
+        f"{'; '.join(machines) or 'Nothing was measured'}.{mixed}",
         "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
         "score is the mean of reliability, generality and locality.",
         "Brackets hold 95 % intervals over edits: Wilson's, and for differences on the same edits the bootstrap's.",
@@ -166,7 +185,8 @@ def unedited(summary: Mapping[str, Any], data: str, protocol: str) -> str:
     found = (one for one in summary["base"] if (one["data"], one["protocol"]) == (data, protocol))
     for one in found:
         said = (f"{name} {number(one[name])}" for name in ("reliability", "generality"))
-        return f"The unedited model: {', '.join(said)}, and locality 1 by definition."
+        silent = f" It says anything at {number(one['answers'])} of the locality prompts."
+        return f"The unedited model: {', '.join(said)}, and locality 1 by definition.{silent}"
     return "Nothing was measured."
 
 

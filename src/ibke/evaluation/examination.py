@@ -156,9 +156,14 @@ class Costs:
 
 
 def _bytes(edit: Edit) -> int:
-    """What goes into the model; an update of full rank need be no more than its matrix."""
+    """What is kept of an edit: what goes into the model, and what its gates are found from again beside other edits.
+
+    An update of full rank need be no more than its matrix.
+    """
     size = sum(part.nbytes for part in edit.parts.values())
-    size += sum(tensor.nbytes for some in edit.neurons.values() for tensor in some.tensors().values())
+    for some in edit.neurons.values():
+        size += sum(tensor.nbytes for tensor in some.tensors().values())
+        size += sum(tensor.nbytes for tensor in some.told.tensors().values()) if some.told else 0
     for a_RI, b_OR in edit.factors.values():
         size += min(a_RI.nbytes + b_OR.nbytes, a_RI.shape[1] * b_OR.shape[0] * a_RI.element_size())
     return size

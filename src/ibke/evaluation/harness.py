@@ -70,7 +70,7 @@ class Harness:
                     f"lm-eval cannot run it ({type(error).__name__}: {error}).", ", ".join(self.names), "Mend the task."
                 ) from error
         return {
-            f"{task}/{metric.partition(',')[0]}": float(value)
+            f"{task}/{metric.removesuffix(',none')}": float(value)
             for task, metrics in found["results"].items()
             for metric, value in metrics.items()
             if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"

@@ -150,8 +150,8 @@ def evaluate(
         ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
         the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
-        ``training_seconds`` what the weights of a trained editor took, None elsewhere; ``bytes_per_edit`` what goes
-        into the model; ``peak_memory_mb`` that of the process over loading, editing and
+        ``training_seconds`` what training took up to the weights in use, without caching, None elsewhere;
+        ``bytes_per_edit`` what is kept of an edit; ``peak_memory_mb`` that of the process over loading, editing and
         scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
         ``side_effects``, given a battery, what :meth:`Battery.report` says.
 
@@ -162,12 +162,12 @@ def evaluate(
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
     exam, costs = Examination(lm, requests, frames, batch_size, progress, battery, baseline), Costs()
     shown = [_for_editor(request, edit_frame, lm.tokenizer) for request in requests]
-    groups = protocol.groups(len(requests))
+    groups, first = protocol.groups(len(requests)), editor.mark  # what it learns of edits is not part of its name
     run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]
     for _ in run(exam, costs, editor, shown, groups):
         if progress:
             progress("edits", len(costs.seconds), len(requests))
-    about = {"method": editor.name, "edit_frame": edit_frame, **(config or {})}
+    about = {"method": editor.name, "editor_mark": first, "edit_frame": edit_frame, **(config or {})}
     return _report(exam, costs, protocol, editor.training_seconds, about)
 
 

@@ -20,6 +20,7 @@ from ibke.models import LanguageModel
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
 POSITIONS = 256
+MOST = 100.0  # nats per token that are told apart: a model that needs more, or says not-a-number, is broken
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def score(
             for part in _parts(len(states_ND)):
                 logp_NV = _log_probs(lm, states_ND[part])
                 predicted += logp_NV.argmax(-1).tolist()
-                nll += (-logp_NV.gather(1, batch.labels_N[part, None])[:, 0]).tolist()
+                nll += _bounded(-logp_NV.gather(1, batch.labels_N[part, None])[:, 0]).tolist()
             for row in rows:
                 size = len(pairs[row].answer)
                 scores[row] = Forced(tuple(predicted[:size]), tuple(nll[:size]))
@@ -93,6 +94,7 @@ def divergence(
             base_NV, edited_NV = _log_probs(lm, base_ND[part]), _log_probs(lm, edited_ND[part])
             gap_NV = base_NV - edited_NV
             kl = [(base_NV.exp() * gap_NV).sum(-1), -(edited_NV.exp() * gap_NV).sum(-1)]
+            kl = [_bounded(part_N) for part_N in kl]
             parts.append(torch.stack([*kl, (edited_NV.argmax(-1) != batch.labels_N[part]).float()]))
         forward_N, backward_N, other_N = torch.cat(parts, dim=1)
         counts = batch.per_row(torch.ones_like(forward_N))
@@ -112,6 +114,10 @@ def _log_probs(lm: LanguageModel, states_ND: Tensor) -> Tensor:
     logits_NV = lm.model.get_output_embeddings()(states_ND).float()
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
     return (torch.tanh(logits_NV / cap) * cap if cap else logits_NV).log_softmax(-1)
+
+
+def _bounded(nats_N: Tensor) -> Tensor:
+    return nats_N.nan_to_num(nan=MOST).clamp_max(MOST)
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -22,14 +23,14 @@ from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, in_force
 from ibke.evaluation.harness import Harness
-from ibke.evaluation.metrics import average
-from ibke.evaluation.scoring import score
+from ibke.evaluation.metrics import average, proportion
+from ibke.evaluation.scoring import MOST, score
 from ibke.files import find_file
 from ibke.models import LanguageModel
 from ibke.modules import resolve, weight_OI
+from ibke.session import set_aside
 
 WINDOW = 256  # tokens of text read at once
-MOST = 100.0  # nats per token that a ratio can say: a model that needs as much more is broken, and exp soon overflows
 LEADING = 8  # singular vectors whose drift is measured
 
 
@@ -117,8 +118,12 @@ class Battery:
         self._windows = self._text_windows()
         self._asked = {name: [self._pairs(choice) for choice in choices] for name, choices in self.suites.items()}
         self.found: list[dict[str, Any]] = []
+        # By suite, for each look: of each question whether it is right, and whether the choice is the unedited model's.
+        self._right: dict[str, list[Sequence[bool]]] = {name: [] for name in self.suites}
+        self._kept: dict[str, list[Sequence[bool]]] = {name: [] for name in self.suites}
         self.seconds = 0.0
-        self.base = self._unedited()
+        if self.harness:  # a task can be wrong in any way, which is better known before edits are made
+            self.base  # noqa: B018
 
     @classmethod
     def of(cls, lm: LanguageModel, beside: Beside, baseline: Baseline | None = None) -> Battery:
@@ -130,6 +135,15 @@ class Battery:
         text, suites = beside.read()
         harness = Harness(lm, find_file(beside.harness), beside.questions) if beside.harness else None
         return cls(lm, text, suites=suites, edits=beside.looks, baseline=baseline, harness=harness)
+
+    @cached_property
+    def base(self) -> Condition:
+        """The unedited model's condition, whatever is attached; taken when it is first wanted.
+
+        Taken before any edit is made it would be part of the memory that editing is said to need.
+        """
+        with set_aside(self.lm):
+            return self._unedited()
 
     def _unedited(self) -> Condition:
         questions = {
@@ -179,13 +193,19 @@ class Battery:
             row["perplexity_ratio"] = _ratio(now.nll - self.base.nll)
         row["tasks"] = dict(now.tasks)
         row["abilities"] = {name: fmean(right) for name, right in now.abilities.items()}
-        row["kept"] = {
-            name: fmean(float(mine == own) for mine, own in zip(now.chosen[name], before, strict=True))
-            for name, before in self.base.chosen.items()
-        }
+        row["kept"] = {}
+        for name, before in self.base.chosen.items():
+            same = [mine == own for mine, own in zip(now.chosen[name], before, strict=True)]
+            row["kept"][name] = fmean(same)
+            self._right[name].append(now.abilities[name])
+            self._kept[name].append(same)
 
     def report(self) -> dict[str, Any]:
-        """Means over what was looked at (``n``) or could be asked (``asked``), each with its 95 % interval."""
+        """Means over what was looked at (``n``) or could be asked (``asked``), each with its 95 % interval.
+
+        Those of questions are intervals over questions, each the mean of its looks; ``change`` is paired with the
+        unedited model's answer to the same question.
+        """
 
         def mean(values: Sequence[float]) -> dict[str, float | None]:
             return asdict(average(values))
@@ -205,8 +225,9 @@ class Battery:
                 name: {
                     "n": len(right),
                     "base": fmean(right),
-                    "edited": mean([row["abilities"][name] for row in asked]),
-                    "kept": mean([row["kept"][name] for row in asked]),
+                    "edited": asdict(proportion(_by_question(self._right[name]))),
+                    "change": mean(_gains(_by_question(self._right[name]), right)),
+                    "kept": asdict(proportion(_by_question(self._kept[name]))),
                 }
                 for name, right in base.abilities.items()
             },
@@ -238,8 +259,17 @@ class Battery:
         return [Pair(prompt, answer, (0, len(prompt))) for answer in answers]
 
 
+def _by_question(looks: Sequence[Sequence[bool]]) -> list[float]:
+    return [fmean(looked) for looked in zip(*looks, strict=True)]
+
+
+def _gains(now: Sequence[float], before: Sequence[bool]) -> list[float]:
+    """Nothing where no look could be taken."""
+    return [mine - own for mine, own in zip(now, before, strict=True)] if now else []
+
+
 def _ratio(nats: float) -> float:
-    return math.exp(MOST if math.isnan(nats) else min(nats, MOST))
+    return math.exp(MOST if math.isnan(nats) else min(nats, MOST))  # beyond which exp soon overflows
 
 
 def _least(nats: Sequence[float]) -> int:
@@ -266,6 +296,9 @@ def update_size(lm: LanguageModel, edits: Sequence[Edit]) -> dict[str, float]:
         after_OI = torch.cat([before_OI + change_OI, *added], dim=1)
         square = change_OI.square().sum() + sum(column.square().sum() for column in added)
         ratios.append(float(square.sqrt() / before_OI.norm()))
+        if not torch.isfinite(after_OI @ after_OI.T).all():  # of the space that was there nothing is left
+            drifts.append(1.0)
+            continue
         cosines_KK = _leading(before_OI).T @ _leading(after_OI)
         drifts.append(1.0 - float(cosines_KK.square().sum()) / len(cosines_KK))
     return {"relative_norm": fmean(ratios) if ratios else 0.0, "drift": max(0.0, fmean(drifts)) if drifts else 0.0}

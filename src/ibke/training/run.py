@@ -234,7 +234,7 @@ class Run(ABC):
             self.best = score
             # Where the run happened to lie is nobody's business but its own.
             kept = {name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache")}
-            about = {"training": kept, "step": self.step, "seconds": self.seconds, "validation": scores}
+            about = {"training": kept, "step": self.step, "seconds": self.seconds - self.prepared, "validation": scores}
             self.keep(self.out / "editor", about)
 
     def _log(self, entry: dict[str, Any]) -> None:

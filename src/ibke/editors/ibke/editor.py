@@ -27,6 +27,7 @@ from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
 from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.fingerprint import mark
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
 from ibke.models import LanguageModel
@@ -99,6 +100,11 @@ class IBKEEditor(Editor):
     def prefixes(self) -> Prefixes:
         """What stands before a prompt in each frame, run once."""
         return frame_prefixes(self.part, self.lm.tokenizer)
+
+    @property
+    def mark(self) -> str:
+        """See :attr:`Editor.mark`; where an edit applies depends on what addresses are told of, too."""
+        return mark(repr((self.name, self.settings, self.addresser.identity)), self.network.state_dict())
 
     @classmethod
     def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> IBKEEditor:
