@@ -128,7 +128,9 @@ def rivals(protocol: str) -> str:
         ]
         cells += [_mean([each["choices_kept"] for each in effects], ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    base = [one for one in json.loads(path.read_text())["base"] if one["protocol"] == protocol and one["answers"]]
+    said = ", ".join(f"{one['answers']:.3f} ({TITLES[one['data']]})" for one in base)
+    return "\n".join([*lines, "", f"Share of locality prompts at which the unedited model says anything: {said}."])
 
 
 def _quality(row: dict | None) -> list[str]:
