@@ -47,6 +47,9 @@ def test_exact_match_wants_the_whole_answer() -> None:
         ("New York", "New York", "York", True),
         ("New York, near York", "New York", "York", False),
         ("York", "New York", "York", False),
+        ("New York", "York", "New York", False),
+        ("York, not New York", "York", "New York", False),
+        ("York", "York", "New York", True),
         ("Rome", "Rome", "Rome", True),
     ],
 )

@@ -44,11 +44,13 @@ def exact_match(answer: str, target: str) -> bool:
 def contains(answer: str, new: str, old: str | None = None) -> bool:
     """Whether an answer holds the new target as whole words, and not the old one elsewhere."""
     said, wanted = f" {normalise(answer)} ", f" {normalise(new)} "
-    if wanted not in said:
-        return False
-    # What is left after the new target is taken out: "New York" must not count as a mention of "York".
-    rest = said.replace(wanted, "  ")
-    return old is None or f" {normalise(old)} " not in rest or exact_match(old, new)
+    if old is None or exact_match(old, new):
+        return wanted in said
+    gone = f" {normalise(old)} "
+    # One may stand inside the other, and the longer is no mention of the shorter: "New York" does not say "York".
+    if wanted in gone:
+        return gone not in said and wanted in said
+    return wanted in said and gone not in said.replace(wanted, "  ")
 
 
 def shared_prefix(base: Sequence[int], edited: Sequence[int]) -> float:
