@@ -59,6 +59,13 @@ def test_zsre(tmp_path: Path, layout: str) -> None:
     assert [probe.family for probe in request.portability] == ["one_hop"] * (layout in ("EasyEdit", "KnowEdit"))
 
 
+def test_zsre_edited_to_the_answer_it_has_has_no_old_one(tmp_path: Path) -> None:
+    same = [{**RECORDS["zsre"]["MEND"], "alt": "the Fredville."}, dict(RECORDS["zsre"]["MEND training"])]
+    same[1]["alternatives"] = ["fredville"]
+    requests = read_records(tmp_path, "zsre", *same)
+    assert [(item.target_new, item.target_true) for item in requests] == [("the Fredville.", None), ("fredville", None)]
+
+
 def test_knowedit_families_aliases_and_first_answers(tmp_path: Path) -> None:
     request = one(tmp_path, "knowedit", "WikiData")
     assert request.rephrase_prompts == ("The name of the capital city of Free Land is",)
