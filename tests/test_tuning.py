@@ -276,6 +276,7 @@ def test_bad_requests(name):
         (lambda: UltraEditSettings(learning_rate=-1), "`learning_rate` is not positive"),
         (lambda: UltraEdit(make_tiny("llama"), UltraEditSettings(gate_layers=(9,))), "layer 9 does not exist"),
         (lambda: FineTuning.for_model(make_tiny("llama"), speed=3), "no setting 'speed'.*Known: .*layer"),
+        (lambda: FineTuning.for_model(make_tiny("llama"), "runs/ft"), "ft: it has no trained weights.*'runs/ft'"),
     ],
 )
 def test_bad_settings(settings, message):

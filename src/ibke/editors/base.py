@@ -83,9 +83,10 @@ class Editor(ABC):
             settings: method settings that differ from the defaults.
 
         Raises:
-            IBKEError: a setting that the method has not; names the nearest one.
+            IBKEError: a setting that the method has not, with the nearest one, or a folder for one without weights.
         """
-        del path
+        if path is not None:
+            raise IBKEError(f"it has no trained weights to read from {str(path)!r}.", cls.name, "Name no folder.")
         return cls(lm, **settings) if cls.Settings is None else cls(lm, cls._settings(settings))  # type: ignore[call-arg]
 
     @classmethod
