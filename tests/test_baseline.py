@@ -63,6 +63,14 @@ def test_what_is_kept_is_of_one_model_and_one_question(lm, tmp_path: Path) -> No
     assert Baseline(lm).recall(["who?"]) is None
 
 
+def test_a_cache_that_cannot_be_written_keeps_nothing(lm, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    baseline = Baseline(lm, file / "answers")
+    baseline.keep(["who?"], ["me"])
+    assert baseline.recall(["who?"]) is None
+
+
 def test_a_damaged_file_is_answered_again(lm, tmp_path: Path) -> None:
     unaided = measured(lm, Baseline(lm, tmp_path))
     for kept in tmp_path.iterdir():

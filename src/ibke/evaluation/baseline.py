@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ class Baseline:
     def keep(self, asked: Any, answered: Any) -> None:
         """Keep an answer, JSON-ready."""
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._place(asked), json.dumps(answered).encode())
+            # A cache that cannot be written costs time and nothing else.
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._place(asked), json.dumps(answered).encode())
 
     def _place(self, asked: Any) -> Path:
         assert self.folder
