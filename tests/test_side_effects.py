@@ -239,6 +239,16 @@ def test_published_suites_are_read(tmp_path: Path) -> None:
     assert len(drawn) == 1
 
 
+def test_two_suites_of_one_name_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / "suite.jsonl", tmp_path / "suite.tsv"]
+    for path, text in zip(paths, (BOOLQ, PAIRS), strict=True):
+        path.write_text(text)
+    names = tuple(map(str, paths))
+    with pytest.raises(RequestError, match=r"suite\.tsv: it goes by the same name as .*suite\.jsonl"):
+        Beside(abilities=names).read()
+    assert list(Beside(abilities=(names[0], names[0])).read()[1]) == ["suite"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -56,7 +57,7 @@ class Beside:
         """The text, and the questions by file.
 
         Raises:
-            RequestError: the text cannot be read.
+            RequestError: the text cannot be read, or two files of questions would go by one name.
             FormatError: a file of questions cannot.
         """
         place = find_file(self.text)
@@ -64,8 +65,11 @@ class Beside:
             running = place.read_text(encoding="utf-8") if self.text else None
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"it cannot be read ({error}).", str(place), "Give a text file in UTF-8.") from None
-        suites = {name: OWN if name == OWN.stem else find_file(name) for name in self.abilities}
-        return running, {path.stem: read_abilities(path, self.questions) for path in suites.values()}
+        suites: dict[str, Path] = {}
+        for path in (OWN if name == OWN.stem else find_file(name) for name in self.abilities):
+            if (other := suites.setdefault(path.stem, path)) != path:
+                raise RequestError(f"it goes by the same name as {other}.", str(path), "Rename one of the files.")
+        return running, {name: read_abilities(path, self.questions) for name, path in suites.items()}
 
 
 @dataclass(frozen=True)
