@@ -78,10 +78,11 @@ def test_each_kind_of_demonstration_answers_its_own_question():
     ]
 
 
-def test_the_store_may_be_a_file_and_never_tells_the_answer(tiny_model, tmp_path):
+def test_the_store_may_be_a_file_and_never_tells_the_answer(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("IBKE_DATA", str(tmp_path))
     path = tmp_path / "store.jsonl"
     path.write_text("".join(json.dumps(request.to_dict()) + "\n" for request in (FACT, OTHER)))
-    settings = RetrievalSettings(copies=5, updates=0, retains=0, store=str(path))
+    settings = RetrievalSettings(copies=5, updates=0, retains=0, store="store.jsonl")
     found = IKERetrieval(tiny_model("llama"), settings).retrieve(FACT)
     assert [shown.text for shown in found] == [
         "New Fact: The headquarters of Nordwind Optics is in Turku\n"

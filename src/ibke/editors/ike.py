@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor
 from ibke.editors.settings import refuse_below
 from ibke.errors import RequestError
+from ibke.files import find_file
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
 
@@ -77,8 +77,8 @@ class RetrievalSettings:
     Args:
         copies, updates, retains: demonstrations of each kind. Published: 4, 12 and 16 of 32 in all, in the ratio
             1 : 3 : 4; eight here, since every question costs their tokens again.
-        store: file of requests with other wordings and locality probes to make demonstrations of; None takes those
-            that ship.
+        store: file of requests with other wordings and locality probes to make demonstrations of, looked for in the
+            data folder too; None takes those that ship.
         format: of that file (`ibke ls formats`).
     """
 
@@ -196,7 +196,7 @@ def _stored(path: str | None, format: str) -> list[EditRequest]:
     if path is None:
         text = files("ibke.data").joinpath("demonstrations.json").read_text(encoding="utf-8")
         return [EditRequest.from_dict(record) for record in json.loads(text)]
-    records = list(read(Path(path), format, []))
+    records = list(read(find_file(path), format, []))
     if not records:
         raise RequestError("there is no request in it.", path, "Give a file that holds some.")
     return records
