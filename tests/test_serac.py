@@ -169,6 +169,18 @@ def test_a_classifier_is_trained_once_and_found_again(tiny_model, no_cache, data
             scope_for(lm, settings)
 
 
+def test_other_data_make_another_classifier(tiny_model, no_cache, monkeypatch):
+    """Under the same names of tables and files."""
+    lm, settings, asked = tiny_model("llama"), ScopeSettings(steps=2, width=4), [ONE, TWO]
+    monkeypatch.setattr("ibke.editors.serac.scope.training_requests", lambda settings: asked)
+    first = scope_for(lm, settings)
+    assert scope_for(lm, settings).same(first)
+    asked[1] = replace(TWO, prompt=f"Say: {TWO.prompt}")
+    second = scope_for(lm, settings)
+    assert not second.same(first)
+    assert scope_for(lm, settings).same(second)
+
+
 def test_what_is_trained_on_leaves_out_the_hard_split_and_what_is_excluded(data_folder, monkeypatch):
     monkeypatch.setenv("IBKE_DATA", str(data_folder))
     settings = ScopeSettings(requests=40, tables=("lre",))

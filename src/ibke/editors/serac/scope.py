@@ -41,8 +41,8 @@ from ibke.data.split import held_out
 from ibke.data.triples import Skips, Triple, read_facts, read_lre, read_pararel
 from ibke.editors.key_statistics import words_of
 from ibke.editors.settings import refuse_below, refuse_not_positive
-from ibke.errors import CaptureError, FormatError, TrainingError
-from ibke.files import cache_folder, data_folder, find_file, write_atomically
+from ibke.errors import CaptureError, FormatError, IBKEError, TrainingError
+from ibke.files import cache_folder, data_folder, digest, find_file, write_atomically
 from ibke.frames import FRAMES, render
 from ibke.models import LanguageModel
 from ibke.modules import resolve_any, target_modules
@@ -200,8 +200,9 @@ def _early(lm: LanguageModel) -> int:
 def scope_for(lm: LanguageModel, settings: ScopeSettings) -> Scope:
     """The classifier of a model, from the cache folder where it has been trained before.
 
-    A file there counts only if it says of itself that it is of this model and these settings. The model must be the
-    pristine one: detach edits first.
+    A file there counts only if it says of itself that it is of this model, these settings and the requests that the
+    tables give today; without the tables there is nothing newer than what is kept. The model must be the pristine one:
+    detach edits first.
 
     Args:
         lm: the model.
@@ -212,14 +213,21 @@ def scope_for(lm: LanguageModel, settings: ScopeSettings) -> Scope:
     """
     wanted = asdict(settings) | {"layer": _early(lm) if settings.layer is None else settings.layer}
     identity = {"layout": LAYOUT, "model": lm.fingerprint, "dtype": str(lm.dtype), "settings": wanted}
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = cache_folder() / "scope" / lm.fingerprint / f"{digest}.safetensors"
-    scope = _read(path, json.dumps(identity))
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = cache_folder() / "scope" / lm.fingerprint / f"{name}.safetensors"
+    about, began = {"identity": json.dumps(identity)}, time.perf_counter()
+    try:
+        requests = training_requests(settings)
+    except IBKEError:
+        if kept := _read(path, about):
+            return kept
+        raise
+    about["requests"] = digest([request.to_dict() for request in requests])
+    scope = _read(path, about)
     if scope is None:
-        began = time.perf_counter()
-        scope = train_scope(lm, wanted["layer"], training_requests(settings), settings)
+        scope = train_scope(lm, wanted["layer"], requests, settings)
         scope = replace(scope, seconds=time.perf_counter() - began)
-        data = serialise(scope.tensors(), {"identity": json.dumps(identity), "seconds": str(scope.seconds)})
+        data = serialise(scope.tensors(), about | {"seconds": str(scope.seconds)})
         # A cache that cannot be written costs time and nothing else.
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,14 +341,14 @@ def fit(
     return Scope(layer, mean_D, spread_D, projection_KD.detach().contiguous(), bias.detach())
 
 
-def _read(path: Path, identity: str) -> Scope | None:
+def _read(path: Path, wanted: dict[str, str]) -> Scope | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about.get("identity") != identity:
+        if not wanted.items() <= about.items():
             return None
-        scope = Scope.checked(json.loads(identity)["settings"]["layer"], tensors)
+        scope = Scope.checked(json.loads(wanted["identity"])["settings"]["layer"], tensors)
         return replace(scope, seconds=float(about["seconds"])) if "seconds" in about else scope
     except (OSError, ValueError, SafetensorError, FormatError):
         return None
