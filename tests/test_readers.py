@@ -185,6 +185,26 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
         next(requests)
 
 
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ({"prompt": "x", "target": 5}, "`target` is no text but int"),
+        ({"prompt": "x", "target": "y", "family": ["a"]}, "`family` is no text but list"),
+        ({"prompt": "x", "target": " "}, "the probe 'x' has no `target`"),
+        ({"prompt": " "}, "empty prompt"),
+    ],
+)
+def test_faulty_probes_are_named(tmp_path: Path, probe: dict[str, Any], message: str) -> None:
+    record = {"prompt": "A", "target_new": "B", "portability": [probe]}
+    with pytest.raises(RequestError, match=f"line 1: `portability`: .*{message}"):
+        list(read(write(tmp_path, json.dumps(record), "requests.jsonl"), "jsonl"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (request,) = read(write(tmp_path, '\ufeff{"prompt": "A", "target_new": "B"}', "requests.jsonl"), "jsonl")
+    assert request.prompt == "A"
+
+
 CSV = """\ufeffprompt,target_new,subject,rephrase_prompts,locality,portability
 The capital of Freedonia is,Lisbon,Freedonia,Freedonia is governed from | Its capital is,The capital of Sylvania is,
 "Freedonia's anthem,",Hail,,"[""One, two"", ""3 | 4""]","[{""prompt"": ""P"", ""target"": ""T"", ""family"": ""F""}]",
@@ -217,6 +237,7 @@ def test_csv_fields_and_lists(tmp_path: Path) -> None:
         ("prompt,target_new\nA,B,C\n", "row 2: has more cells"),
         ("prompt,target_new,locality\nA,B,[1\n", "row 2: `locality` is not a valid JSON array"),
         ("prompt,target_new,locality\nA,B,[1]\n", "row 2: an entry of `locality`"),
+        ("prompt,target_new,portability\nA,B,C | D\n", "row 2: `portability`: the probe 'C' has no `target`"),
         ("prompt,target_new,subject\nA,B,C\n", "row 2: the subject 'C' does not occur"),
         ('prompt,target_new\n"A,B\n', "cannot be read"),
     ],

@@ -225,7 +225,7 @@ def test_our_own_questions_are_there_and_even() -> None:
 def test_published_suites_are_read(tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("b.jsonl", "p.tsv", "t.csv")}
     for path, text in zip(paths.values(), (BOOLQ, PAIRS, TRUTHFUL), strict=True):
-        path.write_text(text)
+        path.write_text(f"\ufeff{text}")  # as some programs begin UTF-8
     boolq, pairs, truthful = (read_abilities(path) for path in paths.values())
     assert boolq == [Choice("It is so.\nQuestion: is it so?\nAnswer:", ("no", "yes"), 1)]
     assert [(item.choices[item.right], item.prompt[:9]) for item in pairs] == [

@@ -29,6 +29,10 @@ class Probe:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("a probe has an empty prompt.", "probe", "Give it a text, or leave it out.")
+        for name, kinds in (("target", str | None), ("family", str)):
+            if not isinstance(value := getattr(self, name), kinds):
+                what = f"a probe's `{name}` is no text but {type(value).__name__}."
+                raise RequestError(what, "probe", "Write it as a text, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,34 @@ def _as_list(value: Any, name: str) -> list[Any] | tuple[Any, ...]:
 def _probe(item: Any, name: str) -> Probe:
     if isinstance(item, Probe):
         return item
-    if isinstance(item, str):
-        return Probe(item)
-    if isinstance(item, dict) and "prompt" in item and set(item) <= {"prompt", "target", "family"}:
-        return Probe(**item)
+    record = {"prompt": item} if isinstance(item, str) else item
+    if isinstance(record, dict) and "prompt" in record and set(record) <= {"prompt", "target", "family"}:
+        try:
+            return Probe(**record)
+        except RequestError as error:
+            raise RequestError(f"`{name}`: {error.what}", "edit request", error.todo) from None
     raise RequestError(
         f"an entry of `{name}` is neither a text nor an object with `prompt`, `target`, `family`.",
         "edit request",
         "Write a prompt, or {'prompt': …, 'target': …, 'family': …}.",
     )
+
+
+def request_of(record: Any) -> EditRequest:
+    """A request as people write it in a file; what nothing could be measured of is a slip there.
+
+    Raises:
+        RequestError: as :meth:`EditRequest.from_dict`, or a portability probe without an answer.
+    """
+    request = EditRequest.from_dict(record)
+    for probe in request.portability:
+        if not (probe.target or "").strip():
+            raise RequestError(
+                f"`portability`: the probe {probe.prompt!r} has no `target`.",
+                "edit request",
+                "Write {'prompt': …, 'target': …} with the answer that follows from the edit.",
+            )
+    return request
 
 
 def read_requests(path: str | Path) -> Iterator[EditRequest]:
@@ -140,7 +163,7 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -150,7 +173,7 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
                 except json.JSONDecodeError as error:
                     raise RequestError(f"not valid JSON ({error.msg}).", where, "Write one object a line.") from None
                 try:
-                    yield EditRequest.from_dict(record)
+                    yield request_of(record)
                 except RequestError as error:
                     raise RequestError(error.what, where, error.todo) from None
     except (OSError, UnicodeDecodeError) as error:

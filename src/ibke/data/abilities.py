@@ -46,7 +46,7 @@ def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[
         FormatError: the file cannot be read, is none of these, or a record lacks a field; names the line.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
             found = list(_reader(path, first)(path, file))
