@@ -112,6 +112,10 @@ def test_a_question_that_nothing_can_answer_is_left_out_by_name(tmp_path: Path) 
         ('[{"a": 1}, {"a"', "not valid JSON from record 1"),
         ('[{"a": 1} {"a": 1}]', "not valid JSON from record 1"),
         ('{"a": {}, 7: {}}', "not valid JSON from record 1"),
+        ('[{"a": {}}] [{"a": {}}]', r"goes on after its closing \]"),
+        ('{"a": {}} 7', "goes on after its closing }"),
+        ("[7, " + "[" * 5000, "nested too deeply from record 1"),
+        ('{"a": 1}\n' + "[" * 5000, "no record has the shape"),
         ("[1, 2]", "no record has the shape"),
         ('[{"a": 1}]', "no record has the shape"),
     ],
@@ -144,6 +148,19 @@ def test_json_lines_of_a_benchmark(tmp_path: Path, name: str) -> None:
     assert skipped == [(f"{path}, line 3", "line", "`line` is not valid JSON.")]
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name, layouts in RECORDS.items() for layout in layouts if name != "uniedit"],
+)
+def test_one_line_is_a_record_and_not_an_object_of_them(tmp_path: Path, name: str, layout: str) -> None:
+    record = RECORDS[name][layout]
+    alone, listed, keyed = (
+        [request.prompt for request in read(write(tmp_path, json.dumps(content)), name)]
+        for content in (record, [record], {"0": record})
+    )
+    assert alone == listed == keyed
+
+
 @given(
     values=st.lists(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner)), min_size=1),
     keyed=st.booleans(),
@@ -153,7 +170,7 @@ def test_json_lines_of_a_benchmark(tmp_path: Path, name: str) -> None:
 def test_records_are_the_same_however_the_file_is_cut(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], keyed: bool, indent: int | None, chunk: int
 ) -> None:
-    content = {f"k{i} {{": value for i, value in enumerate(values)} if keyed else values
+    content = {f"k{i} {{": {"value": value} for i, value in enumerate(values)} if keyed else values
     path = write(tmp_path_factory.mktemp("cut"), json.dumps(content, indent=indent, ensure_ascii=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK", chunk)
@@ -174,6 +191,13 @@ def test_a_long_array_is_read_a_record_at_a_time(tmp_path: Path) -> None:
 
 
 # --- people's own files
+
+
+def test_values_nested_too_deeply_are_named(tmp_path: Path) -> None:
+    deep = "[" * 5000
+    for name, text in (("jsonl", deep), ("csv", f"prompt,target_new,locality\nA,B,{deep}\n")):
+        with pytest.raises(RequestError, match="line 1: not valid JSON|row 2: `locality` is not"):
+            list(read(write(tmp_path, text, "requests"), name))
 
 
 def test_jsonl_names_the_line(tmp_path: Path) -> None:

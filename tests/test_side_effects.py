@@ -254,6 +254,8 @@ def test_two_suites_of_one_name_are_refused(tmp_path: Path) -> None:
     [
         (BOOLQ + '{"passage": "x"}\n', "line 2"),
         (BOOLQ + "{\n", "line 2"),
+        (BOOLQ + "[" * 5000, "line 2"),
+        ("[" * 5000, "not valid JSON"),
         (PAIRS + "2\tx\ty\tmaybe\n", "line 4"),
         ("a,b\n1,2\n", "none of those known"),
         ("", "none of those known"),

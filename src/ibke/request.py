@@ -170,8 +170,9 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
                 where = f"{path}, line {number}"
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RequestError(f"not valid JSON ({error.msg}).", where, "Write one object a line.") from None
+                except (json.JSONDecodeError, RecursionError) as error:
+                    why = getattr(error, "msg", "nested too deeply")
+                    raise RequestError(f"not valid JSON ({why}).", where, "Write one object a line.") from None
                 try:
                     yield request_of(record)
                 except RequestError as error:

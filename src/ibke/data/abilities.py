@@ -79,14 +79,14 @@ def _boolq(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
             record = json.loads(line)
             prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
             yield Choice(prompt, ("no", "yes"), int(bool(record["answer"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _fault(path, number, error) from None
 
 
 def _listed(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
     try:
         records = json.loads("".join(lines))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"this is not valid JSON ({error}).", str(path), "Mend it.") from None
     for number, record in enumerate(records, 1):
         try:

@@ -97,6 +97,8 @@ def _convert(convert: Converter, record: object) -> tuple[list[EditRequest], lis
                 requests.append(item)
     except RequestError as error:
         faults.append(error)
+    except RecursionError:
+        faults.append(Fault("record", "is nested too deeply"))
     return requests, faults
 
 

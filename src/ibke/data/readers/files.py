@@ -68,15 +68,21 @@ def files_of(path: Path, pattern: str = "*.json*") -> list[Path]:
 
 
 def _is_lines(stream: TextIO, file: Path) -> bool:
-    """Whether a file is JSON Lines: by its name, or because its first line is a whole object and not the last one."""
+    """Whether a file is JSON Lines: by its name, or because its first line is an object that is a record of its own.
+
+    That is one which other lines follow, or of whose values most are no objects, as those of an object of records are.
+    """
     head = stream.readline(CHUNK)
     try:
-        whole = head.lstrip().startswith("{") and isinstance(json.loads(head), dict)
-    except ValueError:
-        whole = False
-    lines = file.suffix == ".jsonl" or (whole and any(line.strip() for line in stream))
+        first = json.loads(head) if head.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        first = None
+    own = False
+    if isinstance(first, dict):
+        inner = sum(isinstance(value, dict) for value in first.values())
+        own = 2 * inner < len(first) or any(line.strip() for line in stream)
     stream.seek(0)
-    return lines
+    return own or file.suffix == ".jsonl"
 
 
 def _lines(stream: TextIO, file: Path) -> Iterator[tuple[Place, Any]]:
@@ -86,6 +92,8 @@ def _lines(stream: TextIO, file: Path) -> Iterator[tuple[Place, Any]]:
                 value = json.loads(line)
             except ValueError:
                 value = Fault("line", "is not valid JSON")
+            except RecursionError:
+                value = Fault("line", "is nested too deeply")
             yield Place(file, "line", number), value
 
 
@@ -105,9 +113,11 @@ def _values(stream: TextIO, file: Path) -> Iterator[tuple[Place, Any]]:
             done, mark = done + 1, text.take()
         if mark != close:
             raise ValueError
-    except ValueError:
-        what = f"is not valid JSON from record {done} on."
-        raise RequestError(what, str(file), "Fetch the file again.") from None
+        if text.peek():
+            raise RequestError(f"goes on after its closing {close}.", str(file), "Make it one list of records.")
+    except (ValueError, RecursionError) as error:
+        what = "is not valid JSON" if isinstance(error, ValueError) else "is nested too deeply"
+        raise RequestError(f"{what} from record {done} on.", str(file), "Fetch the file again.") from None
 
 
 class _Text:

@@ -66,6 +66,6 @@ def _items(field: str, cell: str) -> list[Any]:
         return [item.strip() for item in cell.split("|") if item.strip()]
     try:
         return json.loads(cell)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         todo = 'Write ["one", "two"], or one | two.'
         raise RequestError(f"`{field}` is not a valid JSON array ({error}).", "row", todo) from None
