@@ -119,7 +119,7 @@ def _contenders(names: Sequence[str], settings: Sequence[str], editors: Sequence
     """The methods with what was set of each.
 
     Raises:
-        IBKEError: an unknown method, a setting it has not, or a setting of a method that does not run.
+        IBKEError: an unknown method, a setting or value it has not, or a setting of a method that does not run.
     """
     from ibke.bench.plan import Contender
     from ibke.editors.base import METHODS, method_class
@@ -133,6 +133,8 @@ def _contenders(names: Sequence[str], settings: Sequence[str], editors: Sequence
             (given,) = parse(chosen[0][label], kind.Settings) if kind.Settings else ({},)
             if chosen[0][label] and not kind.Settings:
                 raise IBKEError(f"the method {method!r} has no settings.", "--set", "Leave it out.")
+            if kind.Settings:
+                kind.Settings(**given)  # refuses a value that it cannot have
         else:
             given = {}
         yield Contender(label, method, given, next(reversed(chosen[1][label]), None))
@@ -165,7 +167,8 @@ def _check(plan: Plan, against: str | None) -> None:
     """Refuse what would fail in every cell, before the first is run.
 
     Raises:
-        IBKEError: a data set cannot be read, a frame or wording is unknown, or nobody to compare with.
+        IBKEError: a data set cannot be read, a model's name is misspelt, a trained editor is not there, a frame or
+            wording is unknown, or nobody to compare with.
     """
     from ibke.evaluation.protocols import EditFrame
     from ibke.frames import FRAMES
@@ -179,9 +182,24 @@ def _check(plan: Plan, against: str | None) -> None:
         raise RequestError(
             f"unknown wording {plan.conditions.edit_frame!r}.", "--edit-frame", "Choose bare or question."
         )
+    ModelChoice(plan.conditions.model).check_name()
+    for contender in plan.contenders:
+        _check_editor(contender)
     for data in plan.data:
         if next(iter(read(find_file(data.path), data.format, [])), None) is None:
             raise RequestError("there is no request in it.", data.path, f"Known formats: {', '.join(READERS)}.")
+
+
+def _check_editor(contender: Contender) -> None:
+    from ibke.editors.base import method_class
+
+    if contender.editor is None:
+        return
+    where = f"--editor {contender.label}={contender.editor}"
+    if not method_class(contender.method).trained_by:
+        raise IBKEError(f"the method {contender.method!r} has no trained weights.", where, "Leave it out.")
+    if not Path(contender.editor).is_dir():
+        raise IBKEError("there is no such folder.", where, "Name the folder of a trained editor.")
 
 
 def _show(summary: dict[str, Any], console: Console) -> None:

@@ -113,7 +113,7 @@ class ModelChoice:
         """
         with Bars() as tick:
             tick(f"Loading {self.name}", 0, None)
-            self._check_name()
+            self.check_name()
             # The hub's client warns of every retry; the error that comes in the end says it all.
             logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
             from ibke.models import load_model
@@ -122,8 +122,12 @@ class ModelChoice:
                 self.name, device=self.device, dtype=self.dtype, modules=self.modules or None, progress=tick
             )
 
-    def _check_name(self) -> None:
-        """Refuse what looks like a slip in a known name, instead of asking the hub for it."""
+    def check_name(self) -> None:
+        """Refuse what looks like a slip in a known name, instead of asking the hub for it.
+
+        Raises:
+            ModelError: it does.
+        """
         if self.name in BUNDLED or "/" in self.name or Path(self.name).exists():
             return
         if near := difflib.get_close_matches(self.name.lower(), BUNDLED, n=1):
