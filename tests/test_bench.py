@@ -27,6 +27,7 @@ from ibke.bench.plan import Cell, Conditions, Contender, DataSet, Plan, Stage
 from ibke.bench.report import write
 from ibke.bench.run import CELLS, load, run, seconds_left
 from ibke.bench.summary import COSTS, csv_text, markdown, summarise
+from ibke.data.readers import Skipped, account
 from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.side_effects import Battery, Beside
@@ -282,6 +283,18 @@ def test_the_page_is_whole_and_fetches_nothing(lm: LanguageModel, tmp_path: Path
     for row in summary["rows"]:
         assert all(file in text for file in row["files"])
     assert markdown(summary).count("\n| calm |") == 8  # metrics, teacher-forced, side effects (KL), families
+
+
+def test_records_left_out_are_named(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = make_plan(seeds=(0,), limit=1)
+    skipped = [Skipped(f"towns.json, record {i}", "alt", "`alt` is empty.") for i in range(120)]
+    document = evaluate(lm, RandomEditor(lm), MANY[:1], config={"seed": 0} | account(skipped)) | {"cell_seconds": 1.0}
+    summary = summarise(plan, [{**document, "cell": cell.spec} for cell in plan.cells])
+    (one,) = summary["left_out"]
+    assert (one["data"], one["skipped"], len(one["skipped_records"])) == ("towns", 120, 100)
+    assert one["skipped_records"][1] == {"where": "towns.json, record 1", "field": "alt", "why": "`alt` is empty."}
+    said = "Of towns, records or parts of them were left out: 120 × `alt` is empty; the first in towns.json, record 0."
+    assert said in markdown(summary) and said in page(summary)
 
 
 def test_what_was_measured_besides_is_shown(lm: LanguageModel, tmp_path: Path) -> None:

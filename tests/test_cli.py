@@ -291,7 +291,9 @@ def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
     file = tmp_path / "benchmark.json"
     file.write_text(json.dumps([{"prompt": PROMPT, "target_new": NEW, "subject": "Turkey"}, {"prompt": PROMPT}]))
     result = run("eval", "--data", file, "--format", "knowedit", "--method", "idle", "--json", "-")
-    assert json.loads(result.stdout)["config"]["skipped_reasons"] == {"`target_new` is missing.": 1}
+    config, why = json.loads(result.stdout)["config"], "`target_new` is missing."
+    assert config["skipped_reasons"] == {why: 1}
+    assert config["skipped_records"] == [{"where": f"{file}, record 1", "field": "target_new", "why": why}]
     assert "1 × `target_new` is missing." in result.stderr and f"{file}, record 1" in result.stderr.replace("\n", "")
 
 

@@ -14,6 +14,9 @@ import pytest
 from conftest import make_tiny
 from tests.commands import Run, refused
 
+from ibke.bench.cell import evaluate_cell
+from ibke.bench.plan import Cell, Conditions, Contender, DataSet, Stage
+
 RECORDS = [
     {
         "prompt": f"The capital of Land{i} is",
@@ -89,6 +92,18 @@ def test_a_killed_bench_goes_on_and_loses_no_finished_cell(folder: Path) -> None
     assert report["protocol"] == "single" and report["config"]["settings"]["layer"] == 1
     assert report["peak_memory_mb"] < 4000
     assert report["side_effects"]["abilities"]["own"]["n"] == 3 and report["side_effects"]["n"] == 1
+
+
+def test_a_cell_names_what_it_left_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBKE_CACHE", str(tmp_path))
+    file = tmp_path / "towns.json"
+    file.write_text(
+        json.dumps([{key: RECORDS[0][key] for key in ("prompt", "target_new", "subject")}, {"prompt": "A"}])
+    )
+    data, stage = DataSet("towns", str(file), "knowedit"), Stage.parse("single", None)
+    cell = Cell(Contender("ike", "ike"), data, stage, 0, Conditions(str(folder / "model"), "cpu"))
+    config = evaluate_cell(cell, lambda *_: None)["config"]
+    assert [record["where"] for record in config["skipped_records"]] == [f"{file}, record 1"]
 
 
 def group_lives(leader: int) -> bool:

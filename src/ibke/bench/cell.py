@@ -36,7 +36,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     Raises:
         IBKEError: whatever keeps the method from it.
     """
-    from ibke.data.readers import Skipped, count_reasons, read
+    from ibke.data.readers import Skipped, account, read
     from ibke.editors.base import method_class
     from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.protocols import evaluate, sample
@@ -69,8 +69,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
             "order": "random",
             "editor": contender.editor,
             "settings": cell.spec["contender"]["settings"],
-            "skipped": len(skipped),
-            "skipped_reasons": count_reasons(skipped),
+            **account(skipped),
         },
         progress=progress,
     )

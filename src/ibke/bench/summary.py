@@ -10,7 +10,7 @@ from typing import Any
 
 from ibke.bench.compare import METRICS, Interval, by_edit, mean, paired
 from ibke.bench.effects import EFFECTS, effects, effects_table, families, families_table, mean_known
-from ibke.bench.plan import Plan
+from ibke.bench.plan import Cell, Plan
 from ibke.evaluation.tally import ASPECTS
 
 BLOCKS = ("generation", "teacher_forced")
@@ -40,7 +40,8 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
         ``by_age``, of the first seed; and ``files``, where all of it comes from.
         ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
-        answers anything; ``failed`` the cells without a result.
+        answers anything; ``left_out`` what could not be used of each data set, by
+        :func:`~ibke.data.readers.account`; ``failed`` the cells without a result.
     """
     against = against or plan.contenders[0].label
     named = list(zip(plan.cells, documents, strict=True))
@@ -67,6 +68,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         "machines": _distinct(document["machine"] for _, document in named if "machine" in document),
         "rows": rows,
         "base": base,
+        "left_out": _left_out(named),
         "failed": [
             {"cell": cell.title, "file": cell.file, "why": document["failed"]}
             for cell, document in named
@@ -81,6 +83,17 @@ def _distinct(machines: Iterable[Document]) -> list[Document]:
         if machine not in found:
             found.append(machine)
     return found
+
+
+def _left_out(named: Sequence[tuple[Cell, Document]]) -> list[dict[str, Any]]:
+    """What could not be used of each data set; its cells have all read the same file."""
+    configs = {cell.data.name: document["config"] for cell, document in named if "config" in document}
+    keys = ("skipped", "skipped_reasons", "skipped_records")
+    return [
+        {"data": data, **{key: config[key] for key in keys if key in config}}
+        for data, config in configs.items()
+        if config.get("skipped")
+    ]
 
 
 def _row(reports: Sequence[Document]) -> dict[str, Any]:
@@ -171,7 +184,18 @@ def conditions(summary: Mapping[str, Any]) -> list[str]:
         "Metrics are of greedy answers unless they say teacher-forced; locality is agreement with the unedited model; "
         "score is the mean of reliability, generality and locality.",
         "Brackets hold 95 % intervals over edits: Wilson's, and for differences on the same edits the bootstrap's.",
+        *left_out(summary),
     ]
+
+
+def left_out(summary: Mapping[str, Any]) -> list[str]:
+    """What of the data could not be used: why, and where the first of it stands; a sentence a data set."""
+    lines = []
+    for one in summary["left_out"]:
+        reasons = [f"{count} × {why.rstrip('.')}" for why, count in one["skipped_reasons"].items()]
+        first = [f"the first in {record['where']}" for record in one.get("skipped_records", ())[:1]]
+        lines.append(f"Of {one['data']}, records or parts of them were left out: {'; '.join([*reasons, *first])}.")
+    return lines
 
 
 def by_place(summary: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:

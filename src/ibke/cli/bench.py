@@ -203,6 +203,8 @@ def _check_editor(contender: Contender) -> None:
 
 
 def _show(summary: dict[str, Any], console: Console) -> None:
+    from ibke.bench.summary import left_out
+
     table = Table(title=f"Generated answers, {summary['cells']} cells", title_justify="left")
     columns = ("", "method", "n", "score", "rel.", "gen.", "loc.", f"score − {summary['against']}", "s/edit")
     for column in columns:
@@ -221,5 +223,7 @@ def _show(summary: dict[str, Any], console: Console) -> None:
             number(row["seconds_per_edit"]),
         )
     console.print(table)
+    for line in left_out(summary):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     for one in summary["failed"]:
         console.print(f"Failed: {one['cell']}: {one['why']}", style="red", markup=False, soft_wrap=True)

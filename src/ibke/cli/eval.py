@@ -29,7 +29,7 @@ from ibke.cli.console import (
 )
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
 from ibke.cli.settings import Settings
-from ibke.data.readers import READERS, Skipped, count_reasons, read
+from ibke.data.readers import READERS, Skipped, account, count_reasons, read
 from ibke.errors import RequestError
 from ibke.files import find_file
 
@@ -89,7 +89,7 @@ def evaluate(
     lm, editing = load_for_editing(choice, method, editor, not no_refine, settings or ())
     config: dict[str, Any] = {"data": data.name, "format": format, "limit": limit, "seed": seed, "order": order}
     config |= {"refine": not no_refine, "editor": editor, "settings": settings or []}
-    config |= {"skipped": len(skipped), "skipped_reasons": count_reasons(skipped)}
+    config |= account(skipped)
     asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
     report = _measure(lm, editing, chosen, how, besides, asking)
     _show(report, console)

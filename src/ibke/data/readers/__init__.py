@@ -14,7 +14,7 @@ from pathlib import Path
 from ibke.data.readers.conflictedit import conflictedit
 from ibke.data.readers.counterfact import counterfact
 from ibke.data.readers.entityquestions import entityquestions
-from ibke.data.readers.fields import Fault, Record, Skipped, count_reasons, leave_out
+from ibke.data.readers.fields import Fault, Record, Skipped, account, count_reasons, leave_out
 from ibke.data.readers.files import records
 from ibke.data.readers.knowedit import knowedit
 from ibke.data.readers.mquake import mquake
@@ -27,7 +27,7 @@ from ibke.data.readers.zsre import zsre
 from ibke.errors import RequestError
 from ibke.request import EditRequest
 
-__all__ = ["READERS", "Skipped", "count_reasons", "read", "titles"]
+__all__ = ["READERS", "Skipped", "account", "count_reasons", "read", "titles"]
 
 Reader = Callable[[Path, "list[Skipped] | None"], Iterator[EditRequest]]
 Converter = Callable[[Record], Iterator["EditRequest | Fault"]]

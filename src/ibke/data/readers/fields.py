@@ -7,13 +7,14 @@ stands in :class:`Skipped`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ibke.errors import RequestError
 from ibke.request import Probe
 
 Record = dict[str, Any]
+NAMED = 100  # records left out that a report names
 
 
 class Fault(RequestError):
@@ -46,6 +47,15 @@ def leave_out(skipped: list[Skipped] | None, where: str, error: RequestError) ->
 def count_reasons(skipped: Iterable[Skipped]) -> dict[str, int]:
     """How often each thing was wrong, the most frequent first."""
     return dict(Counter(item.why for item in skipped).most_common())
+
+
+def account(skipped: Sequence[Skipped]) -> dict[str, Any]:
+    """What a report says of what was left out: how much, how often for which reason, and the first of it by name."""
+    return {
+        "skipped": len(skipped),
+        "skipped_reasons": count_reasons(skipped),
+        "skipped_records": [item._asdict() for item in skipped[:NAMED]],
+    }
 
 
 def name_of(field: str, inside: str = "") -> str:
