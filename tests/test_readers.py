@@ -214,7 +214,6 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
     [
         ({"prompt": "x", "target": 5}, "`target` is no text but int"),
         ({"prompt": "x", "target": "y", "family": ["a"]}, "`family` is no text but list"),
-        ({"prompt": "x", "target": " "}, "the probe 'x' has no `target`"),
         ({"prompt": " "}, "empty prompt"),
     ],
 )
@@ -261,7 +260,6 @@ def test_csv_fields_and_lists(tmp_path: Path) -> None:
         ("prompt,target_new\nA,B,C\n", "row 2: has more cells"),
         ("prompt,target_new,locality\nA,B,[1\n", "row 2: `locality` is not a valid JSON array"),
         ("prompt,target_new,locality\nA,B,[1]\n", "row 2: an entry of `locality`"),
-        ("prompt,target_new,portability\nA,B,C | D\n", "row 2: `portability`: the probe 'C' has no `target`"),
         ("prompt,target_new,subject\nA,B,C\n", "row 2: the subject 'C' does not occur"),
         ('prompt,target_new\n"A,B\n', "cannot be read"),
     ],

@@ -138,23 +138,6 @@ def _probe(item: Any, name: str) -> Probe:
     )
 
 
-def request_of(record: Any) -> EditRequest:
-    """A request as people write it in a file; what nothing could be measured of is a slip there.
-
-    Raises:
-        RequestError: as :meth:`EditRequest.from_dict`, or a portability probe without an answer.
-    """
-    request = EditRequest.from_dict(record)
-    for probe in request.portability:
-        if not (probe.target or "").strip():
-            raise RequestError(
-                f"`portability`: the probe {probe.prompt!r} has no `target`.",
-                "edit request",
-                "Write {'prompt': …, 'target': …} with the answer that follows from the edit.",
-            )
-    return request
-
-
 def read_requests(path: str | Path) -> Iterator[EditRequest]:
     """Stream edit requests from a JSON Lines file, one a line.
 
@@ -174,7 +157,7 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
                     why = getattr(error, "msg", "nested too deeply")
                     raise RequestError(f"not valid JSON ({why}).", where, "Write one object a line.") from None
                 try:
-                    yield request_of(record)
+                    yield EditRequest.from_dict(record)
                 except RequestError as error:
                     raise RequestError(error.what, where, error.todo) from None
     except (OSError, UnicodeDecodeError) as error:

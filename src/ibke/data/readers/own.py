@@ -10,7 +10,7 @@ from typing import Any
 
 from ibke.data.readers.fields import Skipped
 from ibke.errors import RequestError
-from ibke.request import EditRequest, read_requests, request_of
+from ibke.request import EditRequest, read_requests
 
 LISTS = ("rephrase_prompts", "locality", "portability")
 
@@ -29,8 +29,7 @@ def csv(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditReques
     """Your own requests, a row of a CSV file each, with a header.
 
     The columns are the fields of :class:`~ibke.request.EditRequest`, in any order; an empty cell is a field left out.
-    Lists are JSON arrays, or texts with ``|`` between them; those of ``portability`` are objects with
-    ``prompt`` and ``target``. Rows are counted from 1, the header being the first.
+    Lists are JSON arrays, or texts with ``|`` between them. Rows are counted from 1, the header being the first.
 
     Raises:
         RequestError: the file cannot be read, or a row is not a request; names file, row and field.
@@ -58,7 +57,9 @@ def _request(row: dict[str | Any, Any]) -> EditRequest:
     if None in row:
         raise RequestError("has more cells than the header.", "row", "Quote texts that hold a comma.")
     cells = {field: cell.strip() for field, cell in row.items() if cell and cell.strip()}
-    return request_of({field: _items(field, cell) if field in LISTS else cell for field, cell in cells.items()})
+    return EditRequest.from_dict(
+        {field: _items(field, cell) if field in LISTS else cell for field, cell in cells.items()}
+    )
 
 
 def _items(field: str, cell: str) -> list[Any]:
