@@ -177,6 +177,28 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def lifelong() -> str:
+    """Streams of many edits: what holds after the last of so many."""
+    lines = [
+        "| stream | method | at once | edits | asked | reliability | generality | locality | perplexity | choices kept "
+        "| ‖ΔW‖/‖W‖ | s/edit |",
+        "|---" * 12 + "|",
+    ]
+    for path in sorted((RESULTS / "lifelong").glob("*.json")):
+        report = json.loads(path.read_text())
+        how = report["config"]
+        named = f"{' '.join([how['method'], *how['set']])}, {how.get('dtype', 'float32')}"
+        for row in report["rows"]:
+            scores = " | ".join(f"{row[name]:.3f}" for name in ("reliability", "generality", "locality"))
+            lines.append(
+                f"| {how['kind']}, order {how['order']} | {named} "
+                f"| {how['group']} | {row['edits']} | {sum(block['n'] for block in row['by_block'])} | {scores} "
+                f"| {100 * (row['perplexity_ratio'] - 1):+.1f} % | {fmean(row['kept'].values()):.3f} "
+                f"| {row['relative_norm']:.1f} | {row['seconds_per_edit']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def tuned() -> str:
     """Published settings, those tried and the best."""
     lines = ["| method | published | best of those tried | score | score of the published |", "|---|---|---|---|---|"]
@@ -194,9 +216,8 @@ def main() -> None:
     """Fill the page."""
     page = PAGE.read_text(encoding="utf-8")
     parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
-    parts |= (
-        {"costs": costs()} | {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS} | {"tuned": tuned()}
-    )
+    parts |= {"costs": costs(), "lifelong": lifelong(), "tuned": tuned()}
+    parts |= {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS}
     for name, text in parts.items():
         before, mark, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")

@@ -2,8 +2,9 @@
 
     IBKE_DATA=... python benchmarks/rivals.py tune [--methods rome,memit]
     IBKE_DATA=... python benchmarks/rivals.py table [--methods ...] [--data ...] [--protocols ...]
+    IBKE_DATA=... python benchmarks/rivals.py summary
 
-Both are `ibke bench` commands, which are printed; what is finished is not run again. The winner of a method's
+All are `ibke bench` commands, which are printed; what is finished is not run again. The winner of a method's
 candidates is the one of the largest score, mean over data sets, and is written to TUNED.
 """
 
@@ -107,7 +108,7 @@ PUBLISHED = {
 def main() -> None:
     """Tune or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "table"))
+    parser.add_argument("what", choices=("tune", "table", "summary"))
     parser.add_argument("--methods", default="")
     parser.add_argument("--data", default=",".join(DATASETS))
     parser.add_argument("--protocols", default=PROTOCOLS)
@@ -115,6 +116,8 @@ def main() -> None:
     if args.what == "tune":
         for method in args.methods.split(",") if args.methods else CANDIDATES:
             tune(method)
+    elif args.what == "summary":
+        summary()
     else:
         table(args.methods.split(",") if args.methods else METHODS.split(","), args.data.split(","), args.protocols)
 
@@ -162,13 +165,22 @@ def validation_edits(name: str, source: str) -> Path:
 
 def table(methods: list[str], names: list[str], protocols: str) -> None:
     """Run the cells of the table that are missing, and sum up all that are there."""
-    beside = ["--text", str(running_text()), "--looks", str(LOOKS), "--questions", str(QUESTIONS)]
-    beside += [part for name in ABILITIES for part in ("--abilities", f"ability/{name}")]
     alone = ",".join(text for text in protocols.split(",") if text.startswith("single"))
     for some, how in (([m for m in methods if m not in ALONE], protocols), ([m for m in methods if m in ALONE], alone)):
         if some and how:
-            run(labelled(some), sources(names), how, RESULTS, *beside)
-    run(labelled(METHODS.split(",")), sources(DATASETS), PROTOCOLS, RESULTS, *beside, "--finished")
+            run(labelled(some), sources(names), how, RESULTS, *side_effects())
+    summary()
+
+
+def summary() -> None:
+    """Sum up all cells of the table that are there."""
+    run(labelled(METHODS.split(",")), sources(DATASETS), PROTOCOLS, RESULTS, *side_effects(), "--finished")
+
+
+def side_effects() -> list[str]:
+    """What is put to edited models beside the requests' own questions."""
+    found = ["--text", str(running_text()), "--looks", str(LOOKS), "--questions", str(QUESTIONS)]
+    return found + [part for name in ABILITIES for part in ("--abilities", f"ability/{name}")]
 
 
 def labelled(methods: Iterable[str]) -> dict[str, tuple[str, dict[str, object]]]:
