@@ -37,7 +37,7 @@ DATA = data_folder()
 STREAMS, RUNS, RESULTS = Path("build/streams"), Path("runs/lifelong"), Path("benchmarks/results/lifelong")
 TOKENS = 4096  # of running text
 SHARES = {"mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4}, "counterfact": {"counterfact": 1.0}}
-"""By kind of stream, from where its edits come; what a source lacks is made up with questions."""
+"""By kind of stream, from where its edits come; what a source lacks is made up with questions where there are any."""
 
 
 def main() -> None:
@@ -67,8 +67,9 @@ def stream(kind: str, size: int, tuning: bool = False) -> Path:
     if target.exists():
         return target
     chosen: list[EditRequest] = []
-    shares, subjects = SHARES[kind], set[str]()
-    for source in (*(name for name in shares if name != "questions"), "questions"):
+    shares, subjects, counts = SHARES[kind], set[str](), dict[str, int]()
+    for source in sorted(shares, key="questions".__eq__):  # last
+        before = len(chosen)
         wanted = size - len(chosen) if source == "questions" else round(shares[source] * size)
         for request in edits(source, tuning):
             if wanted < 1:
@@ -77,11 +78,19 @@ def stream(kind: str, size: int, tuning: bool = False) -> Path:
                 subjects.add(subject)
                 chosen.append(request)
                 wanted -= 1
+        counts[source] = len(chosen) - before
     random.Random(SEED).shuffle(chosen)
-    assert len(chosen) == size, f"the sources have no more than {len(chosen)} edits"
+    if len(chosen) < size:
+        raise SystemExit(f"The sources have no more than {len(chosen)} edits: {counts}.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(sources_of(target), json.dumps(counts).encode())
     write_atomically(target, (f"{json.dumps(request.to_dict())}\n".encode() for request in chosen))
     return target
+
+
+def sources_of(file: Path) -> Path:
+    """Where a stream says how many of its edits are from where."""
+    return file.with_suffix(".sources.json")
 
 
 def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
@@ -105,7 +114,7 @@ def run(file: Path, args: argparse.Namespace) -> None:
     how = "".join(f".{text}" for text in (*args.set, *([args.dtype] if args.dtype != "float32" else [])))
     name = f"{file.stem}.{args.method}{how}.group-{args.group}.order-{args.order}"
     folder, result = RUNS / name, RESULTS / f"{name}.json"
-    requests = list(read(file, "jsonl", []))
+    requests, sources = list(read(file, "jsonl", [])), json.loads(sources_of(file).read_text())
     random.Random(f"order {args.order}").shuffle(requests)
     groups = [requests[start : start + args.group] for start in range(0, len(requests), args.group)]
     lm = load_model("smollm2-135m", dtype=args.dtype)
@@ -123,7 +132,12 @@ def run(file: Path, args: argparse.Namespace) -> None:
                 with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
                     row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
                 row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
-                keep(result, {"stream": file.name, "rows": [*known, row]}, vars(args), describe(lm.device))
+                keep(
+                    result,
+                    {"stream": file.name, "sources": sources, "rows": [*known, row]},
+                    vars(args),
+                    describe(lm.device),
+                )
             if number == len(groups):
                 break
             began = time.perf_counter()
