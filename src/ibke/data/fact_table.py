@@ -93,6 +93,11 @@ def key(text: str) -> str:
     return text.casefold().removeprefix("the ")
 
 
+def equal(one: str, other: str) -> bool:
+    """Whether two names are one but for case, a leading article and punctuation."""
+    return _words(one) == _words(other)
+
+
 def same(one: str, other: str) -> bool:
     """Whether two names may mean the same: the words of one stand within the other (Washington, Washington D.C.)."""
     one, other = _words(one), _words(other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ibke.data.fact_table import key
+from ibke.data.fact_table import equal
 from ibke.data.readers.fields import (
     Fault,
     Record,
@@ -66,7 +66,7 @@ def _mend_training(record: Record) -> EditRequest:
 def _other(old: str, new: str) -> str | None:
     """The old answer, where it is another one.
 
-    Some records (17 of the 998 of ``zsre_mend_train-1k.json``) are edited to the answer they have. They count as edits,
+    Some records (18 of the 998 of ``zsre_mend_train-1k.json``) are edited to the answer they have. They count as edits,
     as in published figures, but between two answers that are one there is nothing to compare.
     """
-    return None if key(old) == key(new) else old
+    return None if equal(old, new) else old
