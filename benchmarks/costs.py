@@ -49,7 +49,7 @@ def main() -> None:
         try:
             editor = ready(lm, method)
         except IBKEError as error:
-            report["methods"][method] = {"left_out": str(error)}
+            report["methods"][method] = {"left_out": error.what}  # its place is this machine's
         else:
             # The first edit pays for what is taken once: statistics, beginnings of prompts.
             editor.edit(asked[ON[0]][:1])

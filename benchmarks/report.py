@@ -173,7 +173,7 @@ def costs() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for method, some in report["methods"].items():
         if "left_out" in some:
-            lines += ["", f"Not timed: {method}, {some['left_out']}"]
+            lines += ["", f"Not timed: {some['left_out']}"]
     return "\n".join(lines)
 
 
