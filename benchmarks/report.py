@@ -171,7 +171,7 @@ def costs() -> str:
             ratio = f"{seconds / found['ibke'][name]['median']:.1f}" if "ibke" in found else "–"
             cells += [f"{seconds:.2f}", ratio, f"{seconds / report['pass'][name]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    for method, some in report["methods"].items():
+    for some in report["methods"].values():
         if "left_out" in some:
             lines += ["", f"Not timed: {some['left_out']}"]
     return "\n".join(lines)
