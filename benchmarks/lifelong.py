@@ -132,12 +132,8 @@ def run(file: Path, args: argparse.Namespace) -> None:
                 with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
                     row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
                 row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
-                keep(
-                    result,
-                    {"stream": file.name, "sources": sources, "rows": [*known, row]},
-                    vars(args),
-                    describe(lm.device),
-                )
+                report = {"stream": file.name, "sources": sources, "rows": [*known, row]}
+                keep(result, report, vars(args), describe(lm.device))
             if number == len(groups):
                 break
             began = time.perf_counter()

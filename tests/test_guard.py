@@ -230,8 +230,9 @@ def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Pa
 
 def test_limits_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "guard.json"
-    path.write_text('{"changed": 0.5, "probes": 7}')
-    assert Limits.read(path) == Limits(changed=0.5, probes=7)
+    path.write_text('{"changed": 0.5, "probes": 7.0, "lost": 1}')
+    read = Limits.read(path)
+    assert read == Limits(changed=0.5, probes=7, lost=1.0) and isinstance(read.probes, int)  # which slices
     for text, message in (("{", "cannot be read"), ('{"chnged": 1}', "'chnged' is no limit"), ("[]", "cannot be read")):
         path.write_text(text)
         with pytest.raises(LedgerError, match=message):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -82,7 +82,7 @@ class Limits:
         Raises:
             LedgerError: it cannot be read, names a limit that there is not, or a value that is no number.
         """
-        known = {item.name: item for item in fields(cls)}
+        known = asdict(cls())
         try:
             given = json.loads(path.read_bytes())
             wrong = [name for name, value in given.items() if name not in known or not isinstance(value, int | float)]
@@ -90,7 +90,7 @@ class Limits:
             raise LedgerError(f"the limits cannot be read ({error}).", str(path), "Give one JSON object.") from error
         if wrong:
             raise LedgerError(f"{wrong[0]!r} is no limit.", str(path), f"Known, each a number: {', '.join(known)}.")
-        return cls(**given)
+        return cls(**{name: type(known[name])(value) for name, value in given.items()})
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class Keeper:
         """Requests of the edits that stay in force which come nearest to some new ones, or else of the latest."""
         kept = {number: edit for number, edit in self._edits.items() if number not in gone}
         likeness: dict[int, float] = {}
-        for one in made:
+        for one in made if len(kept) > most else ():  # else all of them are asked
             for number, value in alike(kept, one.edit).items():
                 likeness[number] = max(value, likeness.get(number, 0.0))
         order = sorted(kept, key=lambda number: (likeness.get(number, 0.0), number), reverse=True)
