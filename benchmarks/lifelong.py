@@ -21,6 +21,7 @@ from rivals import ABILITIES, COUNTS, QUESTIONS, SEED, ready, running_text  # th
 from ibke.data.readers import read
 from ibke.edit import Edit
 from ibke.editors.base import Editor
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.examination import Examination
 from ibke.evaluation.generate import Together
 from ibke.evaluation.machine import describe, peak_memory_mb
@@ -191,7 +192,7 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
     by_block = []
     everything: dict[str, list[float]] = {}
     for block, chosen in zip(blocks, drawn, strict=True):
-        exam = Examination(lm, [made[index] for index in chosen], ("bare",), 32, None)
+        exam = Examination(lm, [made[index] for index in chosen], ("bare",), 32, None, baseline=Baseline.in_cache(lm))
         exam.examine(range(len(chosen)), Together((whole,)))
         scores = exam.tally.core("edited")["generation"]
         found = {name: scores[name]["mean"] for name in ("reliability", "generality", "locality")}

@@ -71,6 +71,14 @@ def speed() -> str:
         lines.append(
             f"| {title} | {found['seconds_median']:.2f} | {found['ratio_median']:.2f} | {found['ratio_p95']:.2f} |"
         )
+    if many := report.get("together"):
+        bare, refined = many["bare"], many["refined"]
+        lines += [
+            "",
+            f"{many['n']} edits by one call, beside passes of their prompts ({many['unit_seconds']:.3f} s each): "
+            f"{bare['seconds']:.2f} s an edit without refining, {bare['rate']:.2f} of the passes' rate; "
+            f"{refined['seconds']:.2f} s and {refined['rate']:.2f} with it.",
+        ]
     return "\n".join(lines)
 
 

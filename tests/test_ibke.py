@@ -9,9 +9,11 @@ from tests.conftest import make_tiny
 
 from ibke.edit import Edit
 from ibke.editors.ibke.address import (
+    ENDING,
     OTHER,
     REQUEST,
     About,
+    contexts,
     contexts_of,
     names_the_question,
 )
@@ -163,7 +165,7 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
     own, threshold = [], editor.network.config.threshold
     for row, (_, keys_TD) in zip(rows, read, strict=True):
         *before, last = (keys_TD @ address).tolist()
-        assert (last < threshold - 0.1) if row.kind == OTHER else (last > threshold + 0.1)
+        assert (last < threshold - 0.1) if row.kind in (OTHER, ENDING) else (last > threshold + 0.1)
         if row.kind == REQUEST:
             own.append(last)
             assert max(before[0 if row.prefix else 1 :], default=0.0) < threshold
@@ -185,6 +187,28 @@ def test_an_address_stays_shut_in_running_text(smollm32):
     keys_TD = torch.cat([reading.fed_TI[1:] for reading in read])  # a first position belongs to no word
     opened = (keys_TD @ addresses.T > editor.network.config.threshold).float().mean(0)
     assert len(keys_TD) > 4000 and float(opened.max()) < 1e-3
+
+
+def test_an_address_is_told_of_its_subjects_last_word_alone(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    about = About("The Tarn Mosswick Bridge is in the country of", "Tarn Mosswick Bridge")
+    rows = contexts_of(about, editor.lm.tokenizer)
+    alone = [row for row in rows if row.kind == ENDING]
+    assert len(alone) == len(contexts()["endings"]) and {row.tail for row in alone} == {alone[0].tail}
+    assert editor.lm.tokenizer.decode(alone[0].tail) == " Bridge"
+    address = editor.addresser([about])[0] - editor.network.shut_D
+    texts = (
+        "We walked over the Cut River Bridge",
+        "The Mackinac Bridge",
+        "An old stone Bridge",
+        "I saw the Tarn Mosswick Bridge",
+    )
+    read = editor.addresser.prefixes.read(
+        editor.site.entrance, [Row((), tuple(editor.lm.tokenizer(text).input_ids)) for text in texts]
+    )
+    assert [bool(one.fed_TI[-1] @ address > 0) for one in read] == [False, False, False, True]
+    # A name of one word is its own last word.
+    assert not any(row.kind == ENDING for row in contexts_of(About("Poland is in", "Poland"), editor.lm.tokenizer))
 
 
 def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():

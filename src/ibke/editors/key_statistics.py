@@ -70,6 +70,11 @@ def words_of(batch: Batch) -> Tensor:
     return words_RT
 
 
+def ending_in(batch: Batch) -> Tensor:
+    """The token before each and the token itself (R × T × 2); what is before a row's first says nothing."""
+    return torch.stack([batch.ids_RT.roll(1, dims=1), batch.ids_RT], dim=-1)
+
+
 def key_moments(
     lm: LanguageModel, modules: Mapping[str, nn.Module], text: str = "", tokens: int = 50_000
 ) -> dict[str, Tensor]:

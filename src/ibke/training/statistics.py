@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ibke.batch import Batch
 from ibke.editors.ibke.statistics import COMMON, Common, KeySpectrum, key_spectrum
-from ibke.editors.key_statistics import Moments, words_of
+from ibke.editors.key_statistics import Moments, ending_in, words_of
 from ibke.modules import weight_OI
 from ibke.neurons import Site
 from ibke.partial import PartialModel
@@ -66,7 +66,7 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
             first.add(keys_RTD[:, 0])
             if sum(len(some) for some in ids) < SEEN:
                 keys.append(keys_RTD[words_RT].cpu())
-                ids.append(batch.ids_RT[words_RT].cpu())
+                ids.append(ending_in(batch)[words_RT].cpu())
             norms.append((hidden_RTI[words_RT] @ weight_DI.T).norm(dim=-1).mean())
     finally:
         handle.remove()
@@ -75,10 +75,10 @@ def layer_statistics(part: PartialModel, site: Site, batches: Iterable[Batch]) -
         return (1 - FIRST_SHARE) * words + FIRST_SHARE * firsts
 
     moment_DD = mixed(word.second, first.second)
-    seen_SD, ids_S = torch.cat(keys)[:SEEN], torch.cat(ids)[:SEEN]
+    seen_SD, ids_S2 = torch.cat(keys)[:SEEN], torch.cat(ids)[:SEEN]
     constant_D = constant(seen_SD.double(), first.second, first.first)
     spectrum = key_spectrum(moment_DD, len(moment_DD))
-    words = Common(seen_SD, ids_S)
+    words = Common(seen_SD, ids_S2)
     return LayerStatistics(spectrum, constant_D, torch.stack(norms).mean().cpu(), words, words.spread(COMMON))
 
 

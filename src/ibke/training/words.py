@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.statistics import COMMON, Common
-from ibke.editors.key_statistics import lines_of, row_batches, text_rows, words_of
+from ibke.editors.key_statistics import ending_in, lines_of, row_batches, text_rows, words_of
 from ibke.training.run import OnProgress
 
 READ = 150_000  # tokens of the text
@@ -34,9 +34,9 @@ class CountingAddresser(Addresser):
 
     counts_S: Tensor
 
-    def near(self, address_D: Tensor, mine: Tensor) -> Tensor:
+    def near(self, address_D: Tensor, mine_M2: Tensor) -> Tensor:
         """See :meth:`Addresser.near`."""
-        found = super().near(address_D, mine)
+        found = super().near(address_D, mine_M2)
         self.counts_S[found] += 1
         return found
 
@@ -53,7 +53,7 @@ def read_words(addresser: Addresser, text: str, progress: Callable[[int, int], N
     for batch in row_batches(rows, addresser.tokenizer, part.model.device):
         words_RT = words_of(batch)
         keys.append(part.inputs_of(addresser.entrance, batch)[words_RT].float().cpu())
-        ids.append(batch.ids_RT[words_RT].cpu())
+        ids.append(ending_in(batch)[words_RT].cpu())
         done += len(batch.ids_RT)
         progress(done, len(rows))
     return Common(torch.cat(keys), torch.cat(ids))
@@ -74,26 +74,26 @@ def useful_words(
         report: called with progress.
     """
     plain = make(Addresser, seen)
-    known = (plain.identity, float(plain.shut_S.sum()), float(seen.keys_SD.sum()), len(seen.ids_S))
+    known = (plain.identity, float(plain.shut_S.sum()), float(seen.keys_SD.sum()), len(seen.ids_S2))
     identity = repr((known, "".join(lines_of(text)), READ, ASKED, COMMON, asked))
     path = folder / f"words-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         stored = load_file(path)
         return Common(stored["keys"], stored["ids"])
     read = read_words(plain, text, _told(report, "reading words"))
-    bank = Common(torch.cat([seen.keys_SD, read.keys_SD]), torch.cat([seen.ids_S, read.ids_S]))
+    bank = Common(torch.cat([seen.keys_SD, read.keys_SD]), torch.cat([seen.ids_S2, read.ids_S2]))
     counting = make(CountingAddresser, bank)
     assert isinstance(counting, CountingAddresser)
-    counting.counts_S = torch.zeros(len(bank.ids_S))
+    counting.counts_S = torch.zeros(len(bank.ids_S2))
     chosen, progress = asked[:ASKED], _told(report, "choosing words")
     for begin in range(0, len(chosen), AT_ONCE):
         counting(chosen[begin : begin + AT_ONCE])
         progress(min(begin + AT_ONCE, len(chosen)), len(chosen))
     order_S = counting.counts_S.argsort(descending=True, stable=True)[:COMMON]
-    kept = Common(bank.keys_SD[order_S], bank.ids_S[order_S])
+    kept = Common(bank.keys_SD[order_S], bank.ids_S2[order_S])
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({"keys": kept.keys_SD.contiguous(), "ids": kept.ids_S}, part)
+    save_file({"keys": kept.keys_SD.contiguous(), "ids": kept.ids_S2}, part)
     part.replace(path)
     return kept
 

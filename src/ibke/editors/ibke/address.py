@@ -2,15 +2,17 @@
 
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
-that token in the request, and the subject behind words that ask something else about it. Both stand before generic
-keys C₀, so with all targets in K equal to 1 and weights W, larger for the request's own words,
+that token in the request, the subject behind words that ask something else about it, and its last word by itself where
+that is one token: other bridges end in "Bridge" too. Both stand before generic keys C₀, so with all targets in
+K equal to 1 and weights W and V, larger for the request's own words and smaller for lone last words,
 
-    a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀN + γ (C₀ + λ I),
+    a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀVN + γ (C₀ + λ I),
 
 and a is then made longer until the request's own words answer 1 in the mean. γ says against how many generic keys the
 edit's own stand: with few, K and N are told apart by directions that common words have too, and the edit opens in
 running text (docs/experiments.md). What a second moment does not say, a sample of running text does: words in it that
-answer nevertheless go to N, unless they are the subject's own last token, and the address is made again.
+answer nevertheless go to N, unless they end as the subject does (in its last two tokens, or in the only one it has),
+and the address is made again.
 
 The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
 only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
@@ -37,13 +39,14 @@ from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
 from ibke.editors.aggregate import solve
-from ibke.editors.ibke.statistics import Common, KeySpectrum
+from ibke.editors.ibke.statistics import ANY, Common, KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
 
-REQUEST, NEUTRAL, OTHER = range(3)
+REQUEST, NEUTRAL, OTHER, ENDING = range(4)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
+ENDING_WEIGHT = 0.3  # of a lone last word in N, against 1 for other questions
 NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
 NEAR_WEIGHT = 0.1  # of each, against 1 for the rest of N: there are many, and they must not outweigh other questions
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
@@ -64,9 +67,9 @@ def contexts() -> dict[str, list[tuple[str, Frame]]]:
     """Our own contexts for a subject.
 
     ``neutral`` ones ask nothing, ``questions`` name what they ask before it, as a phrase, and ``asking`` ones name it
-    after it, if at all.
+    after it, if at all. ``endings`` are for a subject's last word alone.
     """
-    kinds = ("neutral", "asking", "questions")
+    kinds = ("neutral", "asking", "questions", "endings")
     return {kind: [(text, frame) for frame, texts in _own()[kind].items() for text in texts] for kind in kinds}
 
 
@@ -104,14 +107,21 @@ class Context:
     """One place where a subject stands.
 
     Args:
-        kind: ``REQUEST``, ``NEUTRAL`` or ``OTHER`` (question).
+        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question) or ``ENDING`` (the last word alone).
         prefix: tokens before it that are the same for every request.
         tail: the tokens after those, up to the subject's last.
+        size: how many tokens of the tail are the subject.
     """
 
     kind: int
     prefix: tuple[int, ...]
     tail: tuple[int, ...]
+    size: int
+
+    @property
+    def ending(self) -> tuple[int, int]:
+        """The subject's last two tokens; ``ANY`` before one that is alone."""
+        return (self.tail[-2] if self.size > 1 else ANY, self.tail[-1])
 
 
 class About(NamedTuple):
@@ -139,6 +149,7 @@ class Addressed(NamedTuple):
 def contexts_of(about: About, tokenizer: Any) -> list[Context]:
     """Every context an address is made from, cut off after the subject."""
     prompt, subject, wordings = about
+    *first, last = subject.split() or [""]
     asked = [(REQUEST, prompt, frame) for frame in FRAMES]
     asked += [(REQUEST, text, "bare") for text in wordings if subject.lower() in text.lower()]
     asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
@@ -148,16 +159,19 @@ def contexts_of(about: About, tokenizer: Any) -> list[Context]:
             asked += [(REQUEST, f"What is {named} {subject}?", frame) for frame in ("bare", "chat")]
         asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["asking"]]
         asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
+    if first:
+        asked += [(ENDING, text.format(last), frame) for text, frame in contexts()["endings"]]
     found = []
     for kind, text, frame in asked:
-        pair = encode_pair(text, "-", frame, tokenizer, subject)
+        pair = encode_pair(text, "-", frame, tokenizer, last if kind == ENDING else subject)
         begin, end = pair.subject or pair.span
         fixed = pair.span[0] if kind == REQUEST else begin
         # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
         # request that begins with a subject of one token is known by the token after it.
         end = min(max(end, 2), len(pair.prompt)) if kind == REQUEST else end
-        if end > 1:
-            found.append(Context(kind, tuple(pair.prompt[:fixed]), tuple(pair.prompt[fixed:end])))
+        # A last word of several tokens hardly ever ends another name; told of it, an address only grows longer.
+        if end > 1 and not (kind == ENDING and end - begin > 1):
+            found.append(Context(kind, tuple(pair.prompt[:fixed]), tuple(pair.prompt[fixed:end]), end - begin))
     return found
 
 
@@ -192,13 +206,14 @@ class Addresser:
         self.basis_DE = spectrum.basis_IE.cpu().double()
         self.values_E = spectrum.values_E.cpu().double() + ridge * spectrum.mean()
         self.pull = spectrum.inverse(gamma, ridge)
-        self.common = Common(common.keys_SD.cpu().float(), common.ids_S.cpu())
+        self.common = Common(common.keys_SD.cpu().float(), common.ids_S2.cpu())
         self.shut_S = self.common.keys_SD @ shut_D.cpu().float()
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """All that decides an address but the model and the request."""
-        return (self.gamma, self.ridge, self.alike, OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, NEAR_WEIGHT, json.dumps(_own()))
+        fixed = (OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, NEAR_WEIGHT, ENDING_WEIGHT)
+        return (self.gamma, self.ridge, self.alike, *fixed, json.dumps(_own()))
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
         """Addresses (B × D, float32)."""
@@ -229,7 +244,7 @@ class Addresser:
     @cached_property
     def prefixes(self) -> Prefixes:
         """What every request's contexts begin with, run once."""
-        known = [row.prefix for row in contexts_of(About("The X of Y", "Y"), self.tokenizer)]
+        known = [row.prefix for row in contexts_of(About("The X of Y Z", "Y Z"), self.tokenizer)]
         return Prefixes(self.part, known)
 
     def _address(self, rows: Sequence[Context], found: Sequence[Tensor]) -> Tensor:
@@ -238,38 +253,39 @@ class Addresser:
         if not answers_T.any():
             return torch.zeros(len(self.basis_DE), dtype=torch.float64)
         keys_TD = torch.stack([keys_TD[-1] for keys_TD in found]).double()
-        answer_TD, silent_TD = keys_TD[answers_T], keys_TD[kind_T == OTHER]
-        if len(silent_TD):
-            silent_TD = silent_TD[~self._asks_the_same(keys_TD, kind_T)]
+        answer_TD, other_TD = keys_TD[answers_T], keys_TD[kind_T == OTHER]
+        if len(other_TD):
+            other_TD = other_TD[~self._asks_the_same(keys_TD, kind_T)]
         # What comes before the subject's last token, without a first position, which belongs to no word.
         before = [
             keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
         ]
-        silent_TD = torch.cat([silent_TD, *(keys.double() for keys in before)])
+        silent = [(torch.cat([other_TD, *(keys.double() for keys in before)]), 1.0)]
+        silent.append((keys_TD[kind_T == ENDING], ENDING_WEIGHT))
         root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
         own_TD = keys_TD[kind_T == REQUEST] if (kind_T == REQUEST).any() else answer_TD
 
         def solved() -> Tensor:
+            silent_TD = torch.cat([some_TD for some_TD, _ in silent])
+            root_S = torch.cat([some_TD.new_full((len(some_TD),), weight**0.5) for some_TD, weight in silent])
             address_D = solve(answer_TD[None], root_T[None], silent_TD[None], root_S[None], self.pull)[0].sum(0)
             return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
 
-        root_S = silent_TD.new_ones(len(silent_TD))
         address_D = solved()
-        mine = torch.tensor([row.tail[-1] for row in rows])
+        mine_M2 = torch.tensor([row.ending for row in rows if row.kind != ENDING])
         for _ in range(ROUNDS):
-            near = self.near(address_D, mine)
+            near = self.near(address_D, mine_M2)
             if not len(near):
                 break
-            silent_TD = torch.cat([silent_TD, self.common.keys_SD[near].double()])
-            root_S = torch.cat([root_S, root_S.new_full((len(near),), NEAR_WEIGHT**0.5)])
+            silent.append((self.common.keys_SD[near].double(), NEAR_WEIGHT))
             address_D = solved()
         return address_D
 
-    def near(self, address_D: Tensor, mine: Tensor) -> Tensor:
-        """Which common words answer an address, or nearly; those that are among some tokens never do."""
+    def near(self, address_D: Tensor, mine_M2: Tensor) -> Tensor:
+        """Which common words answer an address, or nearly; those that end as the subject does never do."""
         over_S = self.common.keys_SD @ address_D.float() - self.shut_S
         # Rows without a token hold no word.
-        over_S = over_S.masked_fill(torch.isin(self.common.ids_S, mine) | (self.common.ids_S < 0), -1.0)
+        over_S = over_S.masked_fill(self.common.ends(mine_M2) | (self.common.ids_S2[:, 1] < 0), -1.0)
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
         return which_S[most_S > -NEAR]
 

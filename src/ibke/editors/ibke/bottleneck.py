@@ -71,7 +71,7 @@ class Bottleneck(Grounded):
     context_scale_X: Tensor
     length_stats: Tensor
     common_SD: Tensor
-    common_ids_S: Tensor
+    common_ids_S2: Tensor
 
     def __init__(self, config: IBKEConfig, name: str, d_out: int):
         super().__init__(d_out)
@@ -100,12 +100,12 @@ class Bottleneck(Grounded):
             "common_SD": (COMMON, d_out),
         }.items():
             self.register_buffer(buffer, torch.zeros(shape))
-        self.register_buffer("common_ids_S", torch.full((COMMON,), -1))
+        self.register_buffer("common_ids_S2", torch.full((COMMON, 2), -1))
 
     @property
     def common(self) -> Common:
         """Words of running text that an edit must not answer to."""
-        return Common(self.common_SD, self.common_ids_S)
+        return Common(self.common_SD, self.common_ids_S2)
 
     @property
     def shut_D(self) -> Tensor:
@@ -116,9 +116,9 @@ class Bottleneck(Grounded):
     def know(self, common: Common) -> None:
         """Set the words that an edit must not answer to; what is missing of ``COMMON`` stays zero and never answers."""
         size = min(COMMON, len(common.keys_SD))
-        keys_SD, ids_S = common.keys_SD[:size].clone(), common.ids_S[:size].clone()  # they may be ours
+        keys_SD, ids_S2 = common.keys_SD[:size].clone(), common.ids_S2[:size].clone()  # they may be ours
         self.common_SD.zero_()[:size] = keys_SD
-        self.common_ids_S.fill_(-1)[:size] = ids_S
+        self.common_ids_S2.fill_(-1)[:size] = ids_S2
 
     @torch.no_grad()
     def initialise(self, grads_TD: Tensor, address_BD: Tensor) -> None:

@@ -18,7 +18,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 6
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 7
 WORDS = "common_SD"  # the tensor that is kept as bytes
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -50,6 +50,8 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     # Spectra span more orders of magnitude than half precision holds, and their basis has to be orthonormal; the
     # network's matrices are what takes the space.
+    if not tensor.is_floating_point():
+        return tensor.int().contiguous()
     half = tensor.dim() >= 2 and not name.endswith("key_basis_DE")
     return tensor.half().contiguous() if half else tensor.float().contiguous()
 
@@ -75,7 +77,7 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
     network = Bottleneck(config, manifest["module"], manifest["d_out"])
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
-        network.know(Common(unpacked(network.common_SD, network.spectrum), network.common_ids_S))
+        network.know(Common(unpacked(network.common_SD, network.spectrum), network.common_ids_S2))
     except (SafetensorError, RuntimeError) as error:
         raise FormatError(
             f"the weights are damaged ({error}).", str(folder / WEIGHTS), "Fetch or train the editor again."

@@ -52,6 +52,7 @@ class KeySpectrum:
 
 
 COMMON = 7000  # words an editor keeps: 4.1 MB of a shipped one
+ANY = -2  # stands for any token before a word
 STEPS = 24.0  # of a byte in which one is kept, a standard deviation; what is beyond five of them is cut off
 
 
@@ -60,16 +61,27 @@ class Common(NamedTuple):
 
     Args:
         keys_SD: the key at each.
-        ids_S: the token itself.
+        ids_S2: the token before it and the token itself; negative where there is no word.
     """
 
     keys_SD: Tensor
-    ids_S: Tensor
+    ids_S2: Tensor
+
+    def ends(self, mine_M2: Tensor) -> Tensor:
+        """Which words are the end of something (bool, S).
+
+        Args:
+            mine_M2: its last two tokens, in each way that it is cut into tokens; ``ANY`` before one that is alone.
+        """
+        mine_M2 = mine_M2.unique(dim=0)
+        same_SM2 = self.ids_S2[:, None] == mine_M2
+        same_SM2[..., 0] |= mine_M2[:, 0] == ANY
+        return same_SM2.all(-1).any(-1)
 
     def spread(self, count: int) -> Common:
         """At most so many of them, evenly spread."""
-        every = -(-len(self.ids_S) // count)
-        return Common(self.keys_SD[::every], self.ids_S[::every])
+        every = -(-len(self.ids_S2) // count)
+        return Common(self.keys_SD[::every], self.ids_S2[::every])
 
 
 def packed(keys_SD: Tensor, spectrum: KeySpectrum) -> Tensor:
