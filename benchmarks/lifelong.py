@@ -65,7 +65,7 @@ def main() -> None:
 def stream(kind: str, size: int, tuning: bool = False) -> Path:
     """The file of a stream: edits in random order, no subject twice."""
     target = STREAMS / f"{kind}-{size}{'-tuning' if tuning else ''}.jsonl"
-    if target.exists():
+    if target.exists() and sources_of(target).exists():
         return target
     chosen: list[EditRequest] = []
     shares, subjects, counts = SHARES[kind], set[str](), dict[str, int]()
