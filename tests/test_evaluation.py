@@ -11,6 +11,7 @@ from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.batch import Pair, collate
 from ibke.edit import Edit, EditInfo
+from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import RequestError
 from ibke.evaluation import questions as questions_module
 from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
@@ -289,6 +290,32 @@ def test_an_edit_that_does_nothing_changes_nothing(smollm: LanguageModel) -> Non
         assert report["kl_nats"][direction]["mean"] == 0.0
     assert report["locality_detail"]["edited"]["shared_prefix"]["mean"] == 1.0
     assert report["base"]["teacher_forced"]["locality_accuracy"]["mean"] > 0.0
+
+
+def test_what_forced_passes_foretell_is_what_would_be_said(
+    smollm32: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = EditRequest(
+        "The capital of Borduria is", "Szohod", "Borduria", rephrase_prompts=("Borduria is governed from the city of",)
+    )
+    edits = [IBKEEditor.for_model(smollm32).edit([request])]
+    asked = [q for each in (request, REQUESTS[0]) for q in questions(each, 0, ("bare", "chat"), smollm32.tokenizer)]
+    prompts: list[Sequence[Sequence[int]]] = []
+
+    def noted(lm: LanguageModel, some: Sequence[Sequence[int]], *rest: Any, **more: Any) -> list[Answer]:
+        prompts.append(some)
+        return generate(lm, some, *rest, **more)
+
+    monkeypatch.setattr(questions_module, "generate", noted)
+    short = list(questions_module.ask(smollm32, asked, edits, 32, None))
+    spared = sum(map(len, prompts))
+    prompts.clear()
+    monkeypatch.setattr(questions_module, "_foretold", lambda *_: None)
+    assert list(questions_module.ask(smollm32, asked, edits, 32, None)) == short
+    # Its own prompt and wording in two frames come, and so do other questions' old answers.
+    assert sum(map(len, prompts)) - spared >= 6
+    comes = [edited for q, _, edited in short if edited and q.target == "Szohod" and q.kind != "locality"]
+    assert len(comes) == 4 and all(scores["generation", "reliability"] for scores in comes[-2:])
 
 
 def test_a_destructive_edit_shows(smollm: LanguageModel) -> None:

@@ -81,7 +81,7 @@ def generate(
         RequestError: a prompt and its answer do not fit the model's window.
     """
     _check_window(lm, prompts, max_new_tokens)
-    stops = _Stops(lm)
+    stops = Stops(lm)
     answers: dict[int, Answer] = {}
     with in_force(lm, edits) as on_rows:
         for rows in plan([len(prompt) for prompt in prompts], batch_size):
@@ -184,7 +184,7 @@ def _stack(parts: Mapping[int, Tensor], rows: int) -> Tensor:
     return whole
 
 
-class _Stops:
+class Stops:
     """Knows which tokens end an answer: the model's end tokens, and any that holds a newline."""
 
     def __init__(self, lm: LanguageModel):
@@ -206,7 +206,7 @@ class _Stops:
 
 
 @torch.inference_mode()
-def _greedy(lm: LanguageModel, ids_RT: Tensor, attention_RT: Tensor, stops: _Stops, steps: int) -> list[list[int]]:
+def _greedy(lm: LanguageModel, ids_RT: Tensor, attention_RT: Tensor, stops: Stops, steps: int) -> list[list[int]]:
     # The loop is our own since transformers' `generate` mixes in whatever a model's generation settings hold
     # (repetition penalties, suppressed tokens), which is not greedy decoding.
     decoder, head = lm.model.base_model, lm.model.get_output_embeddings()

@@ -12,7 +12,7 @@ import torch
 from ibke.batch import Pair
 from ibke.edit import Edit
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Tick, Together, generate, of_rows
+from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Stops, Tick, Together, generate, of_rows
 from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
 from ibke.evaluation.scoring import Forced, Moved, divergence, score
 from ibke.frames import Frame, encode_pair
@@ -23,6 +23,7 @@ Kind = Literal["reliability", "generality", "locality", "portability"]
 
 # What one answer is worth, by (block, name); blocks are the parts of a report.
 Scores = dict[tuple[str, str], float]
+Read = tuple[Forced, Forced | None]
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ def ask(
             continue
         rows = of_rows(edits, [q.edit for q in batch])
         moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
-        answers = _edited(lm, batch, rows, base, moved, batch_size, tick)
-        edited = _outcomes(lm, batch, answers, rows, batch_size)
+        read = _read(lm, batch, rows, batch_size)
+        stops = Stops(lm)
+        known = [_foretold(stops, *one) for one in zip(batch, base, read, moved, strict=True)]
+        answers = _edited(lm, batch, rows, known, batch_size, tick)
+        edited = [Outcome(said, *forced) for said, forced in zip(answers, read, strict=True)]
         for q, b, e, kl in zip(batch, base, edited, moved, strict=True):
             scores = judge(q, b, e)
             if kl is not None:
@@ -128,27 +132,33 @@ def _edited(
     lm: LanguageModel,
     asked: Sequence[Question],
     edits: InForce,
-    base: Sequence[Outcome],
-    moved: Sequence[Moved | None],
+    foretold: Sequence[Answer | None],
     batch_size: int,
     tick: Tick | None,
 ) -> list[Answer]:
     """The edited model's answers.
 
-    Where each token of the base's is its likeliest too, it gives that one, and need not be asked. Not so where rounding
-    makes another likeliest in a pass of another shape, or where something acts that may take a pass over prompt and
-    answer for another question.
+    What is foretold need not be asked. Not so where rounding makes another token likeliest in a pass of another shape,
+    or where something acts that may take a pass over prompt and answer for another question.
     """
-    answers = [outcome.answer for outcome in base]
     certain = lm.dtype == torch.float32 and not any(edit.parts for edit in _all(edits))
-    open_rows = [row for row, one in enumerate(moved) if not (certain and one and one.same)]
+    known = {row: answer for row, answer in enumerate(foretold) if certain and answer}
+    open_rows = [row for row in range(len(asked)) if row not in known]
     if tick:
-        tick(len(asked) - len(open_rows))
+        tick(len(known))
     prompts = [asked[row].pair.prompt for row in open_rows]
     said = generate(lm, prompts, of_rows(edits, open_rows), batch_size=batch_size, tick=tick)
-    for row, answer in zip(open_rows, said, strict=True):
-        answers[row] = answer
-    return answers
+    known |= dict(zip(open_rows, said, strict=True))
+    return [known[row] for row in range(len(asked))]
+
+
+def _foretold(stops: Stops, question: Question, base: Outcome, read: Read, moved: Moved | None) -> Answer | None:
+    """The base's answer or the expected one, if each of its tokens, the ending one too, is the model's likeliest."""
+    if moved:
+        return base.answer if moved.same else None
+    expected = question.pair.answer
+    whole = len(expected) == MAX_NEW_TOKENS or (len(expected) < MAX_NEW_TOKENS and expected[-1] in stops)
+    return stops.answer(expected) if whole and read[0].predicted == tuple(expected) else None
 
 
 def _all(edits: InForce) -> Iterator[Edit]:
@@ -167,7 +177,8 @@ def _base(
             tick(len(asked))
         return [Outcome.from_dict(outcome) for outcome in kept]
     said = generate(lm, [q.pair.prompt for q in asked], batch_size=batch_size, tick=tick)
-    outcomes = _outcomes(lm, _along(said, asked)[0], said, None, batch_size)
+    read = _read(lm, _along(said, asked)[0], None, batch_size)
+    outcomes = [Outcome(answer, *forced) for answer, forced in zip(said, read, strict=True)]
     baseline.keep(identity, [asdict(outcome) for outcome in outcomes])
     return outcomes
 
@@ -178,15 +189,14 @@ def _along(said: Sequence[Answer], asked: Sequence[Question]) -> tuple[list[Ques
     return [q if q.target else replace(q, pair=pair) for q, pair in zip(asked, own, strict=True)], own
 
 
-def _outcomes(
-    lm: LanguageModel, asked: Sequence[Question], said: Sequence[Answer], edits: InForce, batch_size: int
-) -> list[Outcome]:
+def _read(lm: LanguageModel, asked: Sequence[Question], edits: InForce, batch_size: int) -> list[Read]:
+    """A model's predictions along the expected answers, and along the old ones where there are any."""
     forced = score(lm, [q.pair for q in asked], edits, batch_size=batch_size)
     with_old = [i for i, q in enumerate(asked) if q.old_pair]
     old_pairs = [q.old_pair for q in asked if q.old_pair]
     old_edits = of_rows(edits, with_old)
     old = dict(zip(with_old, score(lm, old_pairs, old_edits, batch_size=batch_size), strict=True))
-    return [Outcome(a, f, old.get(i)) for i, (a, f) in enumerate(zip(said, forced, strict=True))]
+    return [(own, old.get(i)) for i, own in enumerate(forced)]
 
 
 def judge(question: Question, base: Outcome, mine: Outcome) -> Scores:
