@@ -63,7 +63,7 @@ def requests(name: str, count: int) -> list[EditRequest]:
     """Some edits of the table's, as an editor is shown them."""
     path, form, _ = DATASETS[name]
     some = sample(list(read(DATA / path, form, [])), 200, SEED)[:count]
-    return [EditRequest(one.prompt, one.target_new, one.subject, one.target_true) for one in some]
+    return [request.for_editor() for request in some]
 
 
 def passes(lm: LanguageModel, some: list[EditRequest]) -> list[float]:

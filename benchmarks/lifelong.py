@@ -138,7 +138,7 @@ def run(file: Path, args: argparse.Namespace) -> None:
             if number == len(groups):
                 break
             began = time.perf_counter()
-            edit = editor.edit([as_asked(request) for request in groups[number]])
+            edit = editor.edit([request.for_editor() for request in groups[number]])
             edit.save(folder / f"{number:05d}")
             sequence.add(edit)
             editor = editor.after(edit)
@@ -158,11 +158,6 @@ def refuse_another(place: Path, mark: str) -> None:
 def abilities() -> tuple[str, ...]:
     """Files of questions whose choices an edit must not move."""
     return tuple(f"ability/{name}" for name in ABILITIES)
-
-
-def as_asked(request: EditRequest) -> EditRequest:
-    """What an editor may know of a request: paraphrases and probes are for the examination."""
-    return EditRequest(request.prompt, request.target_new, request.subject, request.target_true)
 
 
 def taken_up(folder: Path, sequence: InSequence, editor: Editor) -> tuple[Editor, int, list[float]]:

@@ -76,14 +76,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     args = parser.parse_args()
     data = data_folder() / "counterfact/counterfact-val.json"
-    # As `ibke eval` hands them to an editor: paraphrases and probes are for examinations.
     everything = list(read(data, "counterfact", []))
     requests, many = (
-        [
-            EditRequest(request.prompt, request.target_new, request.subject, request.target_true)
-            for request in sample(everything, limit, 0)
-        ]
-        for limit in (args.limit, args.together)
+        [request.for_editor() for request in sample(everything, limit, 0)] for limit in (args.limit, args.together)
     )
     lm = load_model("smollm2-135m", dtype=args.dtype)
     bare, refined = (IBKEEditor.for_model(lm, args.editor, refine=refine) for refine in (False, True))

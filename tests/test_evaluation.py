@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from ibke.edit import Edit, EditInfo
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import RequestError
 from ibke.evaluation import questions as questions_module
+from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
-from ibke.evaluation.protocols import evaluate, evaluate_base, sample
+from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import FRAMES, encode_pair
@@ -293,13 +295,14 @@ def test_an_edit_that_does_nothing_changes_nothing(smollm: LanguageModel) -> Non
 
 
 def test_what_forced_passes_foretell_is_what_would_be_said(
-    smollm32: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    smollm32: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     request = EditRequest(
         "The capital of Borduria is", "Szohod", "Borduria", rephrase_prompts=("Borduria is governed from the city of",)
     )
     edits = [IBKEEditor.for_model(smollm32).edit([request])]
-    asked = [q for each in (request, REQUESTS[0]) for q in questions(each, 0, ("bare", "chat"), smollm32.tokenizer)]
+    asked = list(questions(request, 0, ("bare", "chat"), smollm32.tokenizer))
+    known = Baseline(smollm32, tmp_path)
     prompts: list[Sequence[Sequence[int]]] = []
 
     def noted(lm: LanguageModel, some: Sequence[Sequence[int]], *rest: Any, **more: Any) -> list[Answer]:
@@ -307,15 +310,13 @@ def test_what_forced_passes_foretell_is_what_would_be_said(
         return generate(lm, some, *rest, **more)
 
     monkeypatch.setattr(questions_module, "generate", noted)
-    short = list(questions_module.ask(smollm32, asked, edits, 32, None))
-    spared = sum(map(len, prompts))
+    short = list(questions_module.ask(smollm32, asked, edits, 32, None, known))
+    assert sum(map(len, prompts)) == len(asked)  # of the unedited model alone, which is known from now on
     prompts.clear()
     monkeypatch.setattr(questions_module, "_foretold", lambda *_: None)
-    assert list(questions_module.ask(smollm32, asked, edits, 32, None)) == short
-    # Its own prompt and wording in two frames come, and so do other questions' old answers.
-    assert sum(map(len, prompts)) - spared >= 6
-    comes = [edited for q, _, edited in short if edited and q.target == "Szohod" and q.kind != "locality"]
-    assert len(comes) == 4 and all(scores["generation", "reliability"] for scores in comes[-2:])
+    assert list(questions_module.ask(smollm32, asked, edits, 32, None, known)) == short
+    assert sum(map(len, prompts)) == len(asked)
+    assert all(edited["generation", q.kind] for q, _, edited in short)
 
 
 def test_a_destructive_edit_shows(smollm: LanguageModel) -> None:
@@ -324,14 +325,6 @@ def test_a_destructive_edit_shows(smollm: LanguageModel) -> None:
     assert report["metrics"]["generation"]["reliability"]["mean"] == 0.0
     assert report["kl_nats"]["base_edited"]["mean"] > 1.0
     assert report["base"]["generation"]["locality"]["mean"] == 1.0
-
-
-def test_the_base_alone_is_scored_as_beside_an_edit(tiny_model: Callable[..., LanguageModel]) -> None:
-    lm = tiny_model("llama")
-    beside, alone = evaluate(lm, RandomEditor(lm), REQUESTS), evaluate_base(lm, REQUESTS)
-    assert alone["base"] == beside["base"]
-    assert alone["contains"]["base"] == beside["contains"]["base"]
-    json.dumps(alone, allow_nan=False)
 
 
 def test_what_was_not_measured_is_null(tiny_model: Callable[..., LanguageModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ibke.ledger.conflicts import alike, same_words
 from ibke.ledger.guard import Guard, Limits, own_probes
 from ibke.ledger.keeper import ATTEMPTS, Keeper
 from ibke.models import LanguageModel
-from ibke.request import EditRequest, Probe
+from ibke.request import EditRequest, Probe, refuse_contradictions
 from ibke.rows import continuations
 from ibke.session import EditSession
 
@@ -225,6 +226,7 @@ def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Pa
         assert ledger.active() == [2, 3]
         with pytest.raises(RequestError, match="requests 1 and 2 say different things, 'one' and 'two'"):
             Keeper(lm, ledger, Careless(lm)).add_all([same[0], EditRequest(" the  harbour", "two")])
+        refuse_contradictions([same[0], EditRequest("The harbour", "One.")])
         assert ledger.active() == [2, 3]
 
 
@@ -233,7 +235,10 @@ def test_limits_are_read_and_checked(tmp_path: Path) -> None:
     path.write_text('{"changed": 0.5, "probes": 7.0, "lost": 1}')
     read = Limits.read(path)
     assert read == Limits(changed=0.5, probes=7, lost=1.0) and isinstance(read.probes, int)  # which slices
-    for text, message in (("{", "cannot be read"), ('{"chnged": 1}', "'chnged' is no limit"), ("[]", "cannot be read")):
+    wrongs = [("{", "cannot be read"), ('{"chnged": 1}', "'chnged' is no limit"), ("[]", "cannot be read")]
+    for given in ('"probes": NaN', '"probes": 1e999', '"probes": -1', '"lost": true', '"kl_nats": "1"'):
+        wrongs.append((f"{{{given}}}", "is no limit, or its value is none"))
+    for text, message in wrongs:
         path.write_text(text)
         with pytest.raises(LedgerError, match=message):
             Limits.read(path)
@@ -330,7 +335,16 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     assert noted == "requests.jsonl#2: why"
     again = json.loads(run(*command, "--note", "another").stdout)
     assert {one["outcome"] for one in again["edits"]} == {"there already"}
+    # And back again: what counts is what was made of that line last.
+    file.write_text("\n".join(lines[:2]))
+    back = json.loads(run(*command).stdout)
+    assert [one["outcome"] for one in back["edits"]] == ["there already", "kept"] and back["in_force"] == 2
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))
     refused(run(*command), "requests 2 and 3 say different things")
+    file.write_text('{"prompt": "The sky is", "target_new": "\\ud83d"}')
+    refused(run(*command), "half a character")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused(run("edit", "--requests", pipe, *command[3:]), "can be read only once")

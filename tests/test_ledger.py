@@ -24,6 +24,7 @@ from ibke.ledger.care import gc, verify
 from ibke.ledger.exchange import export_lines, import_lines
 from ibke.ledger.schema import MIGRATIONS
 from ibke.models import LanguageModel
+from ibke.request import EditRequest
 from ibke.session import EditSession
 
 KILLS = 200
@@ -235,6 +236,51 @@ def test_a_ledger_goes_out_and_comes_in_again(
             import_lines(copy, [lines[0].replace(lm.fingerprint, "another")], "lines")
 
 
+def about(edit: Edit, prompt: str, target: str = "x") -> Edit:
+    """An edit that says what it is for."""
+    return replace(edit, requests=(EditRequest(prompt, target),))
+
+
+def test_no_two_edits_of_one_prompt_come_into_force(
+    ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path
+) -> None:
+    first, second, other = (
+        about(edits[0], "The harbour is"),
+        about(edits[1], "the  harbour is"),
+        about(edits[2], "A bay is"),
+    )
+    for edit in (first, other):
+        ledger.commit(edit)
+    ledger.revert([1])
+    ledger.commit(second)
+    before = list(ledger.events())
+    with pytest.raises(LedgerError, match="edits 1 and 3 would be in force for the same prompt"):
+        ledger.restore([1])
+    assert list(ledger.events()) == before and ledger.active() == [2, 3]
+    ledger.revert([3])
+    ledger.restore([1])
+    assert ledger.active() == [1, 2]
+    lines = list(export_lines(ledger))
+    with Ledger(tmp_path / "copy", lm) as copy:
+        copy.commit(second)
+        import_lines(copy, lines, "lines")
+        assert copy.active() == [2, 3]  # what was here of the same prompt gives way
+        import_lines(copy, lines, "lines")
+        assert copy.active() == [5, 6] and verify(copy) == []
+
+
+def test_edits_that_do_not_go_together_are_found(
+    ledger: Ledger, edits: list[Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> Edit:
+        raise FormatError("their gates open at different thresholds.", "edits to compose", "Make them by one editor.")
+
+    ledger.commit(edits[0])
+    assert verify(ledger) == []
+    monkeypatch.setattr(Edit, "join", refuse)
+    assert ["different thresholds" in problem for problem in verify(ledger)] == [True]
+
+
 def test_what_goes_out_is_of_one_moment(ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path) -> None:
     for edit in edits[:3]:
         ledger.commit(edit)
@@ -281,22 +327,24 @@ def write_until_killed(folder: Path, lm: LanguageModel, edits: list[Edit], tell:
                 ledger.revert([number])
 
 
-def test_killed_at_any_moment_nothing_committed_is_lost(lm: LanguageModel, edits: list[Edit], tmp_path: Path) -> None:
+def test_killed_at_any_moment_nothing_committed_is_lost(lm: LanguageModel, tmp_path: Path) -> None:
     draw = random.Random(0)
     Ledger(tmp_path, lm).close()
+    many = [random_edit(lm, 1, seed=seed, layers=[1]) for seed in range(1000)]
     promised = 0
     for kill in range(KILLS):
         hear, tell = os.pipe()
         child = os.fork()
         if not child:
             try:
-                write_until_killed(tmp_path, lm, edits, tell)
+                # Others than before, so that their files are written too.
+                write_until_killed(tmp_path, lm, many[promised:] + many, tell)
             finally:
                 os._exit(1)
         os.close(tell)
         if kill % 4:  # else it may be killed before it has begun
             os.read(hear, 1)
-        time.sleep(draw.uniform(0.0, 0.03))
+        time.sleep(draw.uniform(0.0, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(hear) as heard:

@@ -75,6 +75,15 @@ class EditRequest:
             )
         if any(not isinstance(text, str) or not text.strip() for text in self.rephrase_prompts):
             raise RequestError("`rephrase_prompts` holds an empty text.", "edit request", "Remove it.")
+        try:
+            "".join((self.prompt, self.target_new, self.target_true or "", *self.rephrase_prompts)).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise RequestError(f"it holds half a character, {half!r}.", "edit request", "Write it whole.") from None
+
+    def for_editor(self) -> EditRequest:
+        """What an editor is shown when it is examined: paraphrases and probes are for the examination."""
+        return EditRequest(self.prompt, self.target_new, self.subject, self.target_true)
 
     def to_dict(self) -> dict[str, Any]:
         """The request as JSON-ready values; fields left empty are left out."""
@@ -164,6 +173,10 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
         raise RequestError(f"cannot be read ({error}).", str(path), "Check the path and that it is UTF-8.") from None
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
 def refuse_contradictions(requests: Iterable[EditRequest], where: str = "requests") -> int:
     """Of one prompt only one target can come; returns how many requests there are.
 
@@ -175,11 +188,13 @@ def refuse_contradictions(requests: Iterable[EditRequest], where: str = "request
     known: dict[int, tuple[int, int, str]] = {}
     count = 0
     for count, request in enumerate(requests, start=1):
-        prompt, target = " ".join(request.prompt.split()).casefold(), request.target_new.strip()
-        first, said, shown = known.setdefault(hash(prompt), (count, hash(target), target[:60]))
+        # Of the same target in another spelling both can come; a prompt in another spelling is another prompt, of
+        # which the later edit is in force.
+        prompt, target = _plain(request.prompt), _plain(request.target_new).rstrip(".!?")
+        first, said, shown = known.setdefault(hash(prompt), (count, hash(target), request.target_new[:60]))
         if said != hash(target):
             raise RequestError(
-                f"requests {first} and {count} say different things, {shown!r} and {target[:60]!r}.",
+                f"requests {first} and {count} say different things, {shown!r} and {request.target_new[:60]!r}.",
                 f"{where}, prompt {request.prompt[:60]!r}",
                 "Leave one of them out.",
             )

@@ -92,7 +92,14 @@ LMEval = Annotated[
     str, typer.Option("--lm-eval", help="Folder of lm-evaluation-harness tasks (extra `lm-eval`), run after editing.")
 ]
 Questions = Annotated[int, typer.Option("--questions", min=1, help="Draw so many questions of each such file or task.")]
-Looks = Annotated[int, typer.Option("--looks", min=1, help="After so many of the edits, unless all stay.")]
+Looks = Annotated[
+    int,
+    typer.Option(
+        "--looks",
+        min=1,
+        help="Measure text and abilities after each of the first N edits; of a sequence once, at its end.",
+    ),
+]
 NoRefine = Annotated[bool, typer.Option("--no-refine", help="Take the editor's first guess as it is.")]
 
 

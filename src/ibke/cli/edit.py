@@ -55,8 +55,12 @@ def edit(
         bool | None,
         typer.Option("--guard/--no-guard", help="Keep only edits within limits; the default with --ledger."),
     ] = None,
-    limits: Annotated[Path | None, typer.Option(help="JSON file of such limits; guard.json in the ledger.")] = None,
-    probes: Annotated[Path | None, typer.Option(help="Prompts whose answers must stay, one a line.")] = None,
+    limits: Annotated[
+        Path | None, typer.Option(help="JSON file with the guard's limits; the ledger's guard.json if left out.")
+    ] = None,
+    probes: Annotated[
+        Path | None, typer.Option(help="File of prompts whose answers must stay, one a line; our own if left out.")
+    ] = None,
     note: Annotated[str, typer.Option(help="Why, in your own words, for the ledger.")] = "",
     group: Annotated[int, typer.Option(min=1, help="Requests of a file made and checked at once, with --ledger.")] = 16,
     model: ModelName = ModelChoice.name,
@@ -97,7 +101,9 @@ def edit(
     elif out is None and how is None:
         raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
     else:
-        # Every line is checked before anything is computed.
+        # Every line is checked before anything is computed, and then read again.
+        if requests.exists() and not requests.is_file():
+            raise RequestError("it can be read only once.", str(requests), "Write the requests to a file first.")
         lines = read_requests(requests)
         count = refuse_contradictions(lines, str(requests)) if how else sum(1 for _ in lines)
         if not count:

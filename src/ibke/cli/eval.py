@@ -51,7 +51,10 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="single: each edit alone; batch: a group at once, then off; sequential: all stay.")
     ] = "single",
-    group: Annotated[int | None, typer.Option(min=1, help="Requests edited at once; of a sequence 1.")] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests edited together: needed for batch, 1 for sequential if left out."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw at most so many edits.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which, and a random order.")] = 0,
     order: Annotated[str, typer.Option(help="In which order edits are made: file or random.")] = "file",

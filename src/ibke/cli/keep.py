@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
 from ibke.cli.output import print_json, screen, shorten
-from ibke.errors import IBKEError, RequestError
+from ibke.errors import CaptureError, IBKEError, RequestError
 from ibke.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 PLACE_AND_NOTE = ": "  # stands between a request's place in its file and what the user notes
+_PLACE = re.compile(rf"(.*?#\d+)(?:{PLACE_AND_NOTE}|$)")
 HOME = Path(".ibke")  # where a ledger is unless told otherwise
 
 
@@ -93,7 +95,7 @@ def keep_all(
         as_json: print a document.
 
     Returns:
-        the exit code: 2 if a request could not be used, 3 if one was refused, 0 otherwise.
+        the exit code: 2 if a request could not be used, 3 if one was refused, 1 if a target does not come, 0 otherwise.
     """
     from ibke.ledger import Ledger
     from ibke.ledger.keeper import Keeper, Kept
@@ -142,17 +144,20 @@ def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:
 
 
 def _there(ledger: Ledger) -> set[tuple[str, str, str]]:
-    """The marks of all edits that came from a file, taken back or not."""
+    """The marks of the latest edit from each place in a file, taken back or not."""
     with ledger.reading():
         commits = (event for event in ledger.events() if event.action == "commit")
-        places = {event.edit: event.note.split(PLACE_AND_NOTE)[0] for event in commits}
-        found = ((entry, places.get(entry.id, "")) for entry in ledger.entries())
-        return {_mark(entry.requests[0], place) for entry, place in found if "#" in place}
+        places = {event.edit: _PLACE.match(event.note) for event in commits}
+        latest = {}
+        for entry in ledger.entries():
+            if place := places.get(entry.id):
+                latest[place[1]] = _mark(entry.requests[0], place[1])
+    return set(latest.values())
 
 
 def _outcomes(
     keeper: Keeper, some: list[tuple[EditRequest, str]], note: str, force: bool
-) -> Iterator[Kept | tuple[EditRequest, RequestError]]:
+) -> Iterator[Kept | tuple[EditRequest, IBKEError]]:
     """What became of some requests; one that cannot be used does not keep the others from theirs."""
     if not some:
         return
@@ -160,7 +165,7 @@ def _outcomes(
     notes = [PLACE_AND_NOTE.join(filter(None, (place, note))) for _, place in some]
     try:
         yield from keeper.add_all(requests, notes=notes, force=force)
-    except RequestError as error:
+    except (RequestError, CaptureError) as error:
         if len(some) == 1:
             yield requests[0], error
         else:
@@ -197,7 +202,7 @@ def _line(kept: Kept) -> Text:
     return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
 
 
-def _document(kept: Kept | tuple[EditRequest, RequestError]) -> dict[str, Any]:
+def _document(kept: Kept | tuple[EditRequest, IBKEError]) -> dict[str, Any]:
     if isinstance(kept, tuple):
         return {"prompt": kept[0].prompt, "outcome": "unusable", "error": str(kept[1])}
     outcome = "already" if kept.already else "refused" if kept.number is None else "kept"

@@ -166,7 +166,7 @@ def verify(
 
 
 def gc(folder: Folder = HOME, as_json: JSON = False) -> None:
-    """Delete files that no edit needs, such as an interrupted command leaves them."""
+    """Delete files that no edit needs, left behind by interrupted commands."""
     from ibke.ledger.care import gc as clear
 
     with _open(folder) as ledger:
@@ -202,18 +202,20 @@ def import_(
     model: ModelName = ModelChoice.name,
     as_json: JSON = False,
 ) -> None:
-    """Take the edits of another ledger of the same model in, behind those that are there."""
+    """Add all edits of an exported ledger of the same model after those already here."""
     from ibke.ledger import Ledger
     from ibke.ledger.exchange import import_lines
 
     lm = ModelChoice(model).load()
     with ExitStack() as stack:
-        ledger = stack.enter_context(Ledger(folder, lm))
         try:
             lines: Iterable[str] = stack.enter_context(source.open(encoding="utf-8"))
+            ledger = stack.enter_context(Ledger(folder, lm))
+            count = import_lines(ledger, lines, str(source))
         except OSError as error:
             raise FormatError(f"it cannot be read ({error.strerror}).", str(source), "Check the path.") from None
-        count = import_lines(ledger, lines, str(source))
+        except UnicodeDecodeError:
+            raise FormatError("it is no text.", str(source), "Give a file that `ibke export` wrote.") from None
         active = len(ledger.active())
     screen(as_json).print(f"{count} edits taken in; {active} in force.")
     if as_json:

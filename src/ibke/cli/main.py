@@ -46,13 +46,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Correct facts in a language model without retraining it, in seconds, and undo it to the last bit.
 
-    Exit codes: 0 done, 1 not achieved (the target is not generated, a method failed), 2 wrong input, 3 refused
-    by a guard.
+    Exit codes: 0 done, 1 not achieved (the target is not generated, a method failed, `verify` found a fault), 2 could
+    not be done (wrong input, a file, the network), 3 refused by a guard.
 
     Every command takes --json: one JSON document on standard output, everything for people on standard error
-    (`ibke eval --json` is followed by a file, or by - for standard output).
+    (`ibke eval --json` is followed by a file, or by - for standard output; `ibke export` writes JSON Lines anyway).
     """

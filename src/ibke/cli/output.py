@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ibke.errors import IBKEError
-from ibke.files import to_json
+from ibke.files import to_json, write_atomically
 
 WIDTH = 110  # columns where there is no terminal
 
@@ -37,15 +36,7 @@ def write_json(document: Any, path: Path) -> None:
         IBKEError: it cannot be written.
     """
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as part:
-            temporary = Path(part.name)
-            try:
-                part.write(_dump(document) + "\n")
-                part.close()
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        write_atomically(path, f"{_dump(document)}\n".encode())
     except OSError as error:
         raise IBKEError(f"it cannot be written ({error.strerror}).", str(path), "Choose another file.") from None
 

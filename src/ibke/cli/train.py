@@ -28,18 +28,22 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run: checkpoints, log, and the finished editor. Methods whose editors do not ship have "
-            "one in the cache folder, where they look for it."
+            help="Folder of the run: checkpoints, log, and the finished editor. Needed for ibke; for mend, malmen and "
+            "rledit a folder of the cache, where --method finds them, if left out."
         ),
     ] = None,
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     resume: Annotated[bool, typer.Option("--resume", help="Go on exactly where the run in --out stopped.")] = False,
     seed: Annotated[int | None, typer.Option(help="Decides data, order, noise and initial weights.")] = None,
-    episodes: Annotated[int | None, typer.Option(min=1, help="Training edits, all sources together.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Edits a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak of the cosine schedule.")] = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Training edits, all sources together; 5000 if left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Most optimiser steps; for ibke 2500 if left out.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Edits a step; 16 if left out.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of the cosine schedule; for ibke 1e-3 if left out.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = None,
     dtype: Dtype = ModelChoice.dtype,
     settings: Settings = None,

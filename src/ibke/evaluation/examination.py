@@ -60,18 +60,17 @@ class Examination:
         return (whole[start : start + size] for start in range(0, len(whole), size))
 
     def examine(self, part: range, edits: InForce) -> None:
-        """Ask about some of the requests, of the base and, where edits are given, of the edited model.
+        """Ask about some of the requests, of the base and of the edited model.
 
         Args:
             part: indices of the requests.
             edits: one for each of them, or such as are in force together.
         """
-        total = self.questions if edits is None else 2 * self.questions
 
         def tick(count: int) -> None:
             self.answers += count
             if self.progress:
-                self.progress("answers", self.answers, total)
+                self.progress("answers", self.answers, 2 * self.questions)
 
         asked = [
             question
@@ -80,8 +79,7 @@ class Examination:
         ]
         for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):
             self.tally.add("base", question.frame, part[question.edit], base)
-            if edited is not None:
-                self.tally.add("edited", question.frame, part[question.edit], edited)
+            self.tally.add("edited", question.frame, part[question.edit], edited)
 
     def look(self, *models: Sequence[Edit]) -> None:
         """Look at side effects, of no more models than wanted, each with some edits in force together."""

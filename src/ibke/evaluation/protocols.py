@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from ibke.editors.base import Editor
@@ -171,34 +171,6 @@ def evaluate(
     return _report(exam, costs, protocol, editor.training_seconds, about)
 
 
-def evaluate_base(
-    lm: LanguageModel,
-    requests: Sequence[EditRequest],
-    *,
-    frames: Sequence[Frame] = ("bare",),
-    batch_size: int = BATCH_SIZE,
-    config: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """What the unedited model answers: the ``base`` half of :func:`evaluate`.
-
-    Raises:
-        RequestError: no request, an unknown frame, or a prompt longer than the model's window.
-    """
-    exam = Examination(lm, requests, frames, batch_size, progress)
-    for part in exam.parts():
-        exam.examine(part, None)
-    return {
-        "n": len(requests),
-        "protocol": "base",
-        "base": exam.tally.core("base"),
-        "peak_memory_mb": peak_memory_mb(),
-        **exam.tally.extras(("base",)),
-        "by_frame": {f: {"base": exam.tally.core("base", f)} for f in frames},
-        **exam.context(config or {}),
-    }
-
-
 def _report(
     exam: Examination, costs: Costs, protocol: Protocol, training_seconds: float | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -269,6 +241,4 @@ def _sequential(
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:
     # Without paraphrases and probes: an editor that refines on them would be examined on what it was taught.
-    return EditRequest(
-        render(request.prompt, frame, tokenizer)[0], request.target_new, request.subject, request.target_true
-    )
+    return replace(request.for_editor(), prompt=render(request.prompt, frame, tokenizer)[0])

@@ -92,13 +92,13 @@ def ask(
     batch_size: int,
     tick: Tick | None,
     baseline: Baseline | None = None,
-) -> Iterator[tuple[Question, Scores, Scores | None]]:
+) -> Iterator[tuple[Question, Scores, Scores]]:
     """Put questions to the base and, each under its own edit or all under the same, to the edited model.
 
     Args:
         lm: the model.
         asked: the questions; their ``edit`` indexes ``edits``.
-        edits: independent edits, or some that are in force together; None asks the base alone.
+        edits: independent edits, or some that are in force together.
         batch_size: prompts per pass.
         tick: told how many answers have come, by and by.
         baseline: where the base's answers may be known from.
@@ -111,9 +111,6 @@ def ask(
         batch = list(group)
         base = _base(lm, batch, batch_size, tick, baseline or Baseline(lm))
         batch, own = _along([outcome.answer for outcome in base], batch)
-        if edits is None:
-            yield from ((q, judge(q, b, b), None) for q, b in zip(batch, base, strict=True))
-            continue
         rows = of_rows(edits, [q.edit for q in batch])
         moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
         read = _read(lm, batch, rows, batch_size)

@@ -21,8 +21,8 @@ GRACE = 3600.0  # seconds for which a file that nothing names may belong to an e
 def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | None = None) -> list[str]:
     """Everything that is wrong with a ledger, in words; nothing where it is as it was written.
 
-    Looks at the database's own structure, that every file is there and holds what its name says, and that every edit
-    can be put together from them.
+    Looks at the database's own structure, that every file is there and holds what its name says, that every edit can be
+    put together from them, and all in force as one.
 
     Args:
         ledger: what to look at.
@@ -48,6 +48,11 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
             problems.append(f"edit {number}: {error}")
         if progress:
             progress(done, len(numbers))
+    if not problems:
+        try:
+            ledger.state()
+        except IBKEError as error:
+            problems.append(f"the edits in force do not go together: {error}")
     return problems
 
 

@@ -50,7 +50,7 @@ def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: 
             theirs, about = _said_of(other)
             if theirs == mine:
                 found.append(number)
-            elif (subject and about and (subject in about or about in subject)) or likeness.get(number, 0.0) >= ALIKE:
+            elif _within(subject, about) or _within(about, subject) or likeness.get(number, 0.0) >= ALIKE:
                 asked.append((number, old, other))
     if asked:
         prompts = [request.prompt] * len(asked) + [other.prompt for _, _, other in asked]
@@ -93,6 +93,11 @@ def same_words(one: EditRequest, other: EditRequest) -> bool:
     """Whether most of what two prompts say besides their subjects is the same."""
     mine, theirs = _words(one), _words(other)
     return bool(mine & theirs) and len(mine & theirs) * 2 > len(mine | theirs)
+
+
+def _within(name: str, other: str) -> bool:
+    """Whether a name is, word by word, part of another."""
+    return bool(name) and f" {name} " in f" {other} "
 
 
 def _words(request: EditRequest) -> set[str]:

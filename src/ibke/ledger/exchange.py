@@ -68,7 +68,7 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
     told: dict[str, int] = {}
     found = {"edits": 0, "events": 0}
     with ledger.writing():
-        shift = ledger.head()
+        shift, before = ledger.head(), set(ledger.active())
         for count, (number, line) in enumerate(numbered):
             at = f"{where}, line {number}"
             try:
@@ -84,12 +84,20 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                     question = "INSERT INTO events (at, who, action, edit, note) VALUES (?, ?, ?, ?, ?)"
                     ledger.base.execute(question, row)
                     found["events"] += 1
-            except (ValueError, KeyError, TypeError, sqlite3.IntegrityError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
+        _supersede(ledger, before)
         if found != told:
             counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
             raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
     return len(numbers)
+
+
+def _supersede(ledger: Ledger, before: set[int]) -> None:
+    """What was taken in takes the place of what was in force before and has the same prompt."""
+    for numbers in ledger.prompts().values():
+        pairs = [(new, old) for new in numbers - before for old in numbers & before]
+        ledger.base.executemany("INSERT OR IGNORE INTO supersedes VALUES (?, ?)", pairs)
 
 
 def _check_head(one: Any, ledger: Ledger, at: str) -> None:

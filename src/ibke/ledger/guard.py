@@ -85,12 +85,19 @@ class Limits:
         known = asdict(cls())
         try:
             given = json.loads(path.read_bytes())
-            wrong = [name for name, value in given.items() if name not in known or not isinstance(value, int | float)]
+            wrong = [name for name, value in given.items() if name not in known or not _fits(value, known[name])]
         except (OSError, ValueError, AttributeError) as error:
             raise LedgerError(f"the limits cannot be read ({error}).", str(path), "Give one JSON object.") from error
         if wrong:
-            raise LedgerError(f"{wrong[0]!r} is no limit.", str(path), f"Known, each a number: {', '.join(known)}.")
+            todo = f"Known, each a number: {', '.join(known)}."
+            raise LedgerError(f"{wrong[0]!r} is no limit, or its value is none.", str(path), todo)
         return cls(**{name: type(known[name])(value) for name, value in given.items()})
+
+
+def _fits(value: object, example: float) -> bool:
+    """Whether a value can stand for a limit; one that counts cannot be negative."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (isinstance(example, float) or value >= 0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import LedgerMovedError
 from ibke.evaluation.generate import Together, generate
-from ibke.evaluation.metrics import exact_match
+from ibke.evaluation.metrics import contains, exact_match
 from ibke.frames import encode_pair
 from ibke.ledger.conflicts import alike, superseded
 from ibke.ledger.guard import Guard, Verdict
@@ -241,6 +241,13 @@ class Keeper:
         return [request for number in order[:most] for request in kept[number].requests][:most]
 
     def _say(self, requests: Sequence[EditRequest], state: Edit | None) -> list[bool]:
-        ids = [encode_pair(request.prompt, "-", "bare", self.lm.tokenizer).prompt for request in requests]
-        said = generate(self.lm, ids, Together((state,)) if state else None)
-        return [bool(exact_match(a.text, r.target_new)) for a, r in zip(said, requests, strict=True)]
+        """Of each request whether its prompt and the wordings given with it get the target as it is."""
+        texts = [[request.prompt, *request.rephrase_prompts] for request in requests]
+        ids = [encode_pair(text, "-", "bare", self.lm.tokenizer).prompt for some in texts for text in some]
+        said = iter(generate(self.lm, ids, Together((state,)) if state else None))
+        found = []
+        for request in requests:
+            comes = exact_match(next(said).text, request.target_new)
+            others = [next(said).text for _ in request.rephrase_prompts]
+            found.append(bool(comes and all(contains(a, request.target_new, request.target_true) for a in others)))
+        return found

@@ -28,6 +28,7 @@ from torch import Tensor
 from ibke.edit import Edit
 from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
+from ibke.evaluation.metrics import normalise
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.schema import advice, connect
 from ibke.models import LanguageModel
@@ -220,9 +221,22 @@ class Ledger:
         """Put edits that were taken back in force again, all or none.
 
         Raises:
-            LedgerError: one does not exist, or was not taken back.
+            LedgerError: one does not exist, was not taken back, or is about the prompt of another edit in force.
         """
-        self._change("restore", edits, who, note)
+        with self.writing():
+            self._change("restore", edits, who, note)
+            for numbers in self.prompts().values():
+                if len(numbers) > 1 and not numbers.isdisjoint(edits):
+                    what = f"edits {' and '.join(map(str, sorted(numbers)))} would be in force for the same prompt."
+                    raise LedgerError(what, str(self.folder), "Take the other back first, with `ibke revert`.")
+
+    def prompts(self) -> dict[str, set[int]]:
+        """The edits in force by the prompts they were made for, in normal form."""
+        found: dict[str, set[int]] = {}
+        for number in self.active():
+            for request in self.entry(number).requests:
+                found.setdefault(normalise(request.prompt), set()).add(number)
+        return found
 
     def entry(self, number: int) -> Entry:
         """What was written down of an edit.

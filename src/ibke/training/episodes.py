@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ibke.frames import FRAMES, Frame
@@ -98,9 +98,3 @@ class EpisodeMaker:
         if other:  # the edit's own prompt, bare, is scored already
             weights = (0.0, weights[1] + 0.1, weights[2] + 0.1)
         return Asked(prompt, rng.choices(FRAMES, weights=weights)[0])
-
-
-def make_episodes(requests: Iterable[EditRequest], source: str, maker: EpisodeMaker) -> Iterator[Episode]:
-    """Episodes of a stream of requests."""
-    for index, request in enumerate(requests):
-        yield maker.make(request, source, index)
