@@ -122,18 +122,19 @@ def run(file: Path, args: argparse.Namespace) -> None:
     text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
     battery = Battery(lm, text, TOKENS, suites)
     editor = ready(lm, args.method, *args.set)
-    refuse_another(folder / "editor", editor.mark)
+    editor_mark = editor.mark  # what it learns of edits is not part of its name
+    refuse_another(folder / "editor", editor_mark)
     with InSequence(lm) as sequence:
         editor, made, seconds = taken_up(folder, sequence, editor)
         for number in range(made, len(groups) + 1):
             done = min(len(requests), number * args.group)
-            known = rows(result)
+            known = rows(result, editor_mark, vars(args))
             asked = done // args.every > (done - args.group) // args.every or done == len(requests)
             if sequence.whole and asked and all(row["edits"] != done for row in known):
                 with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
                     row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
                 row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
-                report = {"stream": file.name, "sources": sources, "rows": [*known, row]}
+                report = {"stream": file.name, "sources": sources, "editor_mark": editor_mark, "rows": [*known, row]}
                 keep(result, report, vars(args), describe(lm.device))
             if number == len(groups):
                 break
@@ -201,9 +202,11 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
     return {"edits": len(made), **means, **battery.found[-1], **rest}
 
 
-def rows(result: Path) -> list[dict[str, Any]]:
-    """The rows known so far."""
-    return json.loads(result.read_text())["rows"] if result.exists() else []
+def rows(result: Path, mark: str, how: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows known so far of this editor, asked in this way; another's give way."""
+    known = json.loads(result.read_text()) if result.exists() else {}
+    same = known.get("editor_mark") == mark and known["config"] == how
+    return known["rows"] if same else []
 
 
 def keep(result: Path, report: dict[str, Any], how: dict[str, Any], machine: dict[str, Any]) -> None:
