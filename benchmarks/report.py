@@ -49,6 +49,20 @@ def single() -> str:
     return "\n".join(lines)
 
 
+def text() -> str:
+    """Perplexity of running text under single edits."""
+    lines = ["| edits of | mean ratio | unchanged to 1e-5 | largest |", "|---|---|---|---|"]
+    for name, title in TITLES.items():
+        path = RESULTS / "text" / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())["side_effects"]["perplexity"]
+            ratio, each = found["ratio"], found["each"]
+            mean = f"{ratio['mean']:.4f} ({ratio['low']:.4f}–{ratio['high']:.4f})"
+            same = sum(abs(one - 1) < 1e-5 for one in each)
+            lines.append(f"| {title} | {mean} | {same} of {len(each)} | {max(each):.3f} |")
+    return "\n".join(lines)
+
+
 def speed() -> str:
     """Seconds and ratios to one forward and backward pass."""
     path = RESULTS / "speed.json"
@@ -179,9 +193,8 @@ def costs() -> str:
             ratio = f"{seconds / found['ibke'][name]['median']:.1f}" if "ibke" in found else "–"
             cells += [f"{seconds:.2f}", ratio, f"{seconds / report['pass'][name]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    for some in report["methods"].values():
-        if "left_out" in some:
-            lines += ["", f"Not timed: {some['left_out']}"]
+    if left_out := [method for method in report["methods"] if method not in found]:
+        lines += ["", f"Not timed: {', '.join(left_out)} (no trained weights on that machine)."]
     return "\n".join(lines)
 
 
@@ -223,14 +236,20 @@ def tuned() -> str:
 def main() -> None:
     """Fill the page."""
     page = PAGE.read_text(encoding="utf-8")
-    parts = {"single": single(), "speed": speed(), "bottleneck": bottleneck(), "checkpoints": checkpoints()}
+    parts = {
+        "single": single(),
+        "text": text(),
+        "speed": speed(),
+        "bottleneck": bottleneck(),
+        "checkpoints": checkpoints(),
+    }
     parts |= {"costs": costs(), "lifelong": lifelong(), "tuned": tuned()}
     parts |= {f"rivals {protocol}": rivals(protocol) for protocol in PROTOCOLS}
-    for name, text in parts.items():
+    for name, table in parts.items():
         before, mark, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         assert mark and end, f"{PAGE} has no place for {name!r}"
-        page = f"{before}{mark}{text}\n{end}{after}"
+        page = f"{before}{mark}{table}\n{end}{after}"
     PAGE.write_text(page, encoding="utf-8")
 
 

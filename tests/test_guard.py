@@ -23,7 +23,7 @@ from ibke.evaluation.scoring import score
 from ibke.fingerprint import mark
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
-from ibke.ledger.care import verify
+from ibke.ledger.care import replay, verify
 from ibke.ledger.conflicts import alike, same_words
 from ibke.ledger.guard import Guard, Limits, own_probes
 from ibke.ledger.keeper import ATTEMPTS, Keeper
@@ -277,9 +277,12 @@ def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, 
             one, two = keeper.state().pack()[1], never.state().pack()[1]
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
         assert ledger.entry(1).latent_bytes <= 16 * 1024
-        assert verify(ledger, editor=editor) == []
+        assert verify(ledger) == [] and replay(ledger, editor) == ([], [])
         ledger.commit(replace(first.edit, requests=(EditRequest("The capital of Norway is", "Ankara", "Norway"),)))
-        assert any("made again" in problem for problem in verify(ledger, editor=editor))
+        ledger.commit(random_edit(smollm32, 1, seed=0, layers=[1]))
+        problems, left_out = replay(ledger, editor)
+        assert {text.split(":")[0] for text in problems} == {"edit 4"} and "made again" in problems[0]
+        assert len(left_out) == 1 and left_out[0].startswith("edit 5 was not made again: it is by random")
 
 
 def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None:

@@ -151,17 +151,22 @@ def verify(
 ) -> None:
     """Check that all of a ledger is as it was written: exit code 1 if not."""
     console = screen(as_json)
-    from ibke.ledger.care import verify as check
+    from ibke.ledger import care
 
     editing = load_for_editing(ModelChoice(model, dtype=dtype), method, editor, True)[1] if replay else None
+    left_out: list[str] = []
     with _open(folder) as ledger, Bars() as tick:
-        problems = check(ledger, lambda done, total: tick("Checking", done, total), editing)
+        problems = care.verify(ledger, lambda done, total: tick("Checking", done, total))
+        if editing and not problems:
+            problems, left_out = care.replay(ledger, editing, lambda done, total: tick("Making again", done, total))
         count = len(list(ledger.entries()))
+    for text in left_out:
+        console.print(Text(text, style="yellow"))
     for problem in problems:
         console.print(Text(problem, style="red"))
     console.print(f"{count} edits, {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}.")
     if as_json:
-        print_json({"ledger": str(folder), "edits": count, "problems": problems})
+        print_json({"ledger": str(folder), "edits": count, "problems": problems, "left_out": left_out})
     raise typer.Exit(NOT_ACHIEVED if problems else DONE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
@@ -18,7 +19,7 @@ SAME = 1e-3  # of its length a tensor may differ that is made again, perhaps on 
 GRACE = 3600.0  # seconds for which a file that nothing names may belong to an edit that is just being written down
 
 
-def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | None = None) -> list[str]:
+def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
     """Everything that is wrong with a ledger, in words; nothing where it is as it was written.
 
     Looks at the database's own structure, that every file is there and holds what its name says, that every edit can be
@@ -27,8 +28,6 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
     Args:
         ledger: what to look at.
         progress: told how many edits are done, and how many there are.
-        editor: given, edits are also made again from their requests and codes, and compared; of those that it cannot
-            make this is said.
     """
     problems = [f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA quick_check") if row[0] != "ok"]
     problems += [
@@ -42,8 +41,6 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
             edit = ledger.load(number)
             if edit.info.fingerprint != ledger.fingerprint:
                 problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
-            if editor:
-                problems += [f"edit {number}: {text}" for text in replayed(ledger, number, edit, editor)]
         except IBKEError as error:
             problems.append(f"edit {number}: {error}")
         if progress:
@@ -56,14 +53,44 @@ def verify(ledger: Ledger, progress: Progress | None = None, editor: Editor | No
     return problems
 
 
-def replayed(ledger: Ledger, number: int, edit: Edit, editor: Editor) -> list[str]:
-    """What is wrong with an edit as soon as it is made again, in words."""
-    if edit.info.method != editor.name or len(edit.requests) != 1:
-        return [f"not made again: it is by {edit.info.method}, of {len(edit.requests)} requests."]
-    with set_aside(editor.lm):
-        again = editor.rebuild(edit)
-    if again is None:
-        return ["not made again: its method has no code to make it from."]
+class Replayed(NamedTuple):
+    """What came of making edits again.
+
+    Args:
+        problems: which are not what they were, in words.
+        left_out: which could not be made again and are no worse for it, and why.
+    """
+
+    problems: list[str]
+    left_out: list[str]
+
+
+def replay(ledger: Ledger, editor: Editor, progress: Progress | None = None) -> Replayed:
+    """Make every edit again from its request and its code, and compare.
+
+    Raises:
+        LedgerError: a file is missing or has changed; see :func:`verify`.
+    """
+    found = Replayed([], [])
+    numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]
+    for done, number in enumerate(numbers, start=1):
+        edit, again = ledger.load(number), None
+        if edit.info.method == editor.name and len(edit.requests) == 1:
+            with set_aside(editor.lm):
+                again = editor.rebuild(edit)
+        if again is None:
+            what = (
+                f"it is by {edit.info.method}, of {len(edit.requests)} request(s), and {editor.name} has no code for it"
+            )
+            found.left_out.append(f"edit {number} was not made again: {what}.")
+        else:
+            found.problems.extend(f"edit {number}: {text}" for text in _changed(ledger, number, edit, again, editor))
+        if progress:
+            progress(done, len(numbers))
+    return found
+
+
+def _changed(ledger: Ledger, number: int, edit: Edit, again: Edit, editor: Editor) -> list[str]:
     found = differences(edit, again)
     mark = ledger.entry(number).editor
     other = found and mark not in ("", editor.mark)
