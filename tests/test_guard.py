@@ -306,6 +306,8 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() != "Ankara"
     assert run("restore", 1, "--ledger", place).exit_code == 0
     assert run("verify", "--ledger", place).exit_code == 0
+    Ledger(tmp_path / "other", make_tiny("llama")).close()
+    refused(run("ask", ANKARA.prompt, "--ledger", tmp_path / "other"), "the ledger")
     assert run("export", tmp_path / "out.jsonl", "--ledger", place).exit_code == 0
     assert run("import", tmp_path / "out.jsonl", "--ledger", tmp_path / "copy").exit_code == 0
     assert json.loads(run("gc", "--ledger", tmp_path / "copy", "--json").stdout) == {"files": 0, "bytes": 0}
@@ -342,6 +344,7 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     file.write_text("\n".join(lines[:2]))
     back = json.loads(run(*command).stdout)
     assert [one["outcome"] for one in back["edits"]] == ["there already", "kept"] and back["in_force"] == 2
+    assert back["outcomes"] == {"there already": 1, "kept": 1}
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))

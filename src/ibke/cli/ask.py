@@ -40,9 +40,11 @@ def ask(
     loaded = [Edit.load(folder) for folder in edits or ()]
     lm = ModelChoice(model, device, dtype, tuple(module or ())).load()
     if ledger:
+        from ibke.fingerprint import check_fingerprint
         from ibke.ledger import Ledger
 
         with Ledger(ledger) as kept:
+            check_fingerprint(kept.fingerprint, lm, f"the ledger {ledger}")
             loaded += [state] if (state := kept.state()) else []
     frame: Frame = "chat" if chat else "bare"
     # Only the prompt's side of the pair is used; the answer beside it is a placeholder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -102,11 +103,12 @@ def keep_all(
 
     console = screen(as_json)
     documents: list[dict[str, Any]] = []
-    outcomes: set[str] = set()
+    outcomes, missed = Counter[str](), False
 
     def note_down(document: dict[str, Any]) -> None:
-        outcomes.add(document["outcome"])
-        outcomes.update({"missed"} if document.get("achieved") is False else ())
+        nonlocal missed
+        outcomes[document["outcome"]] += 1
+        missed |= document.get("achieved") is False
         if as_json:  # else only the edits themselves are held
             documents.append(document)
 
@@ -128,14 +130,15 @@ def keep_all(
             done += len(some)
             tick("Editing", done, count)
         active = len(ledger.active())
-    console.print(Text(f"{active} edits in force in {how.ledger}.", style="bold"))
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+    console.print(Text(f"{counts}; {active} edits in force in {how.ledger}.", style="bold"))
     if as_json:
-        print_json({"ledger": str(how.ledger), "in_force": active, "edits": documents})
+        print_json({"ledger": str(how.ledger), "in_force": active, "outcomes": outcomes, "edits": documents})
     if "unusable" in outcomes:
         return WRONG_INPUT
     if "refused" in outcomes:
         return REFUSED
-    return NOT_ACHIEVED if "missed" in outcomes else DONE
+    return NOT_ACHIEVED if missed else DONE
 
 
 def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:
