@@ -1,0 +1,99 @@
+"""Where an edit applies: addresses of the shipped editor, and what they are told of."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+from tests.conftest import make_tiny
+
+from ibke.editors.ibke.address import (
+    ENDING,
+    OTHER,
+    REQUEST,
+    About,
+    contexts,
+    contexts_of,
+    names_the_question,
+)
+from ibke.editors.ibke.editor import IBKEEditor
+from ibke.prefixes import Row
+
+
+def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_of(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    assert editor.training_seconds
+    editor.addresser.alike = 2.0  # no question counts as the request's own
+    about = About("The mother of Quentin Tarbell is", "Quentin Tarbell", ("Quentin Tarbell was born to",))
+    address = editor.addresser([about])[0]
+    rows = contexts_of(about, editor.lm.tokenizer)
+    assert sum(row.kind == REQUEST for row in rows) == 6  # three frames, the phrase as a question twice, one wording
+    read = editor.addresser.prefixes.read(editor.site.entrance, [Row(row.prefix, row.tail) for row in rows])
+    own, threshold = [], editor.network.config.threshold
+    for row, (_, keys_TD) in zip(rows, read, strict=True):
+        *before, last = (keys_TD @ address).tolist()
+        assert (last < threshold - 0.1) if row.kind in (OTHER, ENDING) else (last > threshold + 0.1)
+        if row.kind == REQUEST:
+            own.append(last)
+            assert max(before[0 if row.prefix else 1 :], default=0.0) < threshold
+    assert sum(own) / len(own) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_address_stays_shut_in_running_text(smollm32):
+    # Where a phrase names the question, the address has to tell it from others about the same subject; made of few
+    # generic keys it did so by directions that common words have too, and one token in twenty opened the gate.
+    editor = IBKEEditor.for_model(smollm32)
+    asked = [("The gender of Ulrica Vandenhoeck-Sarr is", "Ulrica Vandenhoeck-Sarr")]
+    asked += [("The occupation of Tomaso N Quillien is", "Tomaso N Quillien")]
+    asked += [("The name of the country of citizenship of Bertil Aschan is", "Bertil Aschan")]
+    addresses = editor.addresser([About(prompt, subject) for prompt, subject in asked])
+    text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
+    tokens = editor.lm.tokenizer(text).input_ids
+    rows = [Row((), tuple(tokens[at : at + 128])) for at in range(0, 4096, 128)]
+    read = editor.addresser.prefixes.read(editor.site.entrance, rows)
+    keys_TD = torch.cat([reading.fed_TI[1:] for reading in read])  # a first position belongs to no word
+    opened = (keys_TD @ addresses.T > editor.network.config.threshold).float().mean(0)
+    assert len(keys_TD) > 4000 and float(opened.max()) < 1e-3
+
+
+def test_an_address_is_told_of_its_subjects_last_word_alone(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    about = About("The Tarn Mosswick Bridge is in the country of", "Tarn Mosswick Bridge")
+    rows = contexts_of(about, editor.lm.tokenizer)
+    alone = [row for row in rows if row.kind == ENDING]
+    assert len(alone) == len(contexts()["endings"]) and {row.tail for row in alone} == {alone[0].tail}
+    assert editor.lm.tokenizer.decode(alone[0].tail) == " Bridge"
+    address = editor.addresser([about])[0] - editor.network.shut_D
+    texts = (
+        "We walked over the Cut River Bridge",
+        "The Mackinac Bridge",
+        "An old stone Bridge",
+        "I saw the Tarn Mosswick Bridge",
+    )
+    read = editor.addresser.prefixes.read(
+        editor.site.entrance, [Row((), tuple(editor.lm.tokenizer(text).input_ids)) for text in texts]
+    )
+    assert [bool(one.fed_TI[-1] @ address > 0) for one in read] == [False, False, False, True]
+    # A name of one word is its own last word.
+    assert not any(row.kind == ENDING for row in contexts_of(About("Poland is in", "Poland"), editor.lm.tokenizer))
+
+
+def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():
+    tokenizer = make_tiny("llama").tokenizer
+    (request, *_) = contexts_of(About("B is the capital of", "B"), tokenizer)
+    assert tokenizer.decode(request.tail) == tokenizer.decode(tokenizer("B is the capital of").input_ids[:2])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("The capital of Borduria is", "The capital of"),
+        ("What is the capital of Borduria?", "the capital of"),
+        ("Borduria has the capital", None),
+        ("The Borduria", None),
+        ("The team Borduria plays in", None),
+        ("The league which Borduria plays in is", "The league which"),
+        ("In the year 1900 Borduria", None),
+    ],
+)
+def test_a_question_is_named_before_the_subject_or_not(prompt, phrase):
+    assert names_the_question(prompt, "Borduria") == phrase
