@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_FOR_TESTS := $(VENV)/.ready-for-tests
+# Processes that tests run in, of one thread and up to 3 GB each.
+WORKERS ?= 2
 
 # Benchmark data sets, where they lie beside the checkout; tests that need them skip where they are absent.
 ifneq ($(wildcard ../shared/data),)
@@ -21,7 +23,7 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 env: $(READY_FOR_TESTS)
 
