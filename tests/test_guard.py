@@ -301,7 +301,9 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     log = json.loads(run("log", "--ledger", place, "--json").stdout)
     assert [(event["action"], event["note"], event["in_force"]) for event in log["events"]] == [("commit", "why", True)]
     assert json.loads(run("show", 1, "--ledger", place, "--json").stdout)["state"] == "in force"
-    assert run("revert", 1, "--ledger", place).exit_code == 0
+    refused(run("revert", "--ledger", place), "--all")
+    refused(run("revert", 1, "--all", "--ledger", place), "--all")
+    assert run("revert", "--all", "--ledger", place).exit_code == 0
     assert json.loads(run("diff", 1, "--ledger", place, "--json").stdout)["gone"] == [1]
     assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() != "Ankara"
     assert run("restore", 1, "--ledger", place).exit_code == 0

@@ -121,6 +121,11 @@ def test_what_supersedes_is_taken_back_and_the_old_is_in_force_again(ledger: Led
     assert ledger.active() == [first]
     ledger.restore([second])
     assert ledger.active() == [second]
+    ledger.revert_all(note="all")  # the superseded first one too, or it would be in force again
+    assert ledger.active() == []
+    head = ledger.head()
+    ledger.revert_all()
+    assert ledger.head() == head  # nothing was left to take back
 
 
 def test_nothing_is_done_by_halves(ledger: Ledger, edits: list[Edit], lm: LanguageModel) -> None:

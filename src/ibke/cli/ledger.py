@@ -99,20 +99,30 @@ def show(
         print_json(asdict(entry) | {"state": state, "events": [asdict(event) for event in events]})
 
 
-def revert(edits: Numbers, note: Note = "", folder: Folder = HOME, as_json: JSON = False) -> None:
+def revert(
+    edits: Annotated[list[int] | None, typer.Argument(help="Numbers of edits, as `ibke log` shows them.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every edit, so that none is in force.")] = False,
+    note: Note = "",
+    folder: Folder = HOME,
+    as_json: JSON = False,
+) -> None:
     """Take edits back. What they had taken the place of is in force again."""
-    _change("revert", edits, note, folder, as_json)
+    if everything == bool(edits):
+        raise LedgerError("which edits?", "revert", "Give their numbers, or --all.")
+    with _open(folder) as ledger:
+        before = ledger.head()
+        if everything:
+            ledger.revert_all(note=note)
+        else:
+            ledger.revert(edits or [], note=note)
+        _report_change(ledger, before, ledger.head(), as_json)
 
 
 def restore(edits: Numbers, note: Note = "", folder: Folder = HOME, as_json: JSON = False) -> None:
     """Put edits that were taken back in force again."""
-    _change("restore", edits, note, folder, as_json)
-
-
-def _change(action: str, edits: list[int], note: str, folder: Path, as_json: bool) -> None:
     with _open(folder) as ledger:
         before = ledger.head()
-        (ledger.revert if action == "revert" else ledger.restore)(edits, note=note)
+        ledger.restore(edits, note=note)
         _report_change(ledger, before, ledger.head(), as_json)
 
 

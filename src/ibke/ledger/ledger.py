@@ -16,7 +16,6 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,59 +29,12 @@ from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
 from ibke.evaluation.metrics import normalise
 from ibke.ledger.blobs import Blobs
+from ibke.ledger.records import Entry, Event
 from ibke.ledger.schema import advice, connect
 from ibke.models import LanguageModel
-from ibke.request import EditRequest
 
 DATABASE, TENSORS = "ledger.sqlite", "tensors"
 LATENT = "latent/"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One edit as it was written down.
-
-    Args:
-        id: of the edit.
-        at: when, UTC (ISO 8601).
-        who: did it.
-        method: of editing.
-        editor: fingerprint of the editor's weights and settings; empty for none.
-        parent: the last event when it was made.
-        record: what :meth:`Edit.pack` says of it.
-        scores: what was found when it was made.
-        supersedes: edits it took the place of.
-        latent_bytes, factors_bytes: size of its code and of its tensors on disk.
-    """
-
-    id: int
-    at: str
-    who: str
-    method: str
-    editor: str
-    parent: int
-    record: dict[str, Any]
-    scores: dict[str, Any]
-    supersedes: tuple[int, ...]
-    latent_bytes: int
-    factors_bytes: int
-
-    @property
-    def requests(self) -> tuple[EditRequest, ...]:
-        """What was asked for."""
-        return tuple(EditRequest.from_dict(one) for one in self.record["requests"])
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing that was done: ``commit``, ``revert`` or ``restore`` of an edit."""
-
-    id: int
-    at: str
-    who: str
-    action: str
-    edit: int
-    note: str
 
 
 class Ledger:
@@ -141,11 +93,8 @@ class Ledger:
         """Edits in force after an event (the last if left out), in the order in which they were made."""
         until = self.head() if at is None else at
         rows = self.rows(
-            """
-            WITH standing AS (
-                SELECT edit FROM events WHERE id IN (SELECT max(id) FROM events WHERE id <= ? GROUP BY edit)
-                AND action <> 'revert'
-            )
+            f"""
+            WITH standing AS ({_STANDING})
             SELECT edit FROM standing WHERE edit NOT IN (
                 SELECT old FROM supersedes WHERE edit IN (SELECT edit FROM standing)
             ) ORDER BY edit
@@ -216,6 +165,11 @@ class Ledger:
             LedgerError: one does not exist, or is taken back already.
         """
         self._change("revert", edits, who, note)
+
+    def revert_all(self, who: str | None = None, note: str = "") -> None:
+        """Take back every edit that stands, superseded ones too, so that none is in force."""
+        with self.writing():
+            self.revert([row[0] for row in self.rows(f"{_STANDING} ORDER BY edit", self.head())], who, note)
 
     def restore(self, edits: Sequence[int], who: str | None = None, note: str = "") -> None:
         """Put edits that were taken back in force again, all or none.
@@ -379,6 +333,9 @@ class Ledger:
         return LedgerError(f"the database says: {error}.", str(self.folder / DATABASE), advice(error))
 
 
+_STANDING = """
+    SELECT edit FROM events WHERE id IN (SELECT max(id) FROM events WHERE id <= ? GROUP BY edit) AND action <> 'revert'
+"""
 _ENTRIES = """
     SELECT edits.*, a.bytes AS latent_bytes, b.bytes AS factors_bytes FROM edits
     JOIN blobs AS a ON a.sha256 = edits.latent JOIN blobs AS b ON b.sha256 = edits.factors

@@ -1,0 +1,55 @@
+"""What a ledger says of an edit, and of what was done with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ibke.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One edit as it was written down.
+
+    Args:
+        id: of the edit.
+        at: when, UTC (ISO 8601).
+        who: did it.
+        method: of editing.
+        editor: fingerprint of the editor's weights and settings; empty for none.
+        parent: the last event when it was made.
+        record: what :meth:`Edit.pack` says of it.
+        scores: what was found when it was made.
+        supersedes: edits it took the place of.
+        latent_bytes, factors_bytes: size of its code and of its tensors on disk.
+    """
+
+    id: int
+    at: str
+    who: str
+    method: str
+    editor: str
+    parent: int
+    record: dict[str, Any]
+    scores: dict[str, Any]
+    supersedes: tuple[int, ...]
+    latent_bytes: int
+    factors_bytes: int
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """What was asked for."""
+        return tuple(EditRequest.from_dict(one) for one in self.record["requests"])
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that was done: ``commit``, ``revert`` or ``restore`` of an edit."""
+
+    id: int
+    at: str
+    who: str
+    action: str
+    edit: int
+    note: str
