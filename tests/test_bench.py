@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -131,6 +132,19 @@ def test_a_cell_that_is_not_whole_is_run_again(lm: LanguageModel, tmp_path: Path
     assert load(tmp_path / CELLS, plan.cells[0]) is None
     run(plan, tmp_path, execute=bench)
     assert bench.ran[4:] == [plan.cells[0].title, plan.cells[1].title]
+
+
+def test_a_setting_without_bound_comes_back_as_it_was_written(lm: LanguageModel, tmp_path: Path) -> None:
+    contenders = [Contender("free", "random", {"scale": 0.1, "bound": math.inf, "bounds": (1.0, (-math.inf,))})]
+    plan, ran = replace(make_plan(seeds=(0,)), contenders=contenders), list[str]()
+
+    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
+        ran.append(cell.title)
+        return {"scores": {}}
+
+    assert run(plan, tmp_path, execute=execute) == run(plan, tmp_path, execute=execute)
+    assert len(ran) == len(plan.cells)
+    assert plan.cells[0].spec["contender"]["settings"] == {"scale": 0.1, "bound": "inf", "bounds": [1.0, ["-inf"]]}
 
 
 def test_a_failed_cell_says_why_and_is_tried_again(lm: LanguageModel, tmp_path: Path) -> None:

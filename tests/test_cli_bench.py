@@ -128,6 +128,8 @@ def test_bench_refuses_what_cannot_be_run(run: Run, tmp_path: Path) -> None:
     refused(bench("rome", "--set", "memit.steps=3"), "belongs to no method")
     refused(bench("idle", "--set", "idle.steps=3"), "has no settings")
     refused(bench("rome", "--set", "rome.steps=0"), "`steps` is below 1")
+    refused(bench("rome", "--set", "rome.learning_rate=inf"), "`learning_rate` is inf")
+    refused(bench("rome", "--set", "rome.learning_rate=nan"), "'nan' is no value")
     refused(bench("idle", "--editor", "ibke=folder"), "belongs to no method")
     refused(bench("idle", "--editor", f"idle={tmp_path}"), "'idle' has no trained weights")
     refused(bench("ibke", "--editor", f"ibke={tmp_path / 'none'}"), "no such folder", "ibke=")

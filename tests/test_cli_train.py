@@ -16,6 +16,9 @@ def test_train_settings(run: Run, tmp_path: Path):
     refused(run(*command, "--set", "lambda=1"), "'lambda'", "Did you mean 'lambda_il'?")
     refused(run(*command, "--set", "warmup=soon"), "'soon'", "'warmup'", "100")
     refused(run(*command, "--set", "prior=normal"), "'normal'", "diagonal")
+    refused(run(*command, "--set", "beta=nan"), "'nan'", "'beta'")
+    refused(run(*command, "--set", "beta=inf"), "`beta` is inf, no finite number")
+    refused(run(*command, "--learning-rate", "nan"), "`learning_rate` is nan, no finite number")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -192,4 +193,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _plain(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple | list):
+        return [_as_json(item) for item in value]
+    # JSON knows no infinity, and a cell is found again by what is written of it.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

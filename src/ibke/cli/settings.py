@@ -66,6 +66,9 @@ def _value(name: str, text: str, default: Any, hint: Any) -> Any:
         if get_origin(kind) is tuple:
             parts = [part.strip() for part in text.split(",") if part.strip()]
             return tuple(get_args(kind)[0](part) for part in parts)
-        return kind(text)
+        value = kind(text)
+        if value != value:  # no field may be not-a-number; infinity is for the dataclass to judge
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         raise IBKEError(f"{text!r} is no value for {name!r}.", "--set", f"It is {default!r} if left out.") from None

@@ -53,7 +53,7 @@ class FineTuningSettings(DescentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_not_positive(self, "bound")
+        refuse_not_positive(self, "bound", infinite=True)
 
 
 @dataclass(frozen=True)

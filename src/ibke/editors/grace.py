@@ -252,9 +252,11 @@ class GRACE(Editor):
         values_NO = base_NO[at].requires_grad_()
         lessons = Lessons(self.part, pairs, self.lm.tokenizer.pad_token_id)
         with self._in_force(book, base_NO, at, values_NO):
-            # Nothing to learn where all answers were known.
-            settings = self.settings if fresh else replace(self.settings, stop_loss=float("inf"))
-            told = lessons.learn([values_NO], settings)
+            if fresh:
+                told = lessons.learn([values_NO], self.settings)
+            else:  # nothing to learn where all answers were known
+                nll, achieved = lessons.judge()
+                told = Descent(0, nll, nll, achieved)
         return replace(book, values=base_NO.index_copy(0, at, values_NO.detach()).cpu()), told
 
     @contextmanager

@@ -23,7 +23,7 @@ import torch
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.editors.descent import DescentSettings, Lessons
-from ibke.editors.settings import refuse_below
+from ibke.editors.settings import refuse_below, refuse_not_finite
 from ibke.errors import MissingPackageError, ModuleNotEditableError
 from ibke.models import LanguageModel
 from ibke.modules import first_layer, linear_modules, resolve, stored_transposed
@@ -59,6 +59,7 @@ class LoRASettings(DescentSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_below(self, 1, "rank")
+        refuse_not_finite(self, "alpha")
 
 
 class LoRA(Editor):

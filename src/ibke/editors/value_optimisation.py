@@ -70,7 +70,8 @@ class ValueSettings:
     def __post_init__(self) -> None:
         refuse_below(self, 1, "steps")
         refuse_below(self, 0, "weight_decay", "kl_weight", "stop_below")
-        refuse_not_positive(self, "learning_rate", "clamp")
+        refuse_not_positive(self, "learning_rate")
+        refuse_not_positive(self, "clamp", infinite=True)
 
 
 @dataclass(frozen=True)

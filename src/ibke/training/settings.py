@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.settings import refuse_not_finite
 from ibke.errors import TrainingError
 
 
@@ -63,6 +64,7 @@ class RunSettings:
     cache: str = ""
 
     def __post_init__(self) -> None:
+        refuse_not_finite(self)
         for name in ("episodes", "steps", "batch", "validate_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"`{name}` must be at least 1.", "training settings", "Give a larger number.")

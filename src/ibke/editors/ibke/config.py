@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ibke.editors.settings import refuse_not_finite
 from ibke.errors import FormatError
 
 
@@ -62,6 +63,7 @@ class IBKEConfig:
     noise: bool = True
 
     def __post_init__(self) -> None:
+        refuse_not_finite(self)
         if self.layer < 0:
             raise FormatError(f"layer {self.layer} does not exist.", "IBKE config", "Layers are counted from 0.")
         if self.relay_layer and self.relay_layer <= self.layer:

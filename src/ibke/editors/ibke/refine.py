@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.editors.ibke.relay import Listening, relay_rate
+from ibke.editors.settings import refuse_not_finite
 from ibke.errors import IBKEError
 from ibke.gates import Told
 from ibke.neurons import Neurons, Site
@@ -59,6 +60,7 @@ class RefineSettings:
     def __post_init__(self) -> None:
         if self.base not in get_args(Base):
             raise IBKEError(f"an edit cannot be made on {self.base!r}.", "base", "Choose pristine or live.")
+        refuse_not_finite(self)
 
 
 @dataclass

@@ -40,7 +40,7 @@ from ibke.data.relations import load_wordings
 from ibke.data.split import held_out
 from ibke.data.triples import Skips, Triple, read_facts, read_lre, read_pararel
 from ibke.editors.key_statistics import words_of
-from ibke.editors.settings import refuse_below, refuse_not_positive
+from ibke.editors.settings import refuse_below, refuse_not_finite, refuse_not_positive
 from ibke.errors import CaptureError, FormatError, IBKEError, TrainingError
 from ibke.files import cache_folder, data_folder, digest, find_file, write_atomically
 from ibke.frames import FRAMES, render
@@ -87,6 +87,7 @@ class ScopeSettings:
         refuse_below(self, 2, "requests")
         refuse_below(self, 1, "steps", "batch", "width")
         refuse_not_positive(self, "learning_rate")
+        refuse_not_finite(self, "held_out")
         for name in self.tables or ("",):
             if name not in TABLES:
                 raise TrainingError(f"there is no table {name!r}.", "tables", f"Known: {', '.join(TABLES)}.")

@@ -104,7 +104,8 @@ class WISESettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        refuse_not_positive(self, "learning_rate", "bound", "ratio", "mask_ratio", "density")
+        refuse_not_positive(self, "learning_rate", "ratio", "mask_ratio", "density")
+        refuse_not_positive(self, "bound", infinite=True)
         refuse_below(self, 1, "iterations", "shard_size", "shards")
         refuse_below(self, 0, "alpha", "beta", "gamma", "stop_loss")
         for name in ("ratio", "mask_ratio", "density"):
