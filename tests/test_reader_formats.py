@@ -78,6 +78,12 @@ def test_knowedit_families_aliases_and_first_answers(tmp_path: Path) -> None:
     assert [(p.family, p.target) for p in request.locality] == [("same_subject", None), ("forgetfulness", "Fredville")]
 
 
+@pytest.mark.parametrize("format", ["zsre", "knowedit"])
+def test_counterfact_under_another_name_is_named_and_not_read_without_its_locality(tmp_path: Path, format: str) -> None:
+    with pytest.raises(RequestError, match="`locality_prompt` is of the format `counterfact`"):
+        read_records(tmp_path, format, RECORDS["counterfact"]["MEND"])
+
+
 def test_knowedit_wikibio(tmp_path: Path) -> None:
     request = one(tmp_path, "knowedit", "WikiBio")
     assert (request.subject, request.target_new) == ("rufus firefly", "He declared war on Sylvania.")

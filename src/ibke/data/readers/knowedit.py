@@ -34,6 +34,8 @@ def knowedit(record: Record) -> Iterator[EditRequest | Fault]:
     if has_any(record, "labels", "concept"):
         yield _wikibio(record)
         return
+    if has_any(record, "locality_prompt"):  # else all fields that must be there are, and what must stay is lost
+        raise Fault("locality_prompt", "is of the format `counterfact`, in MEND's layout")
     prompt, target = text(record, "prompt"), text(record, "target_new")
     portability: list[Probe] = []
     unanswered: list[Fault] = []
