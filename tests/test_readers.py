@@ -215,12 +215,25 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
         ({"prompt": "x", "target": 5}, "`target` is no text but int"),
         ({"prompt": "x", "target": "y", "family": ["a"]}, "`family` is no text but list"),
         ({"prompt": " "}, "empty prompt"),
+        ({"prompt": "x\ud83d"}, "half a character"),
+        ({"prompt": "x", "target": "\ude00"}, "half a character"),
+        ({"prompt": "x", "target": "y", "family": "\ud83d"}, "half a character"),
     ],
 )
 def test_faulty_probes_are_named(tmp_path: Path, probe: dict[str, Any], message: str) -> None:
     record = {"prompt": "A", "target_new": "B", "portability": [probe]}
     with pytest.raises(RequestError, match=f"line 1: `portability`: .*{message}"):
         list(read(write(tmp_path, json.dumps(record), "requests.jsonl"), "jsonl"))
+
+
+@pytest.mark.parametrize("field", ["target_true", "subject", "case"])
+def test_half_a_character_is_refused_in_every_text(tmp_path: Path, field: str) -> None:
+    record = {"prompt": "A\ud83d" if field == "subject" else "A", "target_new": "B", field: "\ud83d"}
+    with pytest.raises(RequestError, match=r"line 1: it holds half a character, '\\ud83d'"):
+        list(read(write(tmp_path, json.dumps(record), "requests.jsonl"), "jsonl"))
+    whole = json.dumps({"prompt": "A \U0001f600", "target_new": "B", field: "\U0001f600"})
+    (request,) = read(write(tmp_path, whole, "requests.jsonl"), "jsonl")
+    assert getattr(request, field) == "\U0001f600"
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ class Probe:
         target: the answer wanted (portability) or believed true (locality); None where only
             agreement with the unedited model counts.
         family: what the probe is about, e.g. ``same_subject``, ``same_relation``, ``unrelated``, ``one_hop``.
+
+    Raises:
+        RequestError: an empty prompt, a field that is no text, or half a character.
     """
 
     prompt: str
@@ -33,6 +36,7 @@ class Probe:
             if not isinstance(value := getattr(self, name), kinds):
                 what = f"a probe's `{name}` is no text but {type(value).__name__}."
                 raise RequestError(what, "probe", "Write it as a text, or leave it out.")
+        _refuse_halves("probe", self.prompt, self.target, self.family)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class EditRequest:
         case: what requests that belong together have in common; they stand in the order in which they are to be made.
 
     Raises:
-        RequestError: empty prompt or target, or a subject that does not occur in the prompt.
+        RequestError: empty prompt or target, a subject that does not occur in the prompt, or half a character.
     """
 
     prompt: str
@@ -75,11 +79,8 @@ class EditRequest:
             )
         if any(not isinstance(text, str) or not text.strip() for text in self.rephrase_prompts):
             raise RequestError("`rephrase_prompts` holds an empty text.", "edit request", "Remove it.")
-        try:
-            "".join((self.prompt, self.target_new, self.target_true or "", *self.rephrase_prompts)).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start : error.end]
-            raise RequestError(f"it holds half a character, {half!r}.", "edit request", "Write it whole.") from None
+        texts = (self.prompt, self.target_new, self.subject, self.target_true, self.case, *self.rephrase_prompts)
+        _refuse_halves("edit request", *texts)
 
     def for_editor(self) -> EditRequest:
         """What an editor is shown when it is examined: paraphrases and probes are for the examination."""
@@ -121,6 +122,20 @@ EXPECTED = (
     "A request has `prompt`, `target_new`, and optionally `subject`, `target_true`, `rephrase_prompts`, "
     "`locality`, `portability`, `case`."
 )
+
+
+def _refuse_halves(where: str, *texts: str | None) -> None:
+    """Refuse half a surrogate pair, of which tokenizers and files make nothing.
+
+    Raises:
+        RequestError: a text has one.
+    """
+    try:
+        for text in texts:
+            (text or "").encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise RequestError(f"it holds half a character, {half!r}.", where, "Write it whole.") from None
 
 
 def _as_list(value: Any, name: str) -> list[Any] | tuple[Any, ...]:
