@@ -336,6 +336,8 @@ def test_unknown_dtype_and_device():
         load_model("smollm2-135m", dtype="int3")
     with pytest.raises(ModelError, match="unknown device 'abacus'"):
         load_model("smollm2-135m", device="abacus")
+    with pytest.raises(ModelError, match="there is no device 'cuda:99' here"):
+        load_model("smollm2-135m", device="cuda:99")
 
 
 def test_caller_names_the_modules(folder):

@@ -80,8 +80,7 @@ def load_model(
         ModelError: the model cannot be found, fetched or read.
         ModuleNotEditableError: a name in ``modules`` does not exist or is not linear.
     """
-    place = _device(device)
-    wanted = _dtype(dtype, place)
+    place, wanted = place_and_dtype(device, dtype)
     name = str(name_or_path)
     try:
         with _quiet():
@@ -155,13 +154,28 @@ def _load_folder(source: str, dtype: torch.dtype, trust_remote_code: bool = Fals
     return complete(loaded, source), AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
+def place_and_dtype(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Where a model would go and in which numbers, without loading it; as for :func:`load_model`.
+
+    Raises:
+        ModelError: there is no such device here, or no such dtype.
+    """
+    place = _device(device)
+    return place, _dtype(dtype, place)
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}.", "device", "Use auto, cpu or cuda.") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = here is not None and place.type == here.type and (place.index or 0) < torch.accelerator.device_count()
+    if place.type != "cpu" and not there:
+        raise ModelError(f"there is no device {str(device)!r} here.", "device", "Use auto or cpu.")
+    return place
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

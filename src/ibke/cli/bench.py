@@ -28,14 +28,14 @@ from ibke.cli.console import (
 )
 from ibke.cli.output import number, print_json, screen
 from ibke.cli.settings import parse
-from ibke.data.readers import READERS, read
+from ibke.data.readers import READERS, STRICT, read
 from ibke.errors import IBKEError, RequestError
 from ibke.files import find_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ibke.bench.plan import Contender, Plan
+    from ibke.bench.plan import Contender, DataSet, Plan
 
 
 def bench(
@@ -167,11 +167,12 @@ def _check(plan: Plan, against: str | None) -> None:
     """Refuse what would fail in every cell, before the first is run.
 
     Raises:
-        IBKEError: a data set cannot be read, a model's name is misspelt, a trained editor is not there, a frame or
-            wording is unknown, or nobody to compare with.
+        IBKEError: a data set cannot be read, a model's name is misspelt, a trained editor is not there, a frame,
+            wording, device or dtype is unknown, or nobody to compare with.
     """
     from ibke.evaluation.protocols import EditFrame
     from ibke.frames import FRAMES
+    from ibke.models import place_and_dtype
 
     labels, wordings = [contender.label for contender in plan.contenders], EditFrame.__args__  # type: ignore[attr-defined]
     if against not in (None, *labels):
@@ -183,11 +184,24 @@ def _check(plan: Plan, against: str | None) -> None:
             f"unknown wording {plan.conditions.edit_frame!r}.", "--edit-frame", "Choose bare or question."
         )
     ModelChoice(plan.conditions.model).check_name()
+    place_and_dtype(plan.conditions.device, plan.conditions.dtype)
     for contender in plan.contenders:
         _check_editor(contender)
     for data in plan.data:
-        if next(iter(read(find_file(data.path), data.format, [])), None) is None:
-            raise RequestError("there is no request in it.", data.path, f"Known formats: {', '.join(READERS)}.")
+        _check_data(data)
+
+
+def _check_data(data: DataSet) -> None:
+    """Read a data set, to its end where one faulty line would fail every cell.
+
+    Raises:
+        RequestError: it cannot be read, or holds nothing.
+    """
+    requests = read(find_file(data.path), data.format, [])
+    if next(requests, None) is None:
+        raise RequestError("there is no request in it.", data.path, f"Known formats: {', '.join(READERS)}.")
+    for _ in requests if data.format in STRICT else ():
+        pass
 
 
 def _check_editor(contender: Contender) -> None:

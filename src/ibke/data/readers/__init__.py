@@ -27,7 +27,7 @@ from ibke.data.readers.zsre import zsre
 from ibke.errors import RequestError
 from ibke.request import EditRequest
 
-__all__ = ["READERS", "Skipped", "account", "count_reasons", "read", "titles"]
+__all__ = ["READERS", "STRICT", "Skipped", "account", "count_reasons", "read", "titles"]
 
 Reader = Callable[[Path, "list[Skipped] | None"], Iterator[EditRequest]]
 Converter = Callable[[Record], Iterator["EditRequest | Fault"]]
@@ -41,8 +41,8 @@ def read(path: str | Path, format: str, skipped: list[Skipped] | None = None) ->
     Args:
         path: the file or folder.
         format: a key of ``READERS``.
-        skipped: filled with what could not be used; without it the first of that is an error. The formats ``jsonl``
-            and ``csv`` are people's own and always strict.
+        skipped: filled with what could not be used; without it, and always in a format of ``STRICT``, the first of
+            that is an error.
 
     Raises:
         RequestError: unknown format, a file that cannot be read or has another shape, or a faulty record.
@@ -101,6 +101,9 @@ def _convert(convert: Converter, record: object) -> tuple[list[EditRequest], lis
         faults.append(Fault("record", "is nested too deeply"))
     return requests, faults
 
+
+STRICT = ("jsonl", "csv")
+"""People's own formats, of which one faulty line or row is an error."""
 
 READERS: dict[str, Reader] = {
     "jsonl": jsonl,
