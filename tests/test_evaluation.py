@@ -24,7 +24,7 @@ from ibke.frames import FRAMES, encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import ARCHITECTURES, target_modules
 from ibke.neurons import Neurons
-from ibke.request import EditRequest
+from ibke.request import EditRequest, Probe
 from ibke.session import EditSession
 
 PROMPTS = ("The capital of France is", "Who wrote the play?", "Rain", "The author of the play about the capital is")
@@ -269,6 +269,16 @@ def test_report_has_the_agreed_shape_and_is_json(tiny_model: Callable[..., Langu
     assert max(done for what, done, _ in seen if what == "answers") == 40 == seen[-1][2]
     for name, tensor in lm.model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_what_has_no_answer_to_follow_is_not_asked(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    probes = (Probe("The capital's river is"), Probe("The capital's mayor is", " "))
+    seen: list[tuple[str, int, int]] = []
+    request = EditRequest("The capital of Peru is", "Quito", portability=probes)
+    report = evaluate(lm, RandomEditor(lm), [request], progress=lambda *what: seen.append(what))
+    assert seen[-1] == ("answers", 2, 2)  # the prompt, of two models
+    assert report["portability"]["edited"]["generation"]["mean"] is None
 
 
 def test_frames_are_averaged_and_reported_each(tiny_model: Callable[..., LanguageModel]) -> None:

@@ -236,6 +236,18 @@ def test_half_a_character_is_refused_in_every_text(tmp_path: Path, field: str) -
     assert getattr(request, field) == "\U0001f600"
 
 
+@pytest.mark.parametrize("name", ["jsonl", "csv"])
+def test_a_portability_prompt_without_an_answer_is_named_and_no_fault(tmp_path: Path, name: str) -> None:
+    probes = ["Q", {"prompt": "R", "target": "S"}, {"prompt": "T", "target": " "}]
+    line = json.dumps({"prompt": "A", "target_new": "B", "portability": probes})
+    cell = json.dumps(probes).replace('"', '""')
+    content = {"jsonl": f"\n{line}\n", "csv": f'prompt,target_new,portability\nA,B,"{cell}"\n'}[name]
+    path, skipped = write(tmp_path, content, f"requests.{name}"), list[Skipped]()
+    assert list(read(path, name)) == list(read(path, name, skipped))
+    where = f"{path}, {'line' if name == 'jsonl' else 'row'} 2"
+    assert skipped == [Skipped(where, "portability", "`portability` asks a question without an answer.")] * 2
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (request,) = read(write(tmp_path, '\ufeff{"prompt": "A", "target_new": "B"}', "requests.jsonl"), "jsonl")
     assert request.prompt == "A"

@@ -38,6 +38,11 @@ class Probe:
                 raise RequestError(what, "probe", "Write it as a text, or leave it out.")
         _refuse_halves("probe", self.prompt, self.target, self.family)
 
+    @property
+    def answer(self) -> str:
+        """The target without the space around it; empty where none is known."""
+        return (self.target or "").strip()
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -168,6 +173,15 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
     Raises:
         RequestError: the file cannot be read, or a line is not a valid request; names file and line.
     """
+    return (request for _, request in placed_requests(path))
+
+
+def placed_requests(path: str | Path) -> Iterator[tuple[str, EditRequest]]:
+    """What :func:`read_requests` reads, each with the file and line where it stands.
+
+    Raises:
+        RequestError: as there.
+    """
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -181,7 +195,7 @@ def read_requests(path: str | Path) -> Iterator[EditRequest]:
                     why = getattr(error, "msg", "nested too deeply")
                     raise RequestError(f"not valid JSON ({why}).", where, "Write one object a line.") from None
                 try:
-                    yield EditRequest.from_dict(record)
+                    yield where, EditRequest.from_dict(record)
                 except RequestError as error:
                     raise RequestError(error.what, where, error.todo) from None
     except (OSError, UnicodeDecodeError) as error:

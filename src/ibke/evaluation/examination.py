@@ -51,8 +51,9 @@ class Examination:
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
         self.baseline = baseline
-        asked = (1 + len(r.rephrase_prompts) + len(r.locality) + len(r.portability) for r in requests)
-        self.questions = len(frames) * sum(asked)
+        follows = (sum(bool(probe.answer) for probe in request.portability) for request in requests)
+        asked = (1 + len(request.rephrase_prompts) + len(request.locality) for request in requests)
+        self.questions = len(frames) * (sum(asked) + sum(follows))
 
     def parts(self) -> Iterator[range]:
         """Indices of the requests whose edits are held at once, where each has one of its own."""

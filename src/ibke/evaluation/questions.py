@@ -69,7 +69,7 @@ class Outcome:
 
 
 def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenizer: Any) -> Iterator[Question]:
-    """Everything that is asked about one edit, in each frame."""
+    """Everything that is asked about one edit, in each frame; not what could not be scored."""
     for frame in frames:
         for index, prompt in enumerate((request.prompt, *request.rephrase_prompts)):
             pair = encode_pair(prompt, request.target_new, frame, tokenizer)
@@ -80,9 +80,10 @@ def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenize
         kinds: tuple[tuple[Kind, Any], ...] = (("locality", request.locality), ("portability", request.portability))
         for kind, probes in kinds:
             for probe in probes:
-                target = (probe.target or "").strip()
-                pair = encode_pair(probe.prompt, target, frame, tokenizer)
-                yield Question(edit, kind, frame, pair, target or None, family=probe.family)
+                if kind == "portability" and not probe.answer:
+                    continue  # nothing to compare with
+                pair = encode_pair(probe.prompt, probe.answer, frame, tokenizer)
+                yield Question(edit, kind, frame, pair, probe.answer or None, family=probe.family)
 
 
 def ask(

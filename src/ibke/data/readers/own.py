@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ibke.data.readers.fields import Skipped
+from ibke.data.readers.fields import Fault, Skipped
 from ibke.errors import RequestError
-from ibke.request import EditRequest, read_requests
+from ibke.request import EditRequest, placed_requests
 
 LISTS = ("rephrase_prompts", "locality", "portability")
 
@@ -21,8 +21,9 @@ def jsonl(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditRequ
     Raises:
         RequestError: the file cannot be read, or a line is not a request; names file, line and field.
     """
-    del skipped
-    return read_requests(path)
+    for where, request in placed_requests(path):
+        _name_unanswered(request, where, skipped)
+        yield request
 
 
 def csv(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditRequest]:
@@ -34,7 +35,6 @@ def csv(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditReques
     Raises:
         RequestError: the file cannot be read, or a row is not a request; names file, row and field.
     """
-    del skipped
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = tables.DictReader(lines, strict=True)
@@ -43,14 +43,24 @@ def csv(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditReques
                     known = ", ".join(EditRequest.__dataclass_fields__)
                     raise RequestError(f"has an unknown column {column!r}.", str(path), f"Known: {known}.")
             for number, row in enumerate(rows, start=2):
+                where = f"{path}, row {number}"
                 try:
-                    yield _request(row)
+                    request = _request(row)
                 except RequestError as error:
-                    raise RequestError(error.what, f"{path}, row {number}", error.todo) from None
+                    raise RequestError(error.what, where, error.todo) from None
+                _name_unanswered(request, where, skipped)
+                yield request
     except (OSError, UnicodeDecodeError, tables.Error) as error:
         raise RequestError(
             f"cannot be read ({error}).", str(path), "Check the path and that it is UTF-8 CSV."
         ) from None
+
+
+def _name_unanswered(request: EditRequest, where: str, skipped: list[Skipped] | None) -> None:
+    """Name portability prompts without an answer: no fault, a list of prompts may be texts, but nothing to measure."""
+    if skipped is not None:
+        fault = Fault("portability", "asks a question without an answer")
+        skipped += [Skipped(where, fault.field, fault.what) for probe in request.portability if not probe.answer]
 
 
 def _request(row: dict[str | Any, Any]) -> EditRequest:
