@@ -43,7 +43,8 @@ def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[
         seed: of the draw.
 
     Raises:
-        FormatError: the file cannot be read, is none of these, or a record lacks a field; names the line.
+        FormatError: the file cannot be read, is none of these, or a record lacks a field or has one of another kind;
+            names the line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -77,10 +78,13 @@ def _boolq(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-            yield Choice(prompt, ("no", "yes"), int(bool(record["answer"])))
+            prompt = f"{_text(record['passage'])}\nQuestion: {_text(record['question'])}?\nAnswer:"
+            right = record["answer"]
+            if not isinstance(right, bool):  # a text that says "no" would count as yes
+                raise TypeError(f"the answer is {right!r}, neither true nor false")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _fault(path, number, error) from None
+        yield Choice(prompt, ("no", "yes"), int(right))
 
 
 def _listed(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
@@ -90,11 +94,12 @@ def _listed(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
         raise FormatError(f"this is not valid JSON ({error}).", str(path), "Mend it.") from None
     for number, record in enumerate(records, 1):
         try:
-            choice = Choice(record["prompt"], tuple(record["choices"]), record["right"])
-            if not all(isinstance(text, str) for text in (choice.prompt, *choice.choices)):
-                raise TypeError("a prompt or choice is no text")
-            if len(choice.choices) < 2 or not 0 <= choice.right < len(choice.choices):
-                raise ValueError(f"{len(choice.choices)} choices, right is {choice.right}")
+            prompt, choices, right = _text(record["prompt"]), record["choices"], record["right"]
+            if not isinstance(choices, list) or type(right) is not int:
+                raise TypeError(f"`choices` is no list, or `right` no index but {right!r}")
+            if len(choices) < 2 or not 0 <= right < len(choices):
+                raise ValueError(f"{len(choices)} choices, right is {right}")
+            choice = Choice(prompt, tuple(map(_text, choices)), right)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"it is no question ({error!r}).",
@@ -108,9 +113,9 @@ def _pairs(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
     # Quotation marks are text in these tables.
     for number, record in enumerate(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 2):
         try:
-            prompt = f"{record['sentence1']}\nQuestion: {record['sentence2']} True or False?\nAnswer:"
+            prompt = f"{_text(record['sentence1'])}\nQuestion: {_text(record['sentence2'])} True or False?\nAnswer:"
             right = {"not_entailment": 0, "entailment": 1}[record["label"]]
-        except (KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise _fault(path, number, error) from None
         yield Choice(prompt, ("False", "True"), right)
 
@@ -120,11 +125,26 @@ def _truthful(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
         try:
             wrong = [text.strip() for text in record["Incorrect Answers"].split(";") if text.strip()]
             best = record["Best Answer"].strip()
-            prompt = f"Q: {record['Question'].strip()}\nA:"
-        except (KeyError, AttributeError) as error:
+            prompt = f"Q: {_text(record['Question']).strip()}\nA:"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _fault(path, number, error) from None
         if wrong and best:
             yield Choice(prompt, (best, *wrong), 0)
+
+
+def _text(value: object) -> str:
+    """A text that a model can be asked: with something in it, and no half of a character.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is empty, or cannot be encoded.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    if not value.strip():
+        raise ValueError("a text is empty")
+    value.encode()
+    return value
 
 
 def _fault(path: Path, number: int, error: Exception) -> FormatError:
