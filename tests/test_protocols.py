@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -191,7 +192,8 @@ def test_reports_of_all_protocols_have_one_shape(tiny_model: Callable[..., Langu
         assert shape(report) == shape(reports[0])
         assert list(report["by_age"][0]) == ["age_from", "age_to", "n", "reliability", "generality", "locality"]
     assert reports[0]["by_age"][0]["n"] == len(REQUESTS)
-    assert [report["group"] for report in reports] == [1, 2, 1, 3]
+    assert [(report["group"], report["groups"]) for report in reports] == [(1, 3), (2, 2), (1, 3), (3, 1)]
+    assert [report["superseded"] for report in reports] == [0] * 4
 
 
 def test_a_group_of_one_is_scored_as_a_single_edit(tiny_model: Callable[..., LanguageModel]) -> None:
@@ -213,6 +215,52 @@ def test_a_sequence_that_fails_leaves_the_model_alone(tiny_model: Callable[..., 
     with pytest.raises(RequestError, match="no more"):
         evaluate(lm, Failing(lm), MANY, Protocol("sequential", 1))
     assert not any(module._forward_hooks for module in lm.model.modules())
+
+
+def test_requests_that_contradict_each_other_are_in_different_groups() -> None:
+    def asked(*said: str) -> list[EditRequest]:
+        return [EditRequest(text[0], text[1:]) for text in said]
+
+    batch = Protocol("batch", 3)
+    assert batch.groups(MANY) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert batch.groups(asked("Ax", "Ay", "Bx", "Az")) == [range(0, 1), range(1, 3), range(3, 4)]
+    assert batch.groups(asked("Ax", "aX.", "Bx", "Ay")) == [range(0, 3), range(3, 4)]  # the same in other spellings
+    assert batch.groups(asked("Ax", "Bx", "Cx", "Ay", "Ax")) == [range(0, 3), range(3, 4), range(4, 5)]
+    assert Protocol().groups(asked("Ax", "Ay")) == [range(0, 1), range(1, 2)]
+
+
+def test_what_a_sequence_overwrites_is_not_scored(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    back = [replace(MANY[0], target_new=target) for target in ("Elsewhere", "town 0.")]
+    requests = [MANY[0], MANY[1], back[0], MANY[2], back[1]]  # changed, and changed back
+    editor, seen = Watcher(lm, 0.2), list[tuple[str, int, int]]()
+    report = evaluate(lm, editor, requests, Protocol("sequential", 4), progress=lambda *what: seen.append(what))
+    assert [count for _, count, _ in editor.log] == [2, 2, 1] and (report["n"], report["groups"]) == (5, 3)
+    assert report["superseded"] == 1 and seen[-1][1:] == (2 * 3 * 4, 2 * 3 * 4)
+    for block in ("generation", "teacher_forced"):
+        for name in ("reliability", "generality", "locality"):
+            values = report["scores"][block][name]
+            assert [value is None for value in values] == [False, False, True, False, False]
+            assert report["metrics"][block][name]["mean"] == pytest.approx(
+                fmean(value for value in values if value is not None), abs=1e-4
+            )
+    assert [(row["age_from"], row["n"]) for row in report["by_age"]] == [(0, 1), (1, 1), (3, 2)]
+    # Each batch begins anew, and nothing is overwritten.
+    batch = evaluate(lm, Watcher(lm, 0.2), requests, Protocol("batch", 4))
+    assert batch["superseded"] == 0 and None not in batch["scores"]["generation"]["locality"]
+
+
+def test_cases_are_drawn_whole() -> None:
+    pairs = [EditRequest(f"Number {i} is", str(i), case=str(i // 2)) for i in range(40)]
+    alone = [EditRequest(f"Letter {i} is", str(i)) for i in range(20)]
+    for requests, limit, least in ((pairs, 10, 10), (pairs, 7, 6), (pairs + alone, 7, 6), (pairs, 39, 38)):
+        for seed in range(5):
+            drawn = sample(requests, limit, seed)
+            assert least <= len(drawn) <= limit and drawn == sorted(drawn, key=requests.index)
+            for case in {request.case for request in drawn} - {None}:
+                assert sum(request.case == case for request in drawn) == 2
+    assert len({sample(pairs, 2, seed)[0].case for seed in range(20)}) > 5
+    assert [len(sample(pairs, 1, seed)) for seed in range(3)] == [2, 2, 2]  # one case that is larger
 
 
 def test_protocols_are_read_and_refused() -> None:

@@ -202,6 +202,14 @@ def placed_requests(path: str | Path) -> Iterator[tuple[str, EditRequest]]:
         raise RequestError(f"cannot be read ({error}).", str(path), "Check the path and that it is UTF-8.") from None
 
 
+def normal_form(request: EditRequest) -> tuple[str, str]:
+    """Prompt and target as they are compared: without case, spare space, and what ends the target.
+
+    Of the same prompt two requests with different targets contradict each other.
+    """
+    return _plain(request.prompt), _plain(request.target_new).rstrip(".!?")
+
+
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
@@ -219,7 +227,7 @@ def refuse_contradictions(requests: Iterable[EditRequest], where: str = "request
     for count, request in enumerate(requests, start=1):
         # Of the same target in another spelling both can come; a prompt in another spelling is another prompt, of
         # which the later edit is in force.
-        prompt, target = _plain(request.prompt), _plain(request.target_new).rstrip(".!?")
+        prompt, target = normal_form(request)
         first, said, shown = known.setdefault(hash(prompt), (count, hash(target), request.target_new[:60]))
         if said != hash(target):
             raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -153,7 +154,8 @@ def _name_skipped(skipped: list[Skipped], console: Console) -> None:
 
 def _show(report: dict[str, Any], console: Console) -> None:
     config = report["config"]
-    how = "" if report["protocol"] == "single" else f", {report['protocol']}, {report['group']} at a time"
+    most = "at most " if report["groups"] > math.ceil(report["n"] / report["group"]) else ""
+    how = "" if report["protocol"] == "single" else f", {report['protocol']}, {most}{report['group']} at a time"
     title = f"{config['method']} on {report['n']} edits of {Path(config['data']).name}{how}"
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
@@ -169,6 +171,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for age in report["by_age"] if len(report["by_age"]) > 1 else ():
         said = ", ".join(f"{name} {number(age[name]['mean'])}" for name in ("reliability", "generality", "locality"))
         console.print(f"{age['age_from']} to {age['age_to']} edits later: {said}", style="dim", markup=False)
+    if report["superseded"]:
+        what = f"{report['superseded']} edits are not scored: later ones of the same prompt took their place"
+        console.print(what, style="dim", markup=False)
     if effects := report.get("side_effects"):
         console.print(_side_effects(effects), style="dim", markup=False)
     rate = report["rate_nats"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, median
 from typing import Any
@@ -29,6 +29,16 @@ Progress = Callable[[str, int, int], None]
 class Examination:
     """Asks all there is to ask about a set of requests, a part of them at a time.
 
+    Args:
+        lm: the model.
+        requests: all of them.
+        frames: how prompts are asked.
+        batch_size: prompts per pass.
+        progress: told how many answers have come.
+        battery: what is put to edited models besides.
+        baseline: where the base's answers may be known from.
+        superseded: indices of requests that are not asked about, since a later one says something else.
+
     Raises:
         RequestError: no request, or an unknown frame.
     """
@@ -42,6 +52,7 @@ class Examination:
         progress: Progress | None,
         battery: Battery | None = None,
         baseline: Baseline | None = None,
+        superseded: Collection[int] = (),
     ):
         if not requests:
             raise RequestError("there is no request to evaluate.", "evaluation", "Give a file that holds some.")
@@ -50,9 +61,10 @@ class Examination:
                 raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
-        self.baseline = baseline
-        follows = (sum(bool(probe.answer) for probe in request.portability) for request in requests)
-        asked = (1 + len(request.rephrase_prompts) + len(request.locality) for request in requests)
+        self.baseline, self.superseded = baseline, superseded
+        scored = [request for index, request in enumerate(requests) if index not in superseded]
+        follows = (sum(bool(probe.answer) for probe in request.portability) for request in scored)
+        asked = (1 + len(request.rephrase_prompts) + len(request.locality) for request in scored)
         self.questions = len(frames) * (sum(asked) + sum(follows))
 
     def parts(self) -> Iterator[range]:
@@ -61,7 +73,7 @@ class Examination:
         return (whole[start : start + size] for start in range(0, len(whole), size))
 
     def examine(self, part: range, edits: InForce) -> None:
-        """Ask about some of the requests, of the base and of the edited model.
+        """Ask about some of the requests, of the base and of the edited model; not about those superseded.
 
         Args:
             part: indices of the requests.
@@ -76,6 +88,7 @@ class Examination:
         asked = [
             question
             for edit, index in enumerate(part)
+            if index not in self.superseded
             for question in questions(self.requests[index], edit, self.frames, self.lm.tokenizer)
         ]
         for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):

@@ -21,7 +21,7 @@ from ibke.evaluation.sequence import InSequence
 from ibke.evaluation.side_effects import Battery
 from ibke.frames import Frame, render
 from ibke.models import LanguageModel
-from ibke.request import EditRequest
+from ibke.request import EditRequest, normal_form
 
 EditFrame = Literal["bare", "question"]
 Regime = Literal["single", "batch", "sequential"]
@@ -72,9 +72,27 @@ class Protocol:
     def __str__(self) -> str:
         return self.regime if self.regime == "single" else f"{self.regime}:{self.group}"
 
-    def groups(self, count: int) -> list[range]:
-        """Indices of the requests that make an edit together; the last group may be smaller."""
-        return [range(count)[start : start + self.group] for start in range(0, count, self.group)]
+    def groups(self, requests: Sequence[EditRequest]) -> list[range]:
+        """Indices of the requests that make an edit together.
+
+        The last group may be smaller, and so is one that the next request contradicts: no edit makes both true.
+        """
+        found, start, said = list[range](), 0, dict[str, str]()
+        for index, request in enumerate(requests):
+            prompt, target = normal_form(request)
+            if index - start == self.group or said.get(prompt, target) != target:
+                found.append(range(start, index))
+                start, said = index, {}
+            said[prompt] = target
+        return [*found, range(start, len(requests))]
+
+    def superseded(self, requests: Sequence[EditRequest]) -> frozenset[int]:
+        """Indices of the requests that are overwritten: in a sequence the last word on a prompt is another."""
+        if self.regime != "sequential":
+            return frozenset()
+        said = [normal_form(request) for request in requests]
+        last = dict(said)
+        return frozenset(index for index, (prompt, target) in enumerate(said) if last[prompt] != target)
 
 
 def sample(requests: Sequence[EditRequest], limit: int | None, seed: int, order: Order = "file") -> list[EditRequest]:
@@ -82,7 +100,8 @@ def sample(requests: Sequence[EditRequest], limit: int | None, seed: int, order:
 
     Args:
         requests: all there are.
-        limit: how many; None takes all.
+        limit: how many; None takes all. Of a ``case`` all requests are drawn or none, so that there may be fewer; more
+            only if a single case is larger.
         seed: of the draw, and of a random order.
         order: ``file`` as they stood, or ``random``. Requests of one ``case`` keep their order among themselves.
 
@@ -94,7 +113,7 @@ def sample(requests: Sequence[EditRequest], limit: int | None, seed: int, order:
     draw = random.Random(seed)
     chosen = list(requests)
     if limit is not None and limit < len(requests):
-        chosen = [requests[i] for i in sorted(draw.sample(range(len(requests)), limit))]
+        chosen = [requests[i] for i in _drawn(requests, limit, draw)]
     if order == "file":
         return chosen
     places = draw.sample(range(len(chosen)), len(chosen))
@@ -106,6 +125,18 @@ def sample(requests: Sequence[EditRequest], limit: int | None, seed: int, order:
     for index, request in enumerate(chosen):
         mixed[next(taken[request.case or index])] = request
     return [mixed[place] for place in range(len(chosen))]
+
+
+def _drawn(requests: Sequence[EditRequest], limit: int, draw: random.Random) -> list[int]:
+    """Indices of the requests of some cases; one that belongs to none is a case of its own."""
+    cases: dict[Any, list[int]] = {}
+    for index, request in enumerate(requests):
+        cases.setdefault(request.case or index, []).append(index)
+    chosen: list[int] = []
+    for case in draw.sample(list(cases.values()), min(limit, len(cases))):
+        if not chosen or len(chosen) + len(case) <= limit:
+            chosen += case
+    return sorted(chosen)
 
 
 def evaluate(
@@ -144,7 +175,9 @@ def evaluate(
         progress: told how many edits are made and how many answers have come.
 
     Returns:
-        A JSON-ready report, of one shape for every protocol. ``metrics`` and ``base`` hold the blocks ``generation``
+        A JSON-ready report, of one shape for every protocol. ``n`` is the number of edits, ``groups`` in how many
+        groups they were made, ``superseded`` how many of a sequence a later one of the same prompt took the place of;
+        these are not asked about. ``metrics`` and ``base`` hold the blocks ``generation``
         (normalised exact match of the greedy answer; locality: the same answer as the base) and ``teacher_forced``
         (legacy: token accuracy; locality: the same tokens as the base), each of ``reliability``, ``generality``,
         ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
@@ -160,26 +193,34 @@ def evaluate(
     """
     if edit_frame not in get_args(EditFrame):
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
-    exam, costs = Examination(lm, requests, frames, batch_size, progress, battery, baseline), Costs()
+    gone = protocol.superseded(requests)
+    exam, costs = Examination(lm, requests, frames, batch_size, progress, battery, baseline, gone), Costs()
     shown = [_for_editor(request, edit_frame, lm.tokenizer) for request in requests]
-    groups, first = protocol.groups(len(requests)), editor.mark  # what it learns of edits is not part of its name
+    groups, first = protocol.groups(requests), editor.mark  # what it learns of edits is not part of its name
     run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]
     for _ in run(exam, costs, editor, shown, groups):
         if progress:
             progress("edits", len(costs.seconds), len(requests))
     about = {"method": editor.name, "editor_mark": first, "edit_frame": edit_frame, **(config or {})}
-    return _report(exam, costs, protocol, editor.training_seconds, about)
+    return _report(exam, costs, protocol, groups, editor.training_seconds, about)
 
 
 def _report(
-    exam: Examination, costs: Costs, protocol: Protocol, training_seconds: float | None, config: Mapping[str, Any]
+    exam: Examination,
+    costs: Costs,
+    protocol: Protocol,
+    groups: Sequence[range],
+    training_seconds: float | None,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     tally, count = exam.tally, len(exam.requests)
-    later = [count - group.stop for group in protocol.groups(count) for _ in group]
+    later = {index: count - group.stop for group in groups for index in group if index not in exam.superseded}
     return {
         "n": count,
         "protocol": protocol.regime,
         "group": min(protocol.group, count),
+        "groups": len(groups),
+        "superseded": len(exam.superseded),
         "metrics": tally.core("edited"),
         "base": tally.core("base"),
         **costs.report(),
@@ -188,7 +229,7 @@ def _report(
         **tally.extras(("base", "edited")),
         "kl_nats": tally.block("edited", "kl_nats"),
         "by_frame": {f: {"metrics": tally.core("edited", f), "base": tally.core("base", f)} for f in exam.frames},
-        "by_age": tally.by_age(later if protocol.regime == "sequential" else [0] * count, AGES),
+        "by_age": tally.by_age(later if protocol.regime == "sequential" else dict.fromkeys(later, 0), AGES),
         **exam.context(config),
         "scores": tally.each(exam.requests),
         **({"side_effects": exam.battery.report()} if exam.battery else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any, Literal
@@ -62,19 +62,19 @@ class Tally:
         rest["portability"] = {s: {block: self.metric(s, block, "portability") for block in blocks} for s in states}
         return rest
 
-    def by_age(self, ages: Sequence[int], most: int) -> list[dict[str, Any]]:
+    def by_age(self, ages: Mapping[int, int], most: int) -> list[dict[str, Any]]:
         """Generated metrics of edits of like age, the youngest first.
 
         Args:
-            ages: of each edit, how many were made later.
+            ages: of each edit that counts, how many were made later.
             most: the most parts to make; edits of one age stay together.
         """
         values = {name: self.per_edit("edited", "generation", name) for name in ASPECTS}
-        known = sorted(set(ages))
+        known = sorted(set(ages.values()))
         bounds = [known[len(known) * part // min(most, len(known))] for part in range(min(most, len(known)))]
         found = []
         for first, end in zip(bounds, [*bounds[1:], known[-1] + 1], strict=True):
-            edits = [edit for edit, age in enumerate(ages) if first <= age < end]
+            edits = [edit for edit, age in ages.items() if first <= age < end]
             row = {"age_from": first, "age_to": max(ages[edit] for edit in edits), "n": len(edits)}
             metrics = {n: asdict(proportion([v[edit] for edit in edits if edit in v])) for n, v in values.items()}
             found.append(row | metrics)
