@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,7 +29,8 @@ from ibke.bench.report import write
 from ibke.bench.run import CELLS, load, run, seconds_left
 from ibke.bench.summary import COSTS, csv_text, markdown, summarise
 from ibke.data.readers import Skipped, account
-from ibke.errors import IBKEError, RequestError
+from ibke.edit import Edit
+from ibke.errors import CaptureError, IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import to_json
@@ -162,6 +163,26 @@ def test_a_failed_cell_says_why_and_is_tried_again(lm: LanguageModel, tmp_path: 
     assert len(bench.ran) == 4
 
 
+def test_a_summary_says_which_edits_were_not_made(lm: LanguageModel, tmp_path: Path) -> None:
+    class Faltering(RandomEditor):
+        def edit(self, requests: Sequence[EditRequest]) -> Edit:
+            if self.scale > 1 and requests[0].prompt == MANY[2].prompt:
+                raise CaptureError("the loss is not finite.")
+            return super().edit(requests)
+
+    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
+        editor = Faltering(lm, **cell.contender.settings)
+        return evaluate(lm, editor, MANY[1:4], cell.stage.protocol, config={"seed": cell.seed})
+
+    plan = make_plan()
+    summary = summarise(plan, run(plan, tmp_path, execute=execute))
+    assert [row["not_made"] for row in summary["rows"]] == [0, 2, 0, 0]  # of two seeds; no group begins with it
+    said = "loud could not make 2 of its 6 edits, which count as nothing done; the first: the loss is not finite."
+    assert said in markdown(summary) and said in page(summary) and "calm could not" not in markdown(summary)
+    lines = [r for r in csv.DictReader(io.StringIO(csv_text(summary))) if r["metric"] == "not_made"]
+    assert [line["mean"] for line in lines] == ["0", "2", "0", "0"]
+
+
 def test_time_left_is_that_of_like_cells() -> None:
     plan = make_plan(seeds=(0, 1))
     assert seconds_left(plan.cells, []) is None
@@ -275,7 +296,7 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert calm["minus"]["score"] == {"n": 6, "mean": 0.0, "low": 0.0, "high": 0.0}
     assert summarise(plan, documents, "loud")["rows"][2]["minus"]["locality"]["mean"] == pytest.approx(-gap)
     table = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + 1)  # one family
+    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + 1 + 1)  # what was not made, one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
 

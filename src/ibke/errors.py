@@ -40,6 +40,10 @@ class FormatError(IBKEError):
     """A file on disk is not what it should be."""
 
 
+class SettingError(FormatError):
+    """A method's setting, or the file it names, does not suit the model; no edit can be made with it."""
+
+
 class MissingPackageError(IBKEError):
     """A method needs an optional package that is not installed."""
 

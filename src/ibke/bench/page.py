@@ -10,7 +10,7 @@ from ibke.bench import charts
 from ibke.bench.charts import Dot
 from ibke.bench.compare import SCORE
 from ibke.bench.effects import EFFECTS, POINTS, RELATIVE, effect, effects_table, families_table
-from ibke.bench.summary import COSTS, by_place, cells, conditions, measured, number, share, unedited
+from ibke.bench.summary import COSTS, by_place, cells, conditions, measured, not_made, number, share, unedited
 from ibke.evaluation.tally import ASPECTS
 
 STYLE = """
@@ -91,6 +91,7 @@ def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[
     return [
         f"<h2>{escape(data)}, {escape(protocol)}</h2>",
         f'<p class="dim">{escape(unedited(summary, data, protocol))} A dashed line marks it.</p>',
+        *(f"<p>{escape(line)}</p>" for line in not_made(rows)),
         f'<div class="grid-of-charts">{"".join(shown)}</div>',
         *_tables(against, rows),
     ]

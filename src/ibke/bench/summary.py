@@ -36,8 +36,9 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
     Returns:
         A JSON-ready summary. ``rows`` has, for each data set, protocol and method, ``generation`` and
         ``teacher_forced`` with ``score`` (mean of the three), ``reliability``, ``generality``, ``locality`` and
-        ``portability``, each mean, 95 % interval and number of edits; ``minus``, the generated ones less those of
-        ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
+        ``portability``, each mean, 95 % interval and number of edits; ``not_made``, how many edits could not be made
+        and count as nothing done, with the first reason in ``not_made_why``; ``minus``, the generated ones less those
+        of ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
         ``by_age``, of the first seed; and ``files``, where all of it comes from.
         ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
         answers anything; ``left_out`` what could not be used of each data set, by
@@ -100,6 +101,9 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     """What one method reached and took."""
     row: dict[str, Any] = {"seeds": [report["config"]["seed"] for report in reports]}
     row["n"] = sum(report["n"] for report in reports)
+    # Cells of before it was counted ended where an edit could not be made.
+    row["not_made"] = sum(report.get("not_made", 0) for report in reports)
+    row["not_made_why"] = next((report["not_made_why"] for report in reports if report.get("not_made")), None)
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
     row |= {name: mean_known(report.get(name) for report in reports) for name in COSTS}
@@ -136,6 +140,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             ["method", "n", *measured(rows), f"score − {summary['against']}", *COSTS.values()],
             [[row["method"], str(row["n"]), *cells(row, measured(rows))] for row in rows],
         )
+        lines += [f"\n{line}" for line in not_made(rows)]
         lines += ["", "Teacher-forced, to compare with published numbers:", ""]
         forced = [[row["method"], *(share(row["teacher_forced"][name]) for name in ASPECTS)] for row in rows]
         lines += [*_table(["method", *ASPECTS], forced), "", unedited(summary, data, protocol), ""]
@@ -160,6 +165,7 @@ def csv_text(summary: Mapping[str, Any]) -> str:
                 found = [[metric[key] for key in ("mean", "low", "high")] for metric in (row[block][name], minus)]
                 n = row[block][name]["n"]
                 table.writerow([*start, block, name, n, *found[0], summary["against"], *found[1], files])
+        table.writerow([*start, "count", "not_made", row["n"], row["not_made"], "", "", "", "", "", "", files])
         for name in COSTS:
             table.writerow([*start, "cost", name, row["n"], row[name], "", "", "", "", "", "", files])
         for name in EFFECTS:
@@ -196,6 +202,16 @@ def left_out(summary: Mapping[str, Any]) -> list[str]:
         first = [f"the first in {record['where']}" for record in one.get("skipped_records", ())[:1]]
         lines.append(f"Of {one['data']}, records or parts of them were left out: {'; '.join([*reasons, *first])}.")
     return lines
+
+
+def not_made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of which methods edits could not be made; a sentence a method."""
+    return [
+        f"{row['method']} could not make {row['not_made']} of its {row['n']} edits, which count as nothing done; "
+        f"the first: {row['not_made_why']}"
+        for row in rows
+        if row["not_made"]
+    ]
 
 
 def by_place(summary: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:

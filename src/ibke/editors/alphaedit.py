@@ -27,7 +27,7 @@ from ibke.edit import Edit
 from ibke.editors.aggregate import regress
 from ibke.editors.locate import LocateEditor, LocateSettings
 from ibke.editors.settings import refuse_not_positive
-from ibke.errors import IBKEError
+from ibke.errors import SettingError
 from ibke.models import LanguageModel
 from ibke.modules import by_depth
 
@@ -101,12 +101,12 @@ def null_space(moment_II: Tensor, threshold: float, name: str) -> Tensor:
     """U: eigenvectors of C₀ whose eigenvalues are below a threshold (I × P, float64).
 
     Raises:
-        IBKEError: there is none.
+        SettingError: there is none.
     """
     values_I, vectors_II = torch.linalg.eigh(moment_II)
     free_I = values_I < threshold
     if not free_I.any():
-        raise IBKEError(
+        raise SettingError(
             f"no direction is free: the least eigenvalue of C₀ is {float(values_I[0]):.3g}.",
             name,
             f"Raise `threshold`, which is {threshold:g}.",

@@ -24,7 +24,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ibke.batch import Batch, Pair, collate
-from ibke.errors import FormatError
+from ibke.errors import SettingError
 from ibke.files import cache_folder, find_file, write_atomically
 from ibke.models import LanguageModel
 from ibke.modules import in_out
@@ -90,11 +90,11 @@ def key_moments(
         tokens: most tokens read. SmolLM2-135M takes about a minute for the default on one core.
 
     Raises:
-        FormatError: the text cannot be read, or is shorter than ``CHUNK`` tokens.
+        SettingError: the text cannot be read, or is shorter than ``CHUNK`` tokens.
     """
     rows = list(text_rows(lm.tokenizer, lines_of(text), tokens))
     if not rows:
-        raise FormatError(
+        raise SettingError(
             f"the text and the budget of {tokens} tokens give not even one row of {CHUNK}.",
             text or "key statistics",
             "Name a longer text, or raise `tokens`.",
@@ -170,7 +170,7 @@ def lines_of(text: str) -> Iterator[str]:
     """The lines of a text file, or the longest text of each record of a JSON list; our own text where none is named.
 
     Raises:
-        FormatError: it cannot be read.
+        SettingError: it cannot be read.
     """
     place = find_file(text) if text else files("ibke.data").joinpath("text.txt")
     try:
@@ -181,7 +181,7 @@ def lines_of(text: str) -> Iterator[str]:
             else:
                 yield from lines
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise FormatError(
+        raise SettingError(
             f"the text cannot be read ({error}).",
             str(place),
             "Name a text file in UTF-8, or a JSON list of records that hold texts.",

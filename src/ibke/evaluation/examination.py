@@ -1,20 +1,15 @@
-"""The examination of a set of requests, and what making their edits took."""
+"""The examination of a set of requests."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from statistics import fmean, median
 from typing import Any
 
 from ibke.edit import Edit
-from ibke.editors.base import Editor
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce
-from ibke.evaluation.machine import describe, peak_memory_mb
-from ibke.evaluation.metrics import proportion, quantile
+from ibke.evaluation.machine import describe
 from ibke.evaluation.questions import ask, questions
 from ibke.evaluation.side_effects import Battery
 from ibke.evaluation.tally import Tally
@@ -115,71 +110,3 @@ class Examination:
             **more,
         }
         return {"config": config, "machine": describe(self.lm.device)}
-
-
-class Costs:
-    """What making the edits took; what a group of requests took together is shared out among them."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.steps: list[float] = []
-        self.rates: list[float] = []
-        self.bytes: list[float] = []
-        self.achieved: list[float] = []
-        self.editing_mb: float | None = None
-
-    def time(self, editor: Editor, requests: Sequence[EditRequest]) -> Edit:
-        """Make one edit of some requests and keep its figures."""
-        start = time.perf_counter()
-        edit = editor.edit(requests)
-        self.seconds += [(time.perf_counter() - start) / len(requests)] * len(requests)
-        self.bytes += [_bytes(edit) / len(requests)] * len(requests)
-        self.steps.append(edit.info.refine_steps)
-        if edit.info.rate_nats is not None:
-            self.rates += [edit.info.rate_nats / len(requests)] * len(requests)
-        if edit.info.achieved is not None:
-            self.achieved.append(float(edit.info.achieved))
-        return edit
-
-    def after(self, editor: Editor, edit: Edit, count: int) -> Editor:
-        """The editor for what follows an edit of some requests; what it has to learn of it is part of their time."""
-        start = time.perf_counter()
-        following = editor.after(edit)
-        spent = (time.perf_counter() - start) / count
-        self.seconds[-count:] = [seconds + spent for seconds in self.seconds[-count:]]
-        return following
-
-    def note_memory(self) -> None:
-        """Remember the peak before anything has been asked."""
-        if self.editing_mb is None:
-            self.editing_mb = peak_memory_mb()
-
-    def report(self) -> dict[str, Any]:
-        """The part of a report on costs."""
-        return {
-            "rate_nats": fmean(self.rates) if self.rates else None,
-            "seconds_per_edit": fmean(self.seconds),
-            "bytes_per_edit": fmean(self.bytes),
-            "seconds": _spread(self.seconds),
-            "steps": _spread(self.steps),
-            "achieved": asdict(proportion(self.achieved)),
-            "peak_memory_editing_mb": self.editing_mb,
-        }
-
-
-def _bytes(edit: Edit) -> int:
-    """What is kept of an edit: what goes into the model, and what its gates are found from again beside other edits.
-
-    An update of full rank need be no more than its matrix.
-    """
-    size = sum(part.nbytes for part in edit.parts.values())
-    for some in edit.neurons.values():
-        size += sum(tensor.nbytes for tensor in some.tensors().values())
-        size += sum(tensor.nbytes for tensor in some.told.tensors().values()) if some.told else 0
-    for a_RI, b_OR in edit.factors.values():
-        size += min(a_RI.nbytes + b_OR.nbytes, a_RI.shape[1] * b_OR.shape[0] * a_RI.element_size())
-    return size
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "median": median(values), "p95": quantile(values, 0.95)}

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
+from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.examination import Costs, Examination, Progress
+from ibke.evaluation.costs import FAILURES, Costs
+from ibke.evaluation.examination import Examination, Progress
 from ibke.evaluation.generate import BATCH_SIZE, Together
 from ibke.evaluation.machine import peak_memory_mb
 from ibke.evaluation.sequence import InSequence
@@ -159,6 +161,9 @@ def evaluate(
     and probes are for the examination. Edits are made, and timed, one by one; the answers of single edits come in
     batches in which every row has its own edit.
 
+    An edit that cannot be computed (:data:`~ibke.evaluation.costs.FAILURES`) is an edit that does nothing: its requests
+    are asked about like all others. What is wrong with the request or the settings ends the evaluation.
+
     Args:
         lm: the model; left as it was. Load it in float32: in bfloat16 the faintest update stirs up enough rounding to
             change most answers of forty tokens, and locality measures that instead of the edit.
@@ -177,7 +182,8 @@ def evaluate(
     Returns:
         A JSON-ready report, of one shape for every protocol. ``n`` is the number of edits, ``groups`` in how many
         groups they were made, ``superseded`` how many of a sequence a later one of the same prompt took the place of;
-        these are not asked about. ``metrics`` and ``base`` hold the blocks ``generation``
+        these are not asked about; ``not_made`` of how many no edit could be made, ``not_made_why`` the first reason.
+        ``metrics`` and ``base`` hold the blocks ``generation``
         (normalised exact match of the greedy answer; locality: the same answer as the base) and ``teacher_forced``
         (legacy: token accuracy; locality: the same tokens as the base), each of ``reliability``, ``generality``,
         ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
@@ -190,6 +196,7 @@ def evaluate(
 
     Raises:
         RequestError: no request, an unknown frame, or a prompt longer than the model's window.
+        IBKEError: the method's settings, or the edits it makes, are not for this model.
     """
     if edit_frame not in get_args(EditFrame):
         raise RequestError(f"an edit cannot be worded as {edit_frame!r}.", "edit frame", "Choose bare or question.")
@@ -200,7 +207,7 @@ def evaluate(
     run = {"single": _single, "batch": _batch, "sequential": _sequential}[protocol.regime]
     for _ in run(exam, costs, editor, shown, groups):
         if progress:
-            progress("edits", len(costs.seconds), len(requests))
+            progress("edits", costs.tried, len(requests))
     about = {"method": editor.name, "editor_mark": first, "edit_frame": edit_frame, **(config or {})}
     return _report(exam, costs, protocol, groups, editor.training_seconds, about)
 
@@ -214,7 +221,8 @@ def _report(
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     tally, count = exam.tally, len(exam.requests)
-    later = {index: count - group.stop for group in groups for index in group if index not in exam.superseded}
+    later = _made_later(groups, costs.made)
+    later = {index: age for index, age in later.items() if index not in exam.superseded}
     return {
         "n": count,
         "protocol": protocol.regime,
@@ -236,19 +244,28 @@ def _report(
     }
 
 
+def _made_later(groups: Sequence[range], made: Sequence[bool]) -> dict[int, int]:
+    """Of each request, how many after its group were edited: one whose edit cannot be made makes no other older."""
+    ages, later = dict[int, int](), 0
+    for group, is_made in zip(reversed(groups), reversed(made), strict=True):
+        ages |= dict.fromkeys(group, later)
+        later += len(group) * is_made
+    return dict(sorted(ages.items()))
+
+
 def _single(
     exam: Examination, costs: Costs, editor: Editor, shown: Sequence[EditRequest], groups: Sequence[range]
 ) -> Iterator[None]:
     """Each edit alone; asked about some at a time. Yields after each edit."""
     del groups
     for part in exam.parts():
-        edits = []
+        edits: list[Edit | None] = []
         for index in part:
-            edits.append(costs.time(editor, [shown[index]]))
+            edits.append(costs.make(editor, [shown[index]]))
             yield
         costs.note_memory()
         exam.examine(part, edits)
-        exam.look(*([edit] for edit in edits))
+        exam.look(*([edit] for edit in edits if edit))
 
 
 def _batch(
@@ -256,11 +273,11 @@ def _batch(
 ) -> Iterator[None]:
     """A group at once on the pristine model, asked about before the next."""
     for group in groups:
-        edit = costs.time(editor, shown[group.start : group.stop])
+        edit = costs.make(editor, shown[group.start : group.stop])
         yield
         costs.note_memory()
-        exam.examine(group, Together((edit,)))
-        exam.look([edit])
+        exam.examine(group, Together((edit,)) if edit else None)
+        exam.look(*([[edit]] if edit else []))
 
 
 def _sequential(
@@ -269,15 +286,28 @@ def _sequential(
     """Group after group on the same model, asked about after the last."""
     with InSequence(exam.lm) as edits:
         for group in groups:
-            edit = costs.time(editor, shown[group.start : group.stop])
-            edits.add(edit)
-            editor = costs.after(editor, edit, len(group))
+            if edit := costs.make(editor, shown[group.start : group.stop]):
+                editor = _stay(edits, costs, editor, edit)
             yield
         whole = edits.whole
-    assert whole
     costs.note_memory()
-    exam.examine(range(len(shown)), Together((whole,)))
-    exam.look((whole,))
+    exam.examine(range(len(shown)), Together((whole,)) if whole else None)
+    exam.look(*([[whole]] if whole else []))
+
+
+def _stay(edits: InSequence, costs: Costs, editor: Editor, edit: Edit) -> Editor:
+    """Put an edit in force to stay; the editor for what follows.
+
+    Where that cannot be computed, sequence and editor are as they were, and the edit counts as not made.
+    """
+    before = edits.whole
+    try:
+        edits.add(edit)
+        return costs.after(editor, edit)
+    except FAILURES as error:
+        edits.back_to(before)
+        costs.unmake(error)
+        return editor
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:

@@ -31,13 +31,24 @@ class InSequence:
         self.whole: Edit | None = None
 
     def add(self, edit: Edit) -> None:
-        """Let one more edit be in force.
+        """Let one more edit be in force; if it cannot be, those before it stay.
 
         Raises:
             IBKEError: it does not fit the model, or those before it.
         """
         whole = edit if self.whole is None else summed(self.whole.compose(edit))
-        self.session.detach().attach(whole)
+        before = self.whole
+        try:
+            self.back_to(whole)
+        except BaseException:
+            self.back_to(before)
+            raise
+
+    def back_to(self, whole: Edit | None) -> None:
+        """Let what was in force at some time, by :attr:`whole` of then, be so again."""
+        self.session.detach()
+        if whole is not None:
+            self.session.attach(whole)
         self.whole = whole
 
     def __enter__(self) -> InSequence:
