@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from ibke.context import PLACE
 from ibke.data.readers import read
 from ibke.edit import Edit, EditInfo
+from ibke.editors.base import Editor
 from ibke.editors.fine_tuning import FineTuning, FineTuningSettings
 from ibke.editors.ike import IKE
 from ibke.editors.serac.editor import SERAC, ScopedFacts
 from ibke.editors.serac.scope import Scope, ScopeSettings, fit, layer_of, represent, scope_for, training_requests
 from ibke.errors import CaptureError, FormatError, IBKEError, TrainingError
 from ibke.evaluation.generate import edited_rows, generate
+from ibke.evaluation.protocols import evaluate
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
@@ -117,6 +120,25 @@ def test_a_question_is_told_the_likeliest_fact_or_none(tiny_model, model_type):
     # Where everything is in scope, the nearest is told.
     everything = generate(lm, ids[:2], [facts_of(lm, 99.0, TWO, ONE)] * 2, max_new_tokens=4)
     assert everything == told
+
+
+def test_the_classifier_is_no_edits_own(tiny_model):
+    """Kept once for all edits, it does not count for each."""
+    lm = tiny_model("llama")
+
+    class Remembering(Editor):
+        name = "remembering"
+
+        def edit(self, requests):
+            return facts_of(lm, 0.01, *requests)
+
+    report = evaluate(lm, Remembering(lm), [ONE, TWO])
+    parts = [facts_of(lm, 0.01, request).parts[PLACE] for request in (ONE, TWO)]
+    shared = sum(tensor.nbytes for tensor in scope_of(lm, 0.01).tensors().values())
+    assert report["shared_bytes"] == shared == 4 * (32 * 32 + 32 + 32 + 1)
+    assert report["bytes_per_edit"] == pytest.approx(fmean(part.nbytes for part in parts) - shared)
+    own = [part.edits_NK.nbytes + len(part.prompts[0]) + len(part.targets[0]) for part in parts]
+    assert fmean(own) < report["bytes_per_edit"] < fmean(own) + 100
 
 
 def test_out_of_scope_not_a_bit_changes(tiny_model):

@@ -47,6 +47,11 @@ class Part(ABC):
         record = json.dumps(self.record(), ensure_ascii=False).encode()
         return len(record) + sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def shared_nbytes(self) -> int:
+        """How much of that all edits of the method have in common, as what it was trained to; kept once for all."""
+        return 0
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What it holds in tensors, by name; on the CPU."""

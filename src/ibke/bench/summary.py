@@ -17,6 +17,7 @@ BLOCKS = ("generation", "teacher_forced")
 COSTS = {
     "seconds_per_edit": "s/edit",
     "bytes_per_edit": "bytes/edit",
+    "shared_bytes": "bytes shared",
     "peak_memory_editing_mb": "MB at most",
     "rate_nats": "nats/edit",
     "training_seconds": "s to train",

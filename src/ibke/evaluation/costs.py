@@ -47,13 +47,16 @@ class Attempt:
     Args:
         count: of the requests.
         seconds: what it took, a failure's too.
-        edit_bytes, steps, rate_nats, achieved: of the edit; None where it was not made, or has none.
+        edit_bytes: the edit's own; None where it was not made.
+        shared_bytes: what it holds and all edits of the method have in common.
+        steps, rate_nats, achieved: of the edit; None where it was not made, or has none.
         why: it was not made; None where it was.
     """
 
     count: int
     seconds: float
     edit_bytes: int | None = None
+    shared_bytes: int = 0
     steps: int | None = None
     rate_nats: float | None = None
     achieved: bool | None = None
@@ -93,8 +96,9 @@ class Costs:
             assert error
             self.unmake(error)
             return None
-        info = edit.info
-        self._note(edit_bytes=_bytes(edit), steps=info.refine_steps, rate_nats=info.rate_nats, achieved=info.achieved)
+        info, shared = edit.info, sum(part.shared_nbytes for part in edit.parts.values())
+        self._note(edit_bytes=_bytes(edit) - shared, shared_bytes=shared)
+        self._note(steps=info.refine_steps, rate_nats=info.rate_nats, achieved=info.achieved)
         return edit
 
     def after(self, editor: Editor, edit: Edit) -> Editor:
@@ -133,6 +137,7 @@ class Costs:
             "rate_nats": _per_request(rated),
             "seconds_per_edit": fmean(seconds),
             "bytes_per_edit": _per_request([(a.edit_bytes, a.count) for a in made if a.edit_bytes is not None]),
+            "shared_bytes": max((a.shared_bytes for a in made), default=None),
             "seconds": _spread(seconds),
             "steps": _spread([a.steps for a in made if a.steps is not None]),
             "achieved": asdict(proportion([float(a.achieved) for a in made if a.achieved is not None])),

@@ -190,7 +190,8 @@ def evaluate(
         the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
         ``training_seconds`` what training took up to the weights in use, without caching, None elsewhere;
-        ``bytes_per_edit`` what is kept of an edit; ``peak_memory_mb`` that of the process over loading, editing and
+        ``bytes_per_edit`` what is kept of an edit, without what all of the method have in common (``shared_bytes``);
+        ``peak_memory_mb`` that of the process over loading, editing and
         scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
         ``side_effects``, given a battery, what :meth:`Battery.report` says.
 

@@ -56,6 +56,11 @@ class ScopedFacts(Part):
 
     kind: ClassVar[str] = "scoped-facts"
 
+    @property
+    def shared_nbytes(self) -> int:
+        """The classifier."""
+        return sum(tensor.nbytes for tensor in self.scope.tensors().values())
+
     def tensors(self) -> dict[str, Tensor]:
         """The embedded prompts, and the classifier's own."""
         return {"edits_NK": self.edits_NK, **self.scope.tensors()}
