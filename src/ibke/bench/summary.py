@@ -18,7 +18,7 @@ COSTS = {
     "seconds_per_edit": "s/edit",
     "bytes_per_edit": "bytes/edit",
     "shared_bytes": "bytes shared",
-    "peak_memory_editing_mb": "MB at most",
+    "memory_per_edit_mb": "MB/edit",
     "rate_nats": "nats/edit",
     "training_seconds": "s to train",
 }

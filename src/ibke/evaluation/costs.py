@@ -22,7 +22,7 @@ from ibke.errors import (
     SettingError,
     TrainingError,
 )
-from ibke.evaluation.machine import peak_memory_mb
+from ibke.evaluation.machine import ExtraMemory, peak_memory_mb
 from ibke.evaluation.metrics import proportion, quantile
 from ibke.request import EditRequest
 
@@ -47,6 +47,7 @@ class Attempt:
     Args:
         count: of the requests.
         seconds: what it took, a failure's too.
+        memory_mb: the most memory it needed above what the process held before.
         edit_bytes: the edit's own; None where it was not made.
         shared_bytes: what it holds and all edits of the method have in common.
         steps, rate_nats, achieved: of the edit; None where it was not made, or has none.
@@ -55,6 +56,7 @@ class Attempt:
 
     count: int
     seconds: float
+    memory_mb: float | None = None
     edit_bytes: int | None = None
     shared_bytes: int = 0
     steps: int | None = None
@@ -86,12 +88,15 @@ class Costs:
         Raises:
             IBKEError: the requests or the settings are to blame.
         """
-        edit, error, start = None, None, time.perf_counter()
-        try:
-            edit = editor.edit(requests)
-        except FAILURES as failure:
-            error = failure
-        self.attempts.append(Attempt(len(requests), time.perf_counter() - start))
+        edit, error = None, None
+        with ExtraMemory(editor.lm.device) as memory:
+            start = time.perf_counter()
+            try:
+                edit = editor.edit(requests)
+            except FAILURES as failure:
+                error = failure
+            seconds = time.perf_counter() - start
+        self.attempts.append(Attempt(len(requests), seconds, memory.mb))
         if edit is None:
             assert error
             self.unmake(error)
@@ -118,7 +123,7 @@ class Costs:
             raise error
         last = self.attempts[-1]
         said = " ".join((str(error) if isinstance(error, IBKEError) else f"{type(error).__name__}: {error}").split())
-        self.attempts[-1] = Attempt(last.count, last.seconds, why=said)
+        self.attempts[-1] = Attempt(last.count, last.seconds, last.memory_mb, why=said)
 
     def note_memory(self) -> None:
         """Remember the peak before anything has been asked."""
@@ -131,6 +136,7 @@ class Costs:
         whys = [attempt.why for attempt in self.attempts if attempt.why is not None]
         seconds = [each for a in self.attempts for each in [a.seconds / a.count] * a.count]
         rated = [(a.rate_nats, a.count) for a in made if a.rate_nats is not None]
+        memory = _spread([a.memory_mb for a in made if a.memory_mb is not None])
         return {
             "not_made": self.tried - sum(attempt.count for attempt in made),
             "not_made_why": whys[0] if whys else None,
@@ -138,6 +144,9 @@ class Costs:
             "seconds_per_edit": fmean(seconds),
             "bytes_per_edit": _per_request([(a.edit_bytes, a.count) for a in made if a.edit_bytes is not None]),
             "shared_bytes": max((a.shared_bytes for a in made), default=None),
+            # Not the mean: what is taken once for a model, as statistics, would be of the first edit and so of all.
+            "memory_per_edit_mb": memory["median"],
+            "memory_mb": memory,
             "seconds": _spread(seconds),
             "steps": _spread([a.steps for a in made if a.steps is not None]),
             "achieved": asdict(proportion([float(a.achieved) for a in made if a.achieved is not None])),

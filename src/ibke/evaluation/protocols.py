@@ -191,8 +191,9 @@ def evaluate(
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
         ``training_seconds`` what training took up to the weights in use, without caching, None elsewhere;
         ``bytes_per_edit`` what is kept of an edit, without what all of the method have in common (``shared_bytes``);
-        ``peak_memory_mb`` that of the process over loading, editing and
-        scoring, ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
+        ``memory_per_edit_mb`` what making one needs above what the process
+        held before (median); ``peak_memory_mb`` the peak of the process over loading, editing and scoring,
+        ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit;
         ``side_effects``, given a battery, what :meth:`Battery.report` says.
 
     Raises:
