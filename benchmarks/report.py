@@ -127,7 +127,8 @@ def checkpoints() -> str:
 def rivals(protocol: str) -> str:
     """All methods under one protocol: generated answers, and what an edit costs and does besides."""
     path = RESULTS / "rivals/summary.json"
-    rows = [row for row in json.loads(path.read_text())["rows"] if row["protocol"] == protocol] if path.exists() else []
+    summary = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = [row for row in summary["rows"] if row["protocol"] == protocol]
     names = list(dict.fromkeys(row["data"] for row in rows))
     by_method: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -144,15 +145,23 @@ def rivals(protocol: str) -> str:
         cells = [named] + [text for name in names for text in _quality(found.get(name))]
         some = list(found.values())
         effects = [row["effects"] for row in some]
-        cells += [_mean([row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
+        cells += [_mean([row["bytes_per_edit"] and row["bytes_per_edit"] / 1000 for row in some], ",.1f")]
         cells += [
             _mean([abs(each["perplexity_change"]) for each in effects if each["perplexity_change"] is not None], ".2%")
         ]
         cells += [_mean([each["choices_kept"] for each in effects], ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
-    base = [one for one in json.loads(path.read_text())["base"] if one["protocol"] == protocol and one["answers"]]
+    base = [one for one in summary["base"] if one["protocol"] == protocol and one["answers"]]
     said = ", ".join(f"{one['answers']:.3f} ({TITLES[one['data']]})" for one in base)
-    return "\n".join([*lines, "", f"Share of locality prompts at which the unedited model says anything: {said}."])
+    lines += ["", f"Share of locality prompts at which the unedited model says anything: {said}."]
+    for one in summary.get("unlike", []):
+        lines += [f"\n{TITLES[one['data']]}. {line}" for line in one["what"] if one["protocol"] == protocol]
+    for row in rows:
+        if row.get("not_made"):
+            lines.append(
+                f"\n{TITLES[row['data']]}. {row['method']} could not make {row['not_made']} of {row['n']} edits."
+            )
+    return "\n".join(lines)
 
 
 def _quality(row: dict | None) -> list[str]:

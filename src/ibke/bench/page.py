@@ -10,7 +10,19 @@ from ibke.bench import charts
 from ibke.bench.charts import Dot
 from ibke.bench.compare import SCORE
 from ibke.bench.effects import EFFECTS, POINTS, RELATIVE, effect, effects_table, families_table
-from ibke.bench.summary import COSTS, by_place, cells, conditions, measured, not_made, number, share, unedited
+from ibke.bench.summary import (
+    COSTS,
+    by_place,
+    cells,
+    conditions,
+    difference,
+    differing,
+    measured,
+    not_made,
+    number,
+    share,
+    unedited,
+)
 from ibke.evaluation.tally import ASPECTS
 
 STYLE = """
@@ -91,7 +103,7 @@ def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[
     return [
         f"<h2>{escape(data)}, {escape(protocol)}</h2>",
         f'<p class="dim">{escape(unedited(summary, data, protocol))} A dashed line marks it.</p>',
-        *(f"<p>{escape(line)}</p>" for line in not_made(rows)),
+        *(f"<p>{escape(line)}</p>" for line in (*differing(summary, data, protocol), *not_made(rows))),
         f'<div class="grid-of-charts">{"".join(shown)}</div>',
         *_tables(against, rows),
     ]
@@ -102,7 +114,7 @@ def _figure(title: str, chart: str) -> str:
 
 
 def _dot(row: Mapping[str, Any], metric: Mapping[str, Any], against: str, sign: bool = False) -> Dot:
-    text = "" if metric["mean"] is None else share(metric, sign)
+    text = "" if metric["mean"] is None else difference(metric) if sign else share(metric)
     return Dot(row["method"], metric["mean"], metric["low"], metric["high"], text, row["method"] == against)
 
 

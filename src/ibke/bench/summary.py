@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ibke.bench.alike import machine_name, unlike
 from ibke.bench.compare import METRICS, Interval, by_edit, mean, paired
 from ibke.bench.effects import EFFECTS, effects, effects_table, families, families_table, mean_known
 from ibke.bench.plan import Cell, Plan
@@ -41,6 +42,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         and count as nothing done, with the first reason in ``not_made_why``; ``minus``, the generated ones less those
         of ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
         ``by_age``, of the first seed; and ``files``, where all of it comes from.
+        ``unlike`` says of each data set and protocol in what the cells compared differ: edits, file, model, machine.
         ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
         answers anything; ``left_out`` what could not be used of each data set, by
         :func:`~ibke.data.readers.account`; ``failed`` the cells without a result.
@@ -48,7 +50,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
     against = against or plan.contenders[0].label
     named = list(zip(plan.cells, documents, strict=True))
     places = [(data.name, str(stage.protocol)) for data in plan.data for stage in plan.stages]
-    rows, base = [], []
+    rows, base, different = [], [], []
     for place in places:
         ran = [(c, doc) for c, doc in named if doc and (c.data.name, str(c.stage.protocol)) == place]
         here: dict[str, list[Document]] = {cell.contender.label: [] for cell, _ in ran}
@@ -60,6 +62,8 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         for label, reports in here.items():
             head = {"data": place[0], "protocol": place[1], "method": label}
             rows.append(head | _row(reports) | {"minus": _minus(reports, here.get(against, [])), "files": files[label]})
+        if said := unlike(here, against):
+            different.append({"data": place[0], "protocol": place[1], "what": said})
         if some := next(filter(None, here.values()), None):
             base.append({"data": place[0], "protocol": place[1]} | _base(some))
     return {
@@ -70,6 +74,7 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         "machines": _distinct(document["machine"] for _, document in named if "machine" in document),
         "rows": rows,
         "base": base,
+        "unlike": different,
         "left_out": _left_out(named),
         "failed": [
             {"cell": cell.title, "file": cell.file, "why": document["failed"]}
@@ -141,7 +146,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             ["method", "n", *measured(rows), f"score − {summary['against']}", *COSTS.values()],
             [[row["method"], str(row["n"]), *cells(row, measured(rows))] for row in rows],
         )
-        lines += [f"\n{line}" for line in not_made(rows)]
+        lines += [f"\n{line}" for line in (*differing(summary, data, protocol), *not_made(rows))]
         lines += ["", "Teacher-forced, to compare with published numbers:", ""]
         forced = [[row["method"], *(share(row["teacher_forced"][name]) for name in ASPECTS)] for row in rows]
         lines += [*_table(["method", *ASPECTS], forced), "", unedited(summary, data, protocol), ""]
@@ -157,33 +162,30 @@ def csv_text(summary: Mapping[str, Any]) -> str:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     head = ["data", "protocol", "method", "block", "metric", "n", "mean", "low", "high"]
-    table.writerow([*head, "minus", "minus_mean", "minus_low", "minus_high", "files"])
+    table.writerow([*head, "minus", "minus_n", "minus_mean", "minus_low", "minus_high", "files"])
     for row in summary["rows"]:
+        nothing = [""] * 7  # neither interval nor difference
         start, files = [row["data"], row["protocol"], row["method"]], " ".join(row["files"])
         for block in BLOCKS:
             for name in METRICS:
                 minus = row["minus"][name] if block == "generation" else asdict(Interval(0))
                 found = [[metric[key] for key in ("mean", "low", "high")] for metric in (row[block][name], minus)]
-                n = row[block][name]["n"]
-                table.writerow([*start, block, name, n, *found[0], summary["against"], *found[1], files])
-        table.writerow([*start, "count", "not_made", row["n"], row["not_made"], "", "", "", "", "", "", files])
+                n = [row[block][name]["n"], minus["n"]]
+                table.writerow([*start, block, name, n[0], *found[0], summary["against"], n[1], *found[1], files])
+        table.writerow([*start, "count", "not_made", row["n"], row["not_made"], *nothing, files])
         for name in COSTS:
-            table.writerow([*start, "cost", name, row["n"], row[name], "", "", "", "", "", "", files])
+            table.writerow([*start, "cost", name, row["n"], row[name], *nothing, files])
         for name in EFFECTS:
-            table.writerow([*start, "effect", name, row["n"], row["effects"][name], "", "", "", "", "", "", files])
+            table.writerow([*start, "effect", name, row["n"], row["effects"][name], *nothing, files])
         for name, found in row["families"].items():
-            table.writerow([*start, "family", name, row["n"], found["edited"], "", "", "", "", "", "", files])
+            table.writerow([*start, "family", name, row["n"], found["edited"], *nothing, files])
     return out.getvalue()
 
 
 def conditions(summary: Mapping[str, Any]) -> list[str]:
     """Under which conditions the numbers hold, and how to read them; a sentence a line."""
     given, seeds = summary["conditions"], ", ".join(map(str, summary["seeds"]))
-    machines = [
-        f"{machine.get('cpu', 'Unknown processor')}, {machine.get('threads', '?')} thread(s), "
-        f"torch {machine.get('torch', '?')}, ibke {machine.get('ibke', '?')}"
-        for machine in summary["machines"]
-    ]
+    machines = list(dict.fromkeys(machine_name(machine) for machine in summary["machines"]))
     mixed = " Seconds of different machines cannot be compared." if len(machines) > 1 else ""
     return [
         f"{given['model']} in {given['dtype']}, asked {', '.join(given['frames'])}; seeds {seeds}.",
@@ -203,6 +205,13 @@ def left_out(summary: Mapping[str, Any]) -> list[str]:
         first = [f"the first in {record['where']}" for record in one.get("skipped_records", ())[:1]]
         lines.append(f"Of {one['data']}, records or parts of them were left out: {'; '.join([*reasons, *first])}.")
     return lines
+
+
+def differing(summary: Mapping[str, Any], data: str, protocol: str) -> list[str]:
+    """In what the cells of a data set and protocol differ beside the method; a sentence each."""
+    return [
+        line for one in summary["unlike"] if (one["data"], one["protocol"]) == (data, protocol) for line in one["what"]
+    ]
 
 
 def not_made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -239,6 +248,11 @@ def share(metric: Mapping[str, Any], sign: bool = False) -> str:
     return f"{metric['mean']:{form}} ({metric['low']:{form[:-2]}2f} to {metric['high']:{form[:-2]}2f})"
 
 
+def difference(metric: Mapping[str, Any]) -> str:
+    """A paired difference with its interval, and over how many edits it is."""
+    return f"{share(metric, sign=True)}, n {metric['n']}" if metric["n"] else "–"
+
+
 def number(value: float | None) -> str:
     """Three significant digits, or all before the point."""
     if value is None:
@@ -254,7 +268,7 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """A row's generated metrics, difference and costs as they are written."""
     generated = [share(row["generation"][name]) for name in metrics]
-    return [*generated, share(row["minus"]["score"], sign=True), *(number(row[name]) for name in COSTS)]
+    return [*generated, difference(row["minus"]["score"]), *(number(row[name]) for name in COSTS)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
