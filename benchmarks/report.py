@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from costs import COSTS
-from rivals import CANDIDATES, PUBLISHED, TUNED
+from rivals import CANDIDATES, PUBLISHED, TRAINED, TUNED, trained
 
 from ibke.editors.ibke.shipped import SHIPPED
 
@@ -230,8 +230,11 @@ def lifelong() -> str:
 
 
 def tuned() -> str:
-    """Published settings, those tried and the best."""
-    lines = ["| method | published | best of those tried | score | score of the published |", "|---|---|---|---|---|"]
+    """Published settings, those tried and the best, or those that a method is trained with."""
+    lines = [
+        "| method | published | best of those tried, or trained with | score | score of the published |",
+        "|---|---|---|---|---|",
+    ]
     for method, found in json.loads(TUNED.read_text()).items() if TUNED.exists() else ():
         scores = {str(one["settings"]): one["score"] for one in found["tried"]}
         chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "the published"
@@ -239,6 +242,7 @@ def tuned() -> str:
             f"| {method} | {PUBLISHED[method]} | {chosen} (of {len(scores)}) "
             f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"
         )
+    lines += [f"| {method} | {PUBLISHED[method]} | {trained(method)} | – | – |" for method in TRAINED]
     return "\n".join(lines)
 
 

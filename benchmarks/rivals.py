@@ -23,6 +23,7 @@ from ibke.editors.base import Editor, method_class
 from ibke.evaluation.protocols import sample
 from ibke.files import data_folder
 from ibke.models import LanguageModel
+from ibke.training.hypernetwork.settings import HypernetworkSettings
 
 DATA = data_folder()
 RESULTS = Path("benchmarks/results/rivals")
@@ -96,6 +97,12 @@ PUBLISHED = {
     "rome": "layer 5 of 32, 25 steps of .5, clamp 4",
     "memit": "layers 4 to 8 of 32, 25 steps of .5, clamp .75, λ of 1 in units of d_in",
     "alphaedit": "layers 4 to 8 of 32, clamp .75, threshold .02, ridge 10",
+    "mend": "Adam 1e-6, ten single edits a step, clip 100, until 20,000 steps bring nothing; rank 1920, 2 blocks, "
+    "α from 1e-4, weights .1 and 1, last 3 layers of GPT-J's 28",
+    "malmen": "Adam 1e-5, 512 edits a step, clip 1; rank 1920, 2 blocks, η from 1e-6, weights 1 and 1, last 6 layers "
+    "of GPT-J's 28",
+    "rledit": "Adam 1e-5, one step in all, of 400 turns; rank 1024, 4 blocks, η from 1e-6, weights 1 and .6, decay .95 "
+    "over 10 turns, penalty 1e-4, layers 22 to 30 of Llama-3-8B's 32",
     "ultraedit": "η 1e-6, gates of layers 18 to 26 of 28 (Qwen2.5-7B)",
     "grace": "layer 27 of 32, ε 1, Adam 1, 100 steps",
     "wise": "layer 27 of 32, margins 5/20/10, ratio .88, ρ .2",
@@ -103,6 +110,7 @@ PUBLISHED = {
     "ike-retrieval": "32 demonstrations, 4 : 12 : 16",
 }
 """What the papers, or the settings that their authors ship, say; layers are taken at the same depth here."""
+TRAINED = ("mend", "malmen", "rledit")  # by benchmarks/train_rivals.sh; there is no candidate to choose among
 
 
 def main() -> None:
@@ -187,6 +195,26 @@ def labelled(methods: Iterable[str]) -> dict[str, tuple[str, dict[str, object]]]
     """Methods with the settings they were found to be best with."""
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
     return {method: (method, tuned.get(method, {}).get("settings", {})) for method in methods}
+
+
+def trained(method: str) -> str:
+    """What a method of TRAINED is trained with here, in the words of PUBLISHED."""
+    kind = method_class(method)
+    assert kind.Config
+    config = kind.Config()
+    run = HypernetworkSettings("", ("facts",), method=method, config=config)
+    said = [
+        f"Adam {run.learning_rate:g}",
+        f"{run.batch} edits a step",
+        f"clip {run.clip:g}",
+        f"{run.minutes:g} minutes",
+    ]
+    said += [f"rank {config.rank}", f"{config.blocks} blocks", f"step size from {config.step_size:g}"]
+    said += [f"weights {config.generality_weight:g} and {config.locality_weight:g}"]
+    if config.turns > 1:
+        said[1] = f"{config.turns} turns of {run.batch} edits a step"
+        said += [f"decay {config.decay:g} over {config.depth} turns", f"penalty {config.penalty:g}"]
+    return ", ".join(said)
 
 
 def ready(lm: LanguageModel, method: str, *more: str) -> Editor:

@@ -1,0 +1,52 @@
+"""The comparison of docs/results.md: what is said of settings is said of every rival, and is what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ibke.editors.base import METHODS, method_class
+from ibke.editors.hypernetwork.editor import HypernetworkEditor
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rivals
+
+    return rivals
+
+
+@pytest.fixture
+def report(rivals: ModuleType) -> ModuleType:
+    import report
+
+    return report
+
+
+def test_published_settings_stand_beside_ours_for_every_rival(
+    rivals: ModuleType, report: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    hypernetworks = {name for name in METHODS if issubclass(method_class(name), HypernetworkEditor)}
+    assert set(rivals.TRAINED) == hypernetworks
+    # IKE without retrieval has no settings.
+    assert set(rivals.PUBLISHED) == set(rivals.METHODS.split(",")) - {"ibke", "ike"}
+    assert not set(rivals.CANDIDATES) & hypernetworks and set(rivals.CANDIDATES) <= set(rivals.PUBLISHED)
+    table = report.tuned()
+    for method in rivals.TRAINED:
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
+        assert line == f"| {method} | {rivals.PUBLISHED[method]} | {rivals.trained(method)} | – | – |"
+
+
+def test_what_a_rival_is_said_to_be_trained_with_is_what_it_is(rivals: ModuleType) -> None:
+    said = rivals.trained("rledit")
+    assert said.startswith("Adam 1e-05, 4 turns of 16 edits a step, clip 1, 59 minutes, rank 1024, 4 blocks")
+    assert said.endswith("step size from 0.0001, weights 1 and 0.6, decay 0.95 over 10 turns, penalty 0.0001")
+    assert "weights 0.1 and 1" in rivals.trained("mend") and "turns" not in rivals.trained("malmen")
+    script = (BENCHMARKS / "train_rivals.sh").read_text()
+    assert "--set minutes=59" in script and not any(f"--set {name}=" in script for name in ("batch", "learning_rate"))
