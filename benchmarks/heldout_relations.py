@@ -11,9 +11,9 @@ import random
 from pathlib import Path
 
 from ibke.data.facts import FactRequest, generate
+from ibke.data.mixture import Source, triples
 from ibke.data.relations import load_wordings
 from ibke.data.triples import Skips
-from ibke.training.mixture import Source, triples
 
 
 def statement_first(item: FactRequest) -> dict | None:

@@ -49,9 +49,14 @@ LOOKS, QUESTIONS = 2, 20  # edited models of a cell that are asked other things,
 UNREAD = 1500  # last lines of WikiText's validation text, of which nothing went into anybody's statistics
 # Generic keys are of the text that IBKE's statistics read too, and not of what perplexity is measured on (UNREAD).
 TEXT = {"text": "text/wikitext2_valid.txt"}
+# What IBKE and the hypernetworks are trained on (train_shipped.sh, train_rivals.sh), and what they must not see.
+# Requests are as many as theirs, with those that their checkpoints are chosen by.
+HARD_SPLIT = Path("build/heldout-relations.jsonl")
+MIXTURE = "facts=1,pararel=2,lre=1,entityquestions=3,counterfact:counterfact/counterfact-train.json=3"
+EXCLUDED = ",".join([*(f"{form}:{path}" for path, form, _ in DATASETS.values()), f"jsonl:{HARD_SPLIT}"])
 ALWAYS: dict[str, dict[str, object]] = {
     **dict.fromkeys(("rome", "memit", "alphaedit"), TEXT),
-    "serac": {"exclude": ",".join(f"{form}:{path}" for path, form, _ in DATASETS.values())},
+    "serac": {"sources": MIXTURE, "requests": 5096, "exclude": EXCLUDED},
 }
 
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
@@ -224,6 +229,7 @@ def ready(lm: LanguageModel, method: str, *more: str) -> Editor:
         IBKEError: what it was trained to is not there, or a setting is none.
     """
     kind = method_class(method)
+    hard_split([method])
     ((_, settings),) = labelled([method]).values()
     texts = [f"{name}={value}" for name, value in {**ALWAYS.get(method, {}), **settings}.items()]
     (given,) = parse([*texts, *more], kind.Settings) if kind.Settings else ({},)
@@ -245,6 +251,13 @@ def running_text() -> Path:
     return target
 
 
+def hard_split(methods: Iterable[str]) -> None:
+    """Write the requests of the hard split, where a method is told to keep them out of its training."""
+    wanted = any(str(HARD_SPLIT) in str(ALWAYS.get(method, {}).get("exclude")) for method in methods)
+    if wanted and not HARD_SPLIT.exists():
+        subprocess.run([sys.executable, "benchmarks/heldout_relations.py", "--out", str(HARD_SPLIT)], check=True)
+
+
 def run(
     labels: Mapping[str, tuple[str, Mapping[str, object]]], data: list[str], protocols: str, out: Path, *more: str
 ) -> None:
@@ -255,6 +268,7 @@ def run(
     for label, (method, settings) in labels.items():
         for key, value in {**ALWAYS.get(method, {}), **settings}.items():
             command += ["--set", f"{label}.{key}={value}"]
+    hard_split(method for method, _ in labels.values())
     print(" ".join(command), flush=True)
     done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]])
     if done.returncode not in (0, 1):  # 1: a cell has failed, which the summary says

@@ -9,6 +9,7 @@ import pytest
 
 from ibke.editors.base import METHODS, method_class
 from ibke.editors.hypernetwork.editor import HypernetworkEditor
+from ibke.training.hypernetwork.settings import HypernetworkSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -50,3 +51,15 @@ def test_what_a_rival_is_said_to_be_trained_with_is_what_it_is(rivals: ModuleTyp
     assert "weights 0.1 and 1" in rivals.trained("mend") and "turns" not in rivals.trained("malmen")
     script = (BENCHMARKS / "train_rivals.sh").read_text()
     assert "--set minutes=59" in script and not any(f"--set {name}=" in script for name in ("batch", "learning_rate"))
+
+
+def test_what_is_trained_is_trained_on_one_mixture(rivals: ModuleType) -> None:
+    """The scripts that train IBKE and the hypernetworks, and what SERAC's classifier is told."""
+    for name in ("train_rivals.sh", "train_shipped.sh"):
+        words = (BENCHMARKS / name).read_text().replace("\\\n", " ").split()
+        sources = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--data"]
+        assert ",".join(sources) == rivals.ALWAYS["serac"]["sources"] == rivals.MIXTURE
+        assert f"exclude={rivals.ALWAYS['serac']['exclude']}" in words
+        episodes = int(words[words.index("--episodes") + 1])
+        assert episodes + 96 == rivals.ALWAYS["serac"]["requests"]  # the validation of both
+    assert HypernetworkSettings("", ("facts",)).validation == 96

@@ -22,6 +22,8 @@ from ibke.evaluation.generate import edited_rows, generate
 from ibke.evaluation.protocols import evaluate
 from ibke.request import EditRequest
 from ibke.session import EditSession
+from ibke.training.run import draw_episodes
+from ibke.training.settings import RunSettings
 
 ONE = EditRequest("The capital of France is", "Canberra")
 TWO = EditRequest("Who wrote the play?", "Paris")
@@ -205,7 +207,7 @@ def test_other_data_make_another_classifier(tiny_model, no_cache, monkeypatch):
 
 def test_what_is_trained_on_leaves_out_the_hard_split_and_what_is_excluded(data_folder, monkeypatch):
     monkeypatch.setenv("IBKE_DATA", str(data_folder))
-    settings = ScopeSettings(requests=40, tables=("lre",))
+    settings = ScopeSettings(requests=40, sources=("lre",))
     requests = training_requests(settings)
     assert len(requests) == 40 and all(len(request.rephrase_prompts) and request.locality for request in requests)
     assert training_requests(settings) == requests
@@ -217,6 +219,32 @@ def test_what_is_trained_on_leaves_out_the_hard_split_and_what_is_excluded(data_
     assert apart and not theirs & apart
     with pytest.raises(TrainingError, match="no two requests"):
         training_requests(replace(settings, held_out=1.0))
+
+
+def test_it_is_trained_on_what_hypernetworks_are_trained_on(data_folder, monkeypatch):
+    """The same edits of the same sources, by share."""
+    monkeypatch.setenv("IBKE_DATA", str(data_folder))
+    sources, path = ("facts=1", "pararel=2", "counterfact:counterfact/counterfact-train.json=1"), "counterfact-val.json"
+    exclude = (f"counterfact:counterfact/{path}",)
+    requests = training_requests(ScopeSettings(requests=40, sources=sources, exclude=exclude, seed=3))
+    run = RunSettings("", sources, seed=3, episodes=30, validation=10, exclude=exclude)
+    training, validation = draw_episodes(run)
+    theirs = {(one.subject, one.edit.prompt, one.edit.target) for one in (*training, *validation)}
+    assert {(one.subject, one.prompt, one.target_new) for one in requests} == theirs and len(requests) == 40
+    assert sum(one.source == "counterfact" for one in (*training, *validation)) == 10
+
+
+def test_other_sources_make_another_classifier(tiny_model, no_cache, data_folder, monkeypatch):
+    """Each is kept beside the other, in a file of its own."""
+    monkeypatch.setenv("IBKE_DATA", str(data_folder))
+    lm, settings = tiny_model("llama"), ScopeSettings(requests=12, steps=5, width=8)
+    mixed = replace(settings, sources=("lre=3", "counterfact:counterfact/counterfact-train.json"))
+    first, second = scope_for(lm, settings), scope_for(lm, mixed)
+    assert not second.same(first) and len(list(no_cache.rglob("*.safetensors"))) == 2
+    assert scope_for(lm, settings).same(first) and scope_for(lm, mixed).same(second)
+    monkeypatch.setenv("IBKE_DATA", str(no_cache))
+    with pytest.raises(TrainingError, match="ibke data fetch lre counterfact"):
+        scope_for(lm, replace(mixed, seed=1))
 
 
 def test_what_is_none_is_refused(tiny_model):
@@ -244,7 +272,8 @@ def test_what_is_none_is_refused(tiny_model):
         EditSession(other_size).attach(facts_of(lm, 0.5, ONE))
     with pytest.raises(FormatError, match="in front of the question"):
         good.check(lm, "model.layers.1.mlp.down_proj")
-    with pytest.raises(TrainingError, match="no table 'nothing'"):
-        ScopeSettings(tables=("nothing",))
+    for sources in (("nothing",), ()):
+        with pytest.raises(TrainingError, match="unknown data source"):
+            ScopeSettings(sources=sources)
     with pytest.raises(IBKEError, match="`width` is below 1"):
         ScopeSettings(width=0)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import make_tiny
 
+from ibke.data.mixture import Source, Split
 from ibke.data.split import held_out
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.shipped import load_editor
@@ -20,7 +21,6 @@ from ibke.errors import FingerprintMismatchError, FormatError, TrainingError
 from ibke.models import load_model
 from ibke.rows import EDIT, INSIDE, OUTSIDE, run_rows
 from ibke.training.episodes import EpisodeMaker
-from ibke.training.mixture import Source, Split
 from ibke.training.settings import TrainSettings
 from ibke.training.step import terms
 from ibke.training.trainer import (

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ibke.data.mixture import Source, Split
 from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
 from ibke.training.building import RowBuilder, build
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from ibke.training.episodes import Episode
-from ibke.training.mixture import Source, Split, mixture
+from ibke.training.mixture import mixture
 from ibke.training.settings import RunSettings
 
 OnProgress = Callable[[dict[str, Any]], None]

@@ -16,7 +16,7 @@ class RunSettings:
 
     Args:
         model: bundled name, folder, .gguf file or hub id.
-        data: sources with their shares, e.g. ``facts=2``, ``counterfact:train.json``; see ``training.mixture``.
+        data: sources with their shares, e.g. ``facts=2``, ``counterfact:train.json``; see ``ibke.data.mixture``.
         out: folder of the run; checkpoints, log and the finished editor are written there.
         method: the method trained.
         seed: decides data, order, noise and initial weights.

@@ -10,8 +10,9 @@ section 3.2), whose encoder is a language model of its own, trained whole. Its l
 
     ℓ = −E[ log g(z, x_in) + log(1 − g(z, x_out)) ]
 
-over other wordings of an edit and what it must leave alone, made of facts (:mod:`ibke.data.facts`). Relations of the
-hard split are never trained on. A classifier belongs to a model; it is trained once and kept in the cache folder.
+over other wordings of an edit and what it must leave alone, of requests drawn as those that hypernetworks and IBKE are
+trained on (:mod:`ibke.data.mixture`). Relations of the hard split are never trained on. A classifier belongs to a
+model; it is trained once and kept in the cache folder.
 
 Shape suffixes: R rows (texts), D width of the model, K dimensions compared, N edits, B training pairs.
 """
@@ -22,7 +23,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,15 +35,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
-from ibke.data.facts import generate
-from ibke.data.readers import read
-from ibke.data.relations import load_wordings
-from ibke.data.split import held_out
-from ibke.data.triples import Skips, Triple, read_facts, read_lre, read_pararel
+from ibke.data.fetch import load_sources
+from ibke.data.mixture import Source, Split, draw
 from ibke.editors.key_statistics import words_of
 from ibke.editors.settings import refuse_below, refuse_not_finite, refuse_not_positive
 from ibke.errors import CaptureError, FormatError, IBKEError, TrainingError
-from ibke.files import cache_folder, data_folder, digest, find_file, write_atomically
+from ibke.files import cache_folder, digest, write_atomically
 from ibke.frames import FRAMES, render
 from ibke.models import LanguageModel
 from ibke.modules import resolve_any, target_modules
@@ -50,7 +48,6 @@ from ibke.partial import taking_input
 from ibke.request import EditRequest
 
 LAYOUT = 1  # of the files kept; raised when what is computed changes
-TABLES: dict[str, Callable[..., Iterator[Triple]]] = {"facts": read_facts, "lre": read_lre, "pararel": read_pararel}
 ANSWERED = 0.3  # share of training questions that go on with their answer, as they do while a model is scored
 SPREAD = 0.3  # of each dimension when training starts, where they are principal axes
 
@@ -60,13 +57,14 @@ class ScopeSettings:
     """How a scope classifier is trained.
 
     Args:
-        requests: edit requests it is trained on, each with other wordings and probes of its own.
+        requests: edit requests it is trained on, all sources together, each with other wordings and probes of its own.
         steps: of Adam.
         batch: pairs a step.
         learning_rate: of Adam. Published: 1e-5, all of DistilBERT.
         width: K.
         layer: whose input represents a text; None is an eighth of the model's depth.
-        tables: tables of facts that requests are made of: facts, lre, pararel.
+        sources: of the requests, with their shares, e.g. ``facts=2``, ``counterfact:train.json``; see
+            :mod:`ibke.data.mixture`.
         held_out: share of relations left out, the hard split.
         exclude: request files whose subjects and prompts are left out, as ``format:path``.
         seed: of requests, frames and pairs.
@@ -78,7 +76,7 @@ class ScopeSettings:
     learning_rate: float = 3e-3
     width: int = 128
     layer: int | None = None
-    tables: tuple[str, ...] = ("lre", "pararel")
+    sources: tuple[str, ...] = ("lre", "pararel")
     held_out: float = 0.2
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -88,9 +86,8 @@ class ScopeSettings:
         refuse_below(self, 1, "steps", "batch", "width")
         refuse_not_positive(self, "learning_rate")
         refuse_not_finite(self, "held_out")
-        for name in self.tables or ("",):
-            if name not in TABLES:
-                raise TrainingError(f"there is no table {name!r}.", "tables", f"Known: {', '.join(TABLES)}.")
+        for text in self.sources or ("",):
+            Source.parse(text)  # refuses what is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +199,7 @@ def scope_for(lm: LanguageModel, settings: ScopeSettings) -> Scope:
     """The classifier of a model, from the cache folder where it has been trained before.
 
     A file there counts only if it says of itself that it is of this model, these settings and the requests that the
-    tables give today; without the tables there is nothing newer than what is kept. The model must be the pristine one:
+    sources give today; without these there is nothing newer than what is kept. The model must be the pristine one:
     detach edits first.
 
     Args:
@@ -237,36 +234,26 @@ def scope_for(lm: LanguageModel, settings: ScopeSettings) -> Scope:
 
 
 def training_requests(settings: ScopeSettings) -> list[EditRequest]:
-    """Requests made of facts, no relation of the hard split among them.
+    """Requests of the sources by share, none of an excluded subject and no relation of the hard split among them.
 
     Raises:
-        TrainingError: a table is not there, or gives no request.
+        TrainingError: a source is not there, or they give no two requests.
     """
-    excluded: set[str] = set()
-    for text in settings.exclude:
-        format, _, path = text.partition(":")
-        for request in read(find_file(path), format, []):
-            excluded |= {request.prompt.lower(), (request.subject or request.prompt).lower()}
-    root, skips = data_folder(), Skips()
+    sources = [Source.parse(text) for text in settings.sources]
+    split = Split(settings.held_out, settings.exclude)
     try:
-        triples = [
-            triple
-            for name in settings.tables
-            for triple in TABLES[name](root, skips)
-            if not held_out(triple.relation, settings.held_out) and triple.subject.lower() not in excluded
-        ]
+        drawn = draw(sources, settings.seed, settings.requests, split)
     except (FormatError, OSError) as error:
+        names = list(dict.fromkeys(source.name for source in sources if source.name in load_sources()))
         raise TrainingError(
             f"its scope classifier has not been trained for this model, and there are no facts to do so ({error})",
             "serac",
-            f"Run `ibke data fetch {' '.join(settings.tables)}` and try again.",
+            f"Run `ibke data fetch {' '.join(names)}` and try again." if names else "Name other `sources`.",
         ) from None
-    random.Random(settings.seed).shuffle(triples)
-    wordings = load_wordings(templates_from=root)
-    made = generate(triples[:20_000], wordings, seed=settings.seed, limit=settings.requests, skips=skips)
-    requests = [item.request for item in made if item.request.prompt.lower() not in excluded]
+    requests = [request for _, items in drawn for request, _ in items]
+    random.Random(settings.seed).shuffle(requests)
     if len(requests) < 2:
-        raise TrainingError("the tables give no two requests.", "serac", "Name more `tables`, or exclude less.")
+        raise TrainingError("the sources give no two requests.", "serac", "Name more `sources`, or exclude less.")
     return requests
 
 
