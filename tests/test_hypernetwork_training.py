@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.commands import Run, refused
 from tests.conftest import make_tiny
 from tests.hypernetworks import stir, training, write_facts
@@ -206,6 +206,22 @@ def test_the_loss_falls_and_the_editor_loads(kind, facts, tmp_path):
     assert "out" not in manifest["training"]
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
     assert kind.for_model(lm, folder).network.statistics and kind.for_model(lm, folder).training_seconds
+
+
+def test_training_time_has_caching_in_it_whoever_did_it(facts, tmp_path):
+    """So has the budget: what was found computed leaves no more time for steps."""
+    lm, cache = make_tiny("llama"), str(tmp_path / "cache")
+    folder = train_for(lm, training(MEND, facts, tmp_path / "one", {}, steps=2, cache=cache))
+    manifest = json.loads((folder / "editor.json").read_text())
+    assert 0 < manifest["caching_seconds"] < manifest["seconds"] == MEND.for_model(lm, folder).training_seconds
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    for path in files:
+        save_file(load_file(path), path, {"seconds": "1000"})
+    more = training(MEND, facts, tmp_path / "two", {}, steps=8, cache=cache, minutes=1000 * len(files) / 60)
+    folder = train_for(lm, more)
+    manifest = json.loads((folder / "editor.json").read_text())
+    assert 1000 * len(files) < manifest["caching_seconds"] < manifest["seconds"]
+    assert [entry["step"] for entry in log(tmp_path / "two", "validation")] == [1]
 
 
 def test_a_run_killed_at_any_moment_goes_on_exactly(facts, on_disk, tmp_path):

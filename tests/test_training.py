@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny
 
 from ibke.data.mixture import Source, Split
@@ -102,6 +103,32 @@ def settings(ground, out, **changes):
 def losses(out):
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [entry for entry in entries if entry["stage"] == "training"]
+
+
+def test_training_time_has_caching_in_it_whoever_did_it(ground, tmp_path):
+    """A run that finds everything computed says that it took what computing it had taken."""
+    run = settings(ground, tmp_path / "one", cache=str(tmp_path / "cache"), steps=4)
+    run = replace(run, words=str(ground / "facts.txt"))
+    (ground / "facts.txt").write_text("The home town of Ada Berg is Oslo, and Bo Ruiz lives in Lima.\n" * 40)
+    manifests = []
+    for out in ("one", "two"):
+        folder = train(replace(run, out=str(tmp_path / out)))
+        manifests.append(json.loads((folder / "editor.json").read_text()))
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert {path.stem.partition("-")[0] for path in files} == {"words", "00000"}
+    took = []
+    for path in files:
+        with safe_open(path, "pt") as file:
+            took.append(float(file.metadata()["seconds"]))
+    assert len(took) == 3 and all(seconds > 0 for seconds in took)
+    for manifest in manifests:
+        assert sum(took) < manifest["caching_seconds"] < manifest["seconds"]
+    # As slow as they say: had they not been counted, the second would say less than they took.
+    for path in files:
+        save_file(load_file(path), path, {"seconds": "1000"})
+    folder = train(replace(run, out=str(tmp_path / "three")))
+    third = json.loads((folder / "editor.json").read_text())
+    assert 3000 < third["caching_seconds"] < third["seconds"] < 3600
 
 
 def test_the_objective_falls_and_the_editor_loads(ground, tmp_path):

@@ -60,7 +60,7 @@ class Editor(ABC):
     """Settings under which the method is rough and fast, for tests of what holds whatever the settings are."""
 
     training_seconds: float | None = None
-    """What training took up to the weights in use, wall-clock, caching left out; None for methods without."""
+    """What training took up to the weights in use, wall-clock, caching included; None for methods without."""
 
     def __init__(self, lm: LanguageModel):
         self.lm = lm

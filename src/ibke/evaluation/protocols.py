@@ -189,7 +189,7 @@ def evaluate(
         ``locality`` and ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has
         the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
         age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
-        ``training_seconds`` what training took up to the weights in use, without caching, None elsewhere;
+        ``training_seconds`` what training took up to the weights in use, caching included, None elsewhere;
         ``bytes_per_edit`` what is kept of an edit, without what all of the method have in common (``shared_bytes``);
         ``memory_per_edit_mb`` what making one needs above what the process
         held before (median); ``peak_memory_mb`` the peak of the process over loading, editing and scoring,

@@ -10,6 +10,7 @@ F attention keys and values of one token, all layers from the edited one on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
 from ibke.subjects import subject_of
+from ibke.training.clock import Found, since, unnoticed
 from ibke.training.episodes import Episode
 
 SHARD = 128  # episodes
@@ -200,14 +202,32 @@ class Builder(RowBuilder):
 
 
 def build(
-    builder: RowBuilder, episodes: Sequence[Episode], folder: Path, progress: Callable[[int, int], None], *, whole: bool
+    builder: RowBuilder,
+    episodes: Sequence[Episode],
+    folder: Path,
+    progress: Callable[[int, int], None],
+    found: Found = unnoticed,
+    *,
+    whole: bool,
 ) -> None:
-    """Write all shards that are not there yet; safe to interrupt at any moment (``whole``: see :class:`RowBuilder`)."""
+    """Write all shards that are not there yet; safe to interrupt at any moment.
+
+    Args:
+        builder: computes them.
+        episodes: what of.
+        folder: where to.
+        progress: told how many are done.
+        found: told of each that is there.
+        whole: see :class:`RowBuilder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for begin in range(0, len(episodes), SHARD):
         path = folder / f"{begin // SHARD:05d}.safetensors"
-        if not path.exists():
-            part = path.with_suffix(".part")
-            save_file(builder.shard(episodes[begin : begin + SHARD], whole), part)
+        if path.exists():
+            found(path)
+        else:
+            part, began = path.with_suffix(".part"), time.monotonic()
+            shard = builder.shard(episodes[begin : begin + SHARD], whole)
+            save_file(shard, part, since(began))
             part.replace(path)
         progress(min(begin + SHARD, len(episodes)), len(episodes))

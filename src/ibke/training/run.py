@@ -21,6 +21,7 @@ from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
 from ibke.training.building import RowBuilder, build
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
+from ibke.training.clock import Found, unnoticed
 from ibke.training.episodes import Episode
 from ibke.training.mixture import mixture
 from ibke.training.settings import RunSettings
@@ -52,6 +53,7 @@ def cached_shards(
     drawn: Sequence[list[Episode]],
     identity: tuple[Any, ...],
     report: OnProgress,
+    found: Found = unnoticed,
 ) -> list[Path]:
     """Folders with everything cached that never changes, of training episodes first, then of validation.
 
@@ -61,6 +63,7 @@ def cached_shards(
         drawn: the episodes.
         identity: all that decides what a shard holds beside its episodes.
         report: called with progress.
+        found: told of each file that is there already.
     """
     folders = []
     for name, episodes in zip(("episodes", "validation"), drawn, strict=True):
@@ -74,7 +77,7 @@ def cached_shards(
             left = spent / done * (total - done)
             report({"stage": f"caching {name}", "done": done, "total": total, "seconds_left": left})
 
-        build(builder, episodes, folder, tell, whole=name == "validation")
+        build(builder, episodes, folder, tell, found, whole=name == "validation")
         folders.append(folder)
     return folders
 
@@ -90,6 +93,7 @@ class Run(ABC):
         scalars: those of its parameters that are sizes (logarithms, gate biases); they are not decayed.
         scalar_step: how much larger their steps are than those of weights.
         report: called with progress.
+        seconds: spent already, on what never changes.
     """
 
     shown: ClassVar[Mapping[str, str]] = {}
@@ -101,6 +105,7 @@ class Run(ABC):
         scalars: Sequence[nn.Parameter],
         scalar_step: float,
         report: OnProgress,
+        seconds: float = 0.0,
     ):
         self.settings, self.network, self.report = settings, network, report
         self.averaged = copy.deepcopy(network).requires_grad_(False)
@@ -111,7 +116,7 @@ class Run(ABC):
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         self.step, self.best, self.bad = 0, -1.0, 0
-        self.seconds, self.prepared = 0.0, 0.0  # spent in all, and before the first step
+        self.seconds = self.prepared = seconds  # spent in all, and before the first step
         self.out = Path(settings.out)
 
     @abstractmethod
@@ -235,7 +240,8 @@ class Run(ABC):
             self.best = score
             # Where the run happened to lie is nobody's business but its own.
             kept = {name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache")}
-            about = {"training": kept, "step": self.step, "seconds": self.seconds - self.prepared, "validation": scores}
+            about = {"training": kept, "step": self.step, "seconds": self.seconds, "validation": scores}
+            about["caching_seconds"] = self.prepared  # of these
             self.keep(self.out / "editor", about)
 
     def _log(self, entry: dict[str, Any]) -> None:

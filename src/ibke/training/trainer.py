@@ -26,6 +26,7 @@ from ibke.partial import PartialModel
 from ibke.subjects import subject_of
 from ibke.training.building import Builder
 from ibke.training.cache import EpisodeCache
+from ibke.training.clock import Clock, Found, unnoticed
 from ibke.training.episodes import Episode
 from ibke.training.run import OnProgress, Run, batch_of, cached_shards, draw_episodes, open_run, schedule
 from ibke.training.settings import TrainSettings
@@ -119,6 +120,7 @@ def with_words(
     statistics: LayerStatistics,
     episodes: Sequence[Episode],
     report: OnProgress,
+    found: Found = unnoticed,
 ) -> LayerStatistics:
     """With the words that the editor keeps chosen by what they do to training edits, where a text is named."""
     if not settings.words:
@@ -126,7 +128,7 @@ def with_words(
     asked = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
     make = partial(make_addresser, settings, ground, statistics)
     folder = Path(settings.cache or settings.out)
-    common = useful_words(make, statistics.seen, settings.words, asked, folder, report)
+    common = useful_words(make, statistics.seen, settings.words, asked, folder, report, found)
     return replace(statistics, common=common)
 
 
@@ -136,6 +138,7 @@ def prepare_episodes(
     statistics: LayerStatistics,
     drawn: Sequence[list[Episode]],
     report: OnProgress,
+    found: Found = unnoticed,
 ) -> list[EpisodeCache]:
     """Episodes with everything cached that never changes, training first, then validation."""
     config, lm = settings.config, ground.lm
@@ -145,7 +148,7 @@ def prepare_episodes(
     builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
     seen = (config.layer, config.keys, config.threshold, addresser.identity, settings.text, settings.words)
     identity = (LAYOUT, lm.fingerprint, *seen)
-    return [EpisodeCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report)]
+    return [EpisodeCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report, found)]
 
 
 def start_network(
@@ -200,6 +203,7 @@ class Trainer(Run):
         network: the network to train.
         caches: training episodes, and validation's.
         report: called with progress.
+        seconds: spent already.
     """
 
     network: Bottleneck
@@ -213,8 +217,9 @@ class Trainer(Run):
         network: Bottleneck,
         caches: Sequence[EpisodeCache],
         report: OnProgress,
+        seconds: float = 0.0,
     ):
-        super().__init__(settings, network, network.scalars(), SCALAR_STEP, report)
+        super().__init__(settings, network, network.scalars(), SCALAR_STEP, report, seconds)
         self.config, self.ground = settings.config, ground
         self.episodes, self.validation = caches
         config = settings.config
@@ -272,14 +277,15 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     Raises:
         TrainingError: nothing to resume, or settings that do not fit the run found there.
     """
-    report = on_progress or (lambda _: None)
+    report, clock = on_progress or (lambda _: None), Clock()
     open_run(settings, resume)
     ground = prepare_ground(settings)
     drawn = draw_episodes(settings)
-    statistics = with_words(settings, ground, take_statistics(settings, ground, drawn[0]), drawn[0], report)
-    caches = prepare_episodes(settings, ground, statistics, drawn, report)
+    taken = take_statistics(settings, ground, drawn[0])
+    statistics = with_words(settings, ground, taken, drawn[0], report, clock.found)
+    caches = prepare_episodes(settings, ground, statistics, drawn, report, clock.found)
     network = start_network(settings, ground, statistics, caches[0])
     ground_relay(network, settings, ground.lm, drawn[0])
-    trainer = Trainer(settings, ground, network, caches, report)
+    trainer = Trainer(settings, ground, network, caches, report, clock.seconds)
     trainer.start(resume)
     return trainer.run()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.statistics import COMMON, Common
 from ibke.editors.key_statistics import ending_in, lines_of, row_batches, text_rows, words_of
+from ibke.training.clock import Found, since, unnoticed
 from ibke.training.run import OnProgress
 
 READ = 150_000  # tokens of the text
@@ -61,7 +62,13 @@ def read_words(addresser: Addresser, text: str, progress: Callable[[int, int], N
 
 @torch.no_grad()
 def useful_words(
-    make: Callable[..., Addresser], seen: Common, text: str, asked: Sequence[About], folder: Path, report: OnProgress
+    make: Callable[..., Addresser],
+    seen: Common,
+    text: str,
+    asked: Sequence[About],
+    folder: Path,
+    report: OnProgress,
+    found: Found = unnoticed,
 ) -> Common:
     """The words that most often come near to opening an edit; chosen once and kept in a folder.
 
@@ -72,14 +79,17 @@ def useful_words(
         asked: what training edits are about.
         folder: where the choice is kept.
         report: called with progress.
+        found: told of the choice where it is there.
     """
     plain = make(Addresser, seen)
     known = (plain.identity, float(plain.shut_S.sum()), float(seen.keys_SD.sum()), len(seen.ids_S2))
     identity = repr((known, "".join(lines_of(text)), READ, ASKED, COMMON, asked))
     path = folder / f"words-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
+        found(path)
         stored = load_file(path)
         return Common(stored["keys"], stored["ids"])
+    began = time.monotonic()
     read = read_words(plain, text, _told(report, "reading words"))
     bank = Common(torch.cat([seen.keys_SD, read.keys_SD]), torch.cat([seen.ids_S2, read.ids_S2]))
     counting = make(CountingAddresser, bank)
@@ -93,7 +103,7 @@ def useful_words(
     kept = Common(bank.keys_SD[order_S], bank.ids_S2[order_S])
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    save_file({"keys": kept.keys_SD.contiguous(), "ids": kept.ids_S2}, part)
+    save_file({"keys": kept.keys_SD.contiguous(), "ids": kept.ids_S2}, part, since(began))
     part.replace(path)
     return kept
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ibke.models import LanguageModel, load_model
 from ibke.rows import EDIT, INSIDE, OUTSIDE
 from ibke.training.building import RowBuilder
 from ibke.training.cache import RowCache
+from ibke.training.clock import Clock
 from ibke.training.hypernetwork.lessons import Lessons
 from ibke.training.hypernetwork.settings import HypernetworkSettings
 from ibke.training.run import OnProgress, Run, batch_of, cached_shards, draw_episodes, open_run
@@ -49,10 +49,9 @@ class HypernetworkTrainer(Run):
         seconds: float,
         report: OnProgress,
     ):
-        super().__init__(settings, editor.network, editor.network.scalars(), settings.scalar_step, report)
+        super().__init__(settings, editor.network, editor.network.scalars(), settings.scalar_step, report, seconds)
         self.editor, self.warmup, self.minutes = editor, settings.warmup, settings.minutes
         self.lessons, self.validation = (Lessons(editor, cache) for cache in caches)
-        self.seconds = self.prepared = seconds
 
     @property
     def edits_per_step(self) -> int:
@@ -113,7 +112,7 @@ def train_for(
     lm: LanguageModel, settings: HypernetworkSettings, on_progress: OnProgress | None = None, resume: bool = False
 ) -> Path:
     """The same for a model that is loaded already."""
-    began = time.monotonic()
+    clock = Clock()
     report = on_progress or (lambda _: None)
     kind = method_class(settings.method)
     if not issubclass(kind, HypernetworkEditor) or not isinstance(settings.config, kind.Config):
@@ -128,7 +127,8 @@ def train_for(
     drawn = draw_episodes(settings)
     builder = RowBuilder(lm.model, lm.tokenizer, editor.part)
     identity = ("rows", LAYOUT, lm.fingerprint, str(lm.dtype), editor.part.first)
-    caches = [RowCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report)]
-    trainer = HypernetworkTrainer(settings, editor, caches, time.monotonic() - began, report)
+    folders = cached_shards(settings, builder, drawn, identity, report, clock.found)
+    caches = [RowCache(folder) for folder in folders]
+    trainer = HypernetworkTrainer(settings, editor, caches, clock.seconds, report)
     trainer.start(resume)
     return trainer.run()
