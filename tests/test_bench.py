@@ -8,9 +8,8 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -30,8 +29,7 @@ from ibke.bench.report import write
 from ibke.bench.run import CELLS, load, run, seconds_left
 from ibke.bench.summary import COSTS, csv_text, markdown, summarise
 from ibke.data.readers import Skipped, account
-from ibke.edit import Edit
-from ibke.errors import CaptureError, IBKEError, RequestError
+from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import to_json
@@ -164,26 +162,6 @@ def test_a_failed_cell_says_why_and_is_tried_again(lm: LanguageModel, tmp_path: 
     assert len(bench.ran) == 4
 
 
-def test_a_summary_says_which_edits_were_not_made(lm: LanguageModel, tmp_path: Path) -> None:
-    class Faltering(RandomEditor):
-        def edit(self, requests: Sequence[EditRequest]) -> Edit:
-            if self.scale > 1 and requests[0].prompt == MANY[2].prompt:
-                raise CaptureError("the loss is not finite.")
-            return super().edit(requests)
-
-    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
-        editor = Faltering(lm, **cell.contender.settings)
-        return evaluate(lm, editor, MANY[1:4], cell.stage.protocol, config={"seed": cell.seed})
-
-    plan = make_plan()
-    summary = summarise(plan, run(plan, tmp_path, execute=execute))
-    assert [row["not_made"] for row in summary["rows"]] == [0, 2, 0, 0]  # of two seeds; no group begins with it
-    said = "loud could not make 2 of its 6 edits, which count as nothing done; the first: the loss is not finite."
-    assert said in markdown(summary) and said in page(summary) and "calm could not" not in markdown(summary)
-    lines = [r for r in csv.DictReader(io.StringIO(csv_text(summary))) if r["metric"] == "not_made"]
-    assert [line["mean"] for line in lines] == ["0", "2", "0", "0"]
-
-
 def test_time_left_is_that_of_like_cells() -> None:
     plan = make_plan(seeds=(0, 1))
     assert seconds_left(plan.cells, []) is None
@@ -300,45 +278,6 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + 1 + 1)  # what was not made, one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
-
-
-def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> None:
-    plan = make_plan(seeds=(0,))
-    documents = run(plan, tmp_path, execute=Bench(lm))
-    alike = summarise(plan, documents)
-    assert alike["unlike"] == [] and "Not " not in markdown(alike).replace("Nothing", "")
-    loud = documents[1]  # of single edits
-    scores = {"edits": [*loud["scores"]["edits"][:3], "another"]}
-    for changed, wanted in (
-        (
-            {"scores": loud["scores"] | scores},
-            "Not of the same edits: loud of 4, calm of 4; differences are over the 3",
-        ),
-        (
-            {"config": loud["config"] | {"data_sha256": "f" * 64}},
-            "Not all made of the same data file: calm (unknown); loud",
-        ),
-        ({"config": loud["config"] | {"fingerprint": "0" * 32}}, "Not all made by the same model: calm"),
-        ({"machine": loud["machine"] | {"cpu": "Another CPU"}}, "Not all made on the same machine"),
-    ):
-        summary = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])
-        (one,) = summary["unlike"]
-        assert (one["data"], one["protocol"], len(one["what"])) == ("towns", "single", 1)
-        assert one["what"][0].startswith(wanted) and one["what"][0] in markdown(summary)
-        assert escape(one["what"][0]) in page(summary)
-        common = 3 if "scores" in changed else 4
-        assert summary["rows"][1]["minus"]["score"]["n"] == common and f"n {common} |" in markdown(summary)
-        lines = list(csv.DictReader(io.StringIO(csv_text(summary))))
-        assert next(r["minus_n"] for r in lines if (r["method"], r["metric"]) == ("loud", "score")) == str(common)
-    # Differences are those of the common edits, and of no others.
-    means = [
-        by_edit([document], "generation", "locality")
-        for document in (documents[0], {**loud, "scores": loud["scores"] | scores})
-    ]
-    gap = fmean(means[1][edit] - means[0][edit] for edit in scores["edits"][:3])
-    changed = {"scores": loud["scores"] | scores}
-    found = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])["rows"][1]["minus"]["locality"]
-    assert found["n"] == 3 and found["mean"] == pytest.approx(gap)
 
 
 def test_the_page_is_whole_and_fetches_nothing(lm: LanguageModel, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Answers and scores of many edits at once are those of each edit alone, and reports say what they claim."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -270,35 +269,6 @@ def test_report_has_the_agreed_shape_and_is_json(tiny_model: Callable[..., Langu
     assert max(done for what, done, _ in seen if what == "answers") == 40 == seen[-1][2]
     for name, tensor in lm.model.state_dict().items():
         assert torch.equal(tensor, before[name])
-
-
-class Hungry(RandomEditor):
-    """Needs so many MB for a moment while it makes an edit, and keeps some after the first."""
-
-    def __init__(self, lm: LanguageModel, needs: int, keeps: int = 0):
-        super().__init__(lm)
-        self.needs, self.keeps, self.kept = needs, keeps, torch.empty(0)
-
-    def edit(self, requests: Sequence[EditRequest]) -> Edit:
-        if not len(self.kept):
-            self.kept = torch.ones(self.keeps * 250_000)
-        blocks = [torch.ones(25_000) for _ in range(10 * self.needs)]  # small ones, which the C library keeps
-        assert all(block[0] for block in blocks)
-        return super().edit(requests)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a peak anew")
-def test_memory_of_an_edit_is_what_it_needs_above_what_was_held(tiny_model: Callable[..., LanguageModel]) -> None:
-    lm = tiny_model("llama")
-    held = torch.ones(50_000_000)  # 200 MB that no method asked for
-    few, many = (evaluate(lm, Hungry(lm, needs, 200), REQUESTS) for needs in (20, 120))
-    assert float(held[0]) == 1.0
-    # Neither what was held before nor what the first edit keeps counts, and what others freed before counts again.
-    assert few["memory_per_edit_mb"] == pytest.approx(20, abs=10)
-    assert many["memory_per_edit_mb"] == pytest.approx(120, abs=10)
-    assert few["memory_mb"]["p95"] > 200 and few["memory_mb"]["median"] == few["memory_per_edit_mb"]
-    # Counting anew loses no peak of the process.
-    assert many["peak_memory_mb"] >= many["peak_memory_editing_mb"] >= few["peak_memory_mb"] > 400
 
 
 def test_what_has_no_answer_to_follow_is_not_asked(tiny_model: Callable[..., LanguageModel]) -> None:

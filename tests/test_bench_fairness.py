@@ -1,0 +1,91 @@
+"""What a summary says of cells that do not hold the same: edits not made, other edits, other machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from random_editor import RandomEditor
+from tests.test_bench import MANY, Bench, make_plan
+
+from ibke.bench.cell import Progress
+from ibke.bench.compare import by_edit
+from ibke.bench.page import page
+from ibke.bench.plan import Cell
+from ibke.bench.run import run
+from ibke.bench.summary import csv_text, markdown, summarise
+from ibke.edit import Edit
+from ibke.errors import CaptureError
+from ibke.evaluation.protocols import evaluate
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Callable[..., LanguageModel]) -> LanguageModel:
+    return tiny_model("llama")
+
+
+def test_a_summary_says_which_edits_were_not_made(lm: LanguageModel, tmp_path: Path) -> None:
+    class Faltering(RandomEditor):
+        def edit(self, requests: Sequence[EditRequest]) -> Edit:
+            if self.scale > 1 and requests[0].prompt == MANY[2].prompt:
+                raise CaptureError("the loss is not finite.")
+            return super().edit(requests)
+
+    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
+        editor = Faltering(lm, **cell.contender.settings)
+        return evaluate(lm, editor, MANY[1:4], cell.stage.protocol, config={"seed": cell.seed})
+
+    plan = make_plan()
+    summary = summarise(plan, run(plan, tmp_path, execute=execute))
+    assert [row["not_made"] for row in summary["rows"]] == [0, 2, 0, 0]  # of two seeds; no group begins with it
+    said = "loud could not make 2 of its 6 edits, which count as nothing done; the first: the loss is not finite."
+    assert said in markdown(summary) and said in page(summary) and "calm could not" not in markdown(summary)
+    lines = [r for r in csv.DictReader(io.StringIO(csv_text(summary))) if r["metric"] == "not_made"]
+    assert [line["mean"] for line in lines] == ["0", "2", "0", "0"]
+
+
+def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = make_plan(seeds=(0,))
+    documents = run(plan, tmp_path, execute=Bench(lm))
+    alike = summarise(plan, documents)
+    assert alike["unlike"] == [] and "Not " not in markdown(alike).replace("Nothing", "")
+    loud = documents[1]  # of single edits
+    scores = {"edits": [*loud["scores"]["edits"][:3], "another"]}
+    for changed, wanted in (
+        (
+            {"scores": loud["scores"] | scores},
+            "Not of the same edits: loud of 4, calm of 4; differences are over the 3",
+        ),
+        (
+            {"config": loud["config"] | {"data_sha256": "f" * 64}},
+            "Not all made of the same data file: calm (unknown); loud",
+        ),
+        ({"config": loud["config"] | {"fingerprint": "0" * 32}}, "Not all made by the same model: calm"),
+        ({"machine": loud["machine"] | {"cpu": "Another CPU"}}, "Not all made on the same machine"),
+    ):
+        summary = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])
+        (one,) = summary["unlike"]
+        assert (one["data"], one["protocol"], len(one["what"])) == ("towns", "single", 1)
+        assert one["what"][0].startswith(wanted) and one["what"][0] in markdown(summary)
+        assert escape(one["what"][0]) in page(summary)
+        common = 3 if "scores" in changed else 4
+        assert summary["rows"][1]["minus"]["score"]["n"] == common and f"n {common} |" in markdown(summary)
+        lines = list(csv.DictReader(io.StringIO(csv_text(summary))))
+        assert next(r["minus_n"] for r in lines if (r["method"], r["metric"]) == ("loud", "score")) == str(common)
+    # Differences are those of the common edits, and of no others.
+    means = [
+        by_edit([document], "generation", "locality")
+        for document in (documents[0], {**loud, "scores": loud["scores"] | scores})
+    ]
+    gap = fmean(means[1][edit] - means[0][edit] for edit in scores["edits"][:3])
+    changed = {"scores": loud["scores"] | scores}
+    found = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])["rows"][1]["minus"]["locality"]
+    assert found["n"] == 3 and found["mean"] == pytest.approx(gap)
