@@ -65,6 +65,21 @@ class Relation:
         return fill(template, subject, place=family(self.subject_kind) == "place")
 
 
+@dataclass(frozen=True)
+class Subjects:
+    """Things of one kind.
+
+    Args:
+        wider: the kind whose questions can be asked of them too, e.g. ``person`` for an ``athlete``; empty for none.
+        names: what they are called.
+    """
+
+    wider: str
+    names: tuple[str, ...]
+
+
+ASKED = "asked.json"
+
 MANY_VALUED = frozenset({"P40", "P47", "P190", "P463", "P530", "P800", "facts:country_borders"})
 
 FAMILY = {
@@ -125,7 +140,7 @@ def fill(template: str, subject: str, *, place: bool = False) -> str:
 
 
 def load_wordings(*files: str | Path, templates_from: str | Path | None = None) -> dict[str, Relation]:
-    """Wordings of every relation the package knows, and of those in files of the same form.
+    """Wordings of every relation the package knows facts of, and of those in files of the same form.
 
     Args:
         files: JSON files with more relations; one of the same name replaces the packaged one.
@@ -138,7 +153,7 @@ def load_wordings(*files: str | Path, templates_from: str | Path | None = None) 
     packaged = resources.files("ibke.data") / "wordings"
     relations: dict[str, Relation] = {}
     for item in sorted(packaged.iterdir(), key=lambda entry: entry.name):
-        if item.name.endswith(".json"):
+        if item.name.endswith(".json") and item.name != ASKED:
             relations |= _parse(item.read_text(encoding="utf-8"), item.name)
     for path in map(Path, files):
         try:
@@ -151,6 +166,20 @@ def load_wordings(*files: str | Path, templates_from: str | Path | None = None) 
                 known = relations[relation]
                 relations[relation] = replace(known, statements=(*known.statements, template))
     return relations
+
+
+def load_asked() -> dict[str, Relation]:
+    """Relations that are only asked about: there are wordings and no facts.
+
+    They stand apart from :func:`load_wordings`, so that what is drawn from those does not change with them.
+    """
+    return _parse((resources.files("ibke.data") / "wordings" / ASKED).read_text(encoding="utf-8"), ASKED)
+
+
+def load_subjects() -> dict[str, Subjects]:
+    """Names by kind of subject, to ask of what :func:`load_asked` words."""
+    entries = json.loads((resources.files("ibke.data") / "subjects.json").read_text(encoding="utf-8"))
+    return {kind: Subjects(entry["wider"], tuple(entry["names"])) for kind, entry in entries.items()}
 
 
 def _parse(text: str, where: str) -> dict[str, Relation]:

@@ -1,0 +1,253 @@
+"""Prompts of edits, of the same question in other words and of other questions, and the states they leave behind.
+
+What benchmarks/questions.py learns from and is measured on. Training sees no relation, subject or prompt that an edit
+of the evaluation sets is about; our own relations that are only asked about (`asked.json`) ask about names alone.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rivals import DATA, DATASETS, EXCLUDED, HARD_SPLIT, TEXT  # the script beside this one
+from safetensors.torch import load_file, save
+
+from ibke.data.mixture import Source, Split, requests, triples
+from ibke.data.readers import Skipped, read
+from ibke.data.relations import KINDS, Relation, fits, load_asked, load_subjects, load_wordings
+from ibke.data.split import SAME_AS, held_out
+from ibke.data.triples import Triple
+from ibke.files import digest, find_file, write_atomically
+from ibke.frames import FRAMES, Frame, encode_pair
+from ibke.models import load_model
+from ibke.partial import PartialModel
+from ibke.prefixes import Row, frame_prefixes
+from ibke.request import EditRequest
+from ibke.training.episodes import FRAME_WEIGHTS
+
+MODEL, LAYER = "smollm2-135m", 24
+SEED = 5
+HELD_OUT_SHARE = 0.2
+TABLES = {"facts": 1, "pararel": 2, "lre": 1, "entityquestions": 3}  # shares, as in training
+OWN, OTHERS, CONTEXTS = (
+    4,
+    4,
+    0.3,
+)  # of an edit: other wordings, other questions, how often text stands before a bare one
+SETS: dict[str, Frame] = {"heldout": "chat", "knowedit": "bare", "counterfact": "bare", "zsre": "chat"}
+"""Evaluation sets, and how their other wordings are put."""
+SHARD = 512
+EVERYTHING = 10**6
+
+Wording = tuple[str, str, str]
+"""What is asked (a relation), in which words, and the kind of wording."""
+
+
+class Asked(NamedTuple):
+    """One prompt.
+
+    Args:
+        source: where its edit comes from.
+        case: which edit of the source.
+        role: ``key`` (the edit's own prompt), ``own`` (it is asked in other words) or ``other`` (something else is).
+        relation: what is asked; in evaluation sets, which do not say, the family of the probe.
+        text: the prompt.
+        frame: how it is put.
+        context: running text before it.
+    """
+
+    source: str
+    case: int
+    role: str
+    relation: str
+    text: str
+    frame: Frame
+    context: str = ""
+
+
+class Drawn:
+    """Prompts of one part, drawn reproducibly.
+
+    Args:
+        seed: decides every draw.
+        split: what must not be seen.
+    """
+
+    def __init__(self, seed: int, split: Split):
+        self.seed, self.split = seed, split
+        self.rng = random.Random(seed)
+        self.asked: list[Asked] = []
+        self.cases = 0
+        text = find_file(TEXT["text"]).read_text(encoding="utf-8")
+        parts = (part.strip() for line in text.splitlines() for part in line.split(" . "))
+        self.sentences = [f"{part}." for part in parts if 20 < len(part) < 120 and "=" not in part]
+
+    def add(self, source: str, edit: Wording, own: Sequence[Wording], others: Sequence[Wording]) -> None:
+        """An edit in every frame, and some of what else can be asked."""
+        rng = self.rng
+        self.asked += [Asked(source, self.cases, "key", edit[0], edit[1], frame) for frame in FRAMES]
+        own = [one for one in own if one[1] != edit[1]]
+        for role, some, most in (("own", own, OWN), ("other", others, OTHERS)):
+            for relation, text, kind in rng.sample(some, min(most, len(some))):
+                frame = rng.choices(FRAMES, FRAME_WEIGHTS[kind])[0]
+                context = rng.choice(self.sentences) if frame == "bare" and rng.random() < CONTEXTS else ""
+                self.asked.append(Asked(source, self.cases, role, relation, text, frame, context))
+        self.cases += 1
+
+    def one_each(self, relations: Iterable[Relation], subject: str) -> list[Wording]:
+        """A wording of each relation."""
+        return [self.rng.choice(filled(relation, subject)) for relation in relations]
+
+
+def canonical(relation: str) -> str:
+    """One name for what several tables ask alike."""
+    return SAME_AS.get(relation, relation)
+
+
+def filled(relation: Relation, subject: str) -> list[Wording]:
+    """All wordings of a relation, of one subject."""
+    name = canonical(relation.id)
+    return [(name, relation.fill(text, subject), kind) for kind in KINDS for text in relation.templates(kind)]
+
+
+def known_relations() -> dict[str, Relation]:
+    """Relations in training that there are facts of, with the tables' own templates."""
+    wordings = load_wordings(templates_from=DATA)
+    return {name: one for name, one in wordings.items() if not held_out(name, HELD_OUT_SHARE)}
+
+
+def said(relation: Relation) -> set[str]:
+    """Its name and wordings; another relation that has one of them may ask the same."""
+    return {relation.label.casefold(), *(text.casefold() for kind in KINDS for text in relation.templates(kind))}
+
+
+def of_facts(drawn: Drawn, facts: int, counterfact: int) -> None:
+    """Edits of tables of facts, relation by relation in turn, and some of CounterFact's."""
+    relations = known_relations()
+    texts = {name: said(one) for name, one in relations.items()}
+
+    def others(name: str, subject: str) -> list[Wording]:
+        mine = relations[name]
+        rest = [
+            one
+            for one in relations.values()
+            if (fits(mine.subject_kind, one.subject_kind) or fits(one.subject_kind, mine.subject_kind))
+            and canonical(one.id) != canonical(name)
+            and not texts[name] & texts[one.id]
+        ]
+        return drawn.one_each(drawn.rng.sample(rest, min(OTHERS, len(rest))), subject)
+
+    for table, share in TABLES.items():
+        for fact in in_turn(drawn, table, relations, round(facts * share / sum(TABLES.values()))):
+            told = filled(relations[fact.relation], fact.subject)
+            drawn.rng.shuffle(told)
+            drawn.add(table, told[0], told[1:], others(fact.relation, fact.subject))
+    for name, request in of_counterfact(drawn, relations, counterfact):
+        subject = request.subject or ""
+        own = [(canonical(name), text, "statement") for text in request.rephrase_prompts]
+        own += drawn.rng.sample(filled(relations[name], subject), 2)
+        drawn.add("counterfact", (canonical(name), request.prompt, "statement"), own, others(name, subject))
+
+
+def of_counterfact(drawn: Drawn, relations: dict[str, Relation], count: int) -> Iterator[tuple[str, EditRequest]]:
+    """Requests that are of one relation for certain, with it."""
+    asked: dict[tuple[str, str], set[str]] = {}
+    for fact in triples(Source.parse("pararel"), HELD_OUT_SHARE):
+        asked.setdefault((fact.subject.lower(), fact.obj.lower()), set()).add(fact.relation)
+    source = Source.parse(f"counterfact:{DATASETS['counterfact'][2]}")
+    for request, _ in requests(source, drawn.seed, EVERYTHING, drawn.split):
+        names = asked.get(((request.subject or "").lower(), (request.target_true or "").lower()), set())
+        if count and len(names) == 1 and names <= set(relations):
+            yield min(names), request
+            count -= 1
+
+
+def in_turn(drawn: Drawn, table: str, relations: dict[str, Relation], count: int) -> Iterator[Triple]:
+    """Facts of a table, of one relation after the other; fewer where it has no more."""
+    by_relation: dict[str, list[Triple]] = {}
+    for fact in triples(Source.parse(table), HELD_OUT_SHARE):
+        if fact.relation in relations and not drawn.split.excludes(fact.subject):
+            by_relation.setdefault(fact.relation, []).append(fact)
+    for facts in by_relation.values():
+        drawn.rng.shuffle(facts)
+    while count and by_relation:
+        for name in sorted(by_relation)[:count]:
+            yield by_relation[name].pop()
+            count -= 1
+        by_relation = {name: facts for name, facts in by_relation.items() if facts}
+
+
+def of_names(drawn: Drawn, each: int) -> None:
+    """Our own relations that are only asked about, each asked of some names."""
+    relations, subjects = load_asked(), load_subjects()
+    texts = {name: said(one) for name, one in relations.items()}
+    for name, mine in relations.items():
+        kinds = [kind for kind, some in subjects.items() if mine.subject_kind in (kind, some.wider)]
+        for _ in range(each):
+            kind = drawn.rng.choice(kinds)
+            subject = drawn.rng.choice([name for name in subjects[kind].names if not drawn.split.excludes(name)])
+            rest = [one for one in relations.values() if one.subject_kind in (kind, subjects[kind].wider)]
+            rest = [one for one in rest if not texts[name] & texts[one.id]]
+            told = filled(mine, subject)
+            drawn.rng.shuffle(told)
+            others = drawn.one_each(drawn.rng.sample(rest, min(OTHERS, len(rest))), subject)
+            drawn.add("own", told[0], told[1:], others)
+
+
+def of_evaluation(drawn: Drawn, each: int) -> None:
+    """Edits of the evaluation sets; paraphrases as they are, in the frame they are met in."""
+    files = {name: (path, form) for name, (path, form, _) in DATASETS.items()}
+    files["heldout"] = (str(HARD_SPLIT), "jsonl")
+    for name, frame in SETS.items():
+        path, form = files[name]
+        skipped: list[Skipped] = []
+        found = list(read(find_file(path), form, skipped))
+        for case, request in enumerate(drawn.rng.sample(found, min(each, len(found)))):
+            subject = (request.subject or request.prompt).lower()
+            drawn.asked += [Asked(name, case, "key", "", request.prompt, one) for one in FRAMES]
+            drawn.asked += [Asked(name, case, "own", "", text, frame) for text in request.rephrase_prompts[:OWN]]
+            drawn.asked += [
+                Asked(name, case, "other", probe.family or "", probe.prompt, frame)
+                for probe in request.locality
+                if subject in probe.prompt.lower() and probe.prompt != request.prompt
+            ]
+
+
+def states(asked: Sequence[Asked], folder: Path) -> torch.Tensor:
+    """What the MLP of a layer is fed at each prompt's last token (R × D); kept in shards, and gone on with.
+
+    Args:
+        asked: prompts.
+        folder: where shards are kept, by what they hold.
+    """
+    folder = folder / digest([MODEL, LAYER, SHARD, asked])
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [
+        (folder / f"{start:06}.safetensors", asked[start : start + SHARD]) for start in range(0, len(asked), SHARD)
+    ]
+    missing = [(path, some) for path, some in shards if not path.exists()]
+    if missing:
+        lm = load_model(MODEL, dtype="float32")
+        part = PartialModel(lm.model, lm.architecture.layers, LAYER)
+        prefixes = frame_prefixes(part, lm.tokenizer)
+        entrance = lm.model.get_submodule(f"{lm.architecture.layers}.{LAYER}.mlp.gate_proj")
+    for path, some in missing:
+        pairs = [encode_pair(one.text, "-", one.frame, lm.tokenizer, None, one.context) for one in some]
+        rows = [Row(tuple(pair.prompt[: pair.span[0]]), tuple(pair.prompt[pair.span[0] :])) for pair in pairs]
+        last_RD = torch.stack([one.fed_TI[-1] for one in prefixes.read(entrance, rows)])
+        write_atomically(path, save({"states": last_RD.half().cpu()}))
+        print(f"{path}: {len(some)} prompts", flush=True)
+    return torch.cat([load_file(path)["states"] for path, _ in shards]).float()
+
+
+def collected(
+    facts: int, counterfact: int, names: int, evaluation: int, folder: Path
+) -> list[tuple[list[Asked], torch.Tensor]]:
+    """Prompts and states of relations with facts, of our own and of the evaluation sets; by how many edits of each."""
+    split = Split(HELD_OUT_SHARE, EXCLUDED.split(","))
+    parts = [Drawn(SEED, split) for _ in range(3)]
+    of_facts(parts[0], facts, counterfact)
+    of_names(parts[1], names)
+    of_evaluation(parts[2], evaluation)
+    return [(part.asked, states(part.asked, folder)) for part in parts]
