@@ -50,14 +50,24 @@ SLOW = (
 )
 FIRST = 3.0  # weight of first positions, whose states belong to no word and are far from all others
 AT_ONCE = 32
-# Length of the flags at the question's end and at the subject, and what the updates of keys, queries and values add
+# Lengths of the flags at the question's end and at the subject, and what the updates of keys, queries and values add
 # for a flag; the state itself is about 400 long there.
+STRONG = {"question": 24.0, "subject": 90.0, "values": 8.0}
 SETTINGS: list[dict[str, Any]] = [
-    {"head": head, "question": 18.0, "subject": 60.0, "keys": keys, "queries": queries, "values": 8.0}
-    for head in range(3)
-    for keys, queries in ((6.0, 20.0), (12.0, 14.0))
+    {"head": 1, "question": 18.0, "subject": 60.0, "values": 8.0, "keys": 6.0, "queries": 20.0},
+    *({"head": head, "keys": 8.0, "queries": 15.0} | STRONG for head in (0, 1, 2)),
+    {"head": 1, "keys": 12.0, "queries": 10.0} | STRONG,
+    {"head": 1, "keys": 20.0, "queries": 6.0} | STRONG,
+    {"head": 1, "keys": 9.0, "queries": 9.0} | STRONG,
 ]
-CONDITIONS = {"updates alone": (0, 0), "subject": (1, 0), "question": (0, 1), "both": (1, 1)}
+# Flags at subject and question, and whether they are taken away again behind the layer, as neurons of its MLP could do.
+CONDITIONS = {
+    "updates alone": (0, 0, False),
+    "subject": (1, 0, True),
+    "question": (0, 1, True),
+    "question, left standing": (0, 1, False),
+    "both": (1, 1, True),
+}
 
 
 @dataclass
@@ -280,13 +290,19 @@ class Trial:
             logits_NV = self.part.suffix(hidden_RTD, self.batch)
         return logits_NV.log_softmax(-1), seen[0][torch.arange(len(self.ends_R)), self.ends_R].double()
 
-    def run(self, meeting: Meeting, subject: int, question: int) -> dict[str, Any]:
+    def run(self, meeting: Meeting, subject: int, question: int, erased: bool) -> dict[str, Any]:
         """What the updates and some flags do."""
         codes_RC = meeting.codes(len(self.ends_R))
-        hidden_RTD = self.hidden_RTD + subject * self.subject_RT[..., None] * meeting.subject_flags(codes_RC)[:, None]
-        hidden_RTD = hidden_RTD + question * self.after_RT[..., None] * meeting.question_flag()
-        with meeting.attached():
-            log_probs_NV, states_RD = self._run(hidden_RTD)
+        flags_RTD = subject * self.subject_RT[..., None] * meeting.subject_flags(codes_RC)[:, None]
+        flags_RTD = flags_RTD + question * self.after_RT[..., None] * meeting.question_flag()
+
+        def erase(_: nn.Module, __: Any, out: Any) -> Any:
+            return (out[0] - flags_RTD, *out[1:]) if isinstance(out, tuple) else out - flags_RTD
+
+        with meeting.attached(), ExitStack() as stack:
+            if erased:
+                stack.callback(meeting.layer.register_forward_hook(erase).remove)
+            log_probs_NV, states_RD = self._run(self.hidden_RTD + flags_RTD)
         base_NV = self.log_probs_NV
         moved_N = base_NV.argmax(-1) != log_probs_NV.argmax(-1)
         heard_RR = (states_RD - meeting.mean_D) @ meeting.listeners(codes_RC).T
