@@ -194,6 +194,7 @@ def gc(folder: Folder = HOME, as_json: JSON = False) -> None:
 def export(
     out: Annotated[str, typer.Argument(metavar="FILE|-", help="Where to; - is standard output.")],
     folder: Folder = HOME,
+    as_json: JSON = False,
 ) -> None:
     """Write a ledger as JSON Lines, tensors included."""
     from ibke.ledger.exchange import export_lines
@@ -208,7 +209,10 @@ def export(
             write_atomically(path, (line.encode() for line in export_lines(ledger)))
         except OSError as error:
             raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
-        screen(False).print(f"{len(list(ledger.entries()))} edits written to {out}.", markup=False)
+        count = len(list(ledger.entries()))
+    screen(as_json).print(f"{count} edits written to {out}.", markup=False)
+    if as_json:
+        print_json({"edits": count, "file": out})
 
 
 def import_(
