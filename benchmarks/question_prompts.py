@@ -30,11 +30,8 @@ MODEL, LAYER = "smollm2-135m", 24
 SEED = 5
 HELD_OUT_SHARE = 0.2
 TABLES = {"facts": 1, "pararel": 2, "lre": 1, "entityquestions": 3}  # shares, as in training
-OWN, OTHERS, CONTEXTS = (
-    4,
-    4,
-    0.3,
-)  # of an edit: other wordings, other questions, how often text stands before a bare one
+OWN, OTHERS = 4, 4  # of an edit: other wordings, other questions
+CONTEXTS = 0.3  # how often running text stands before a bare one
 SETS: dict[str, Frame] = {"heldout": "chat", "knowedit": "bare", "counterfact": "bare", "zsre": "chat"}
 """Evaluation sets, and how their other wordings are put."""
 SHARD = 512
@@ -152,12 +149,9 @@ def of_facts(drawn: Drawn, facts: int, counterfact: int) -> None:
 
 def of_counterfact(drawn: Drawn, relations: dict[str, Relation], count: int) -> Iterator[tuple[str, EditRequest]]:
     """Requests that are of one relation for certain, with it."""
-    asked: dict[tuple[str, str], set[str]] = {}
-    for fact in triples(Source.parse("pararel"), HELD_OUT_SHARE):
-        asked.setdefault((fact.subject.lower(), fact.obj.lower()), set()).add(fact.relation)
     source = Source.parse(f"counterfact:{DATASETS['counterfact'][2]}")
     for request, _ in requests(source, drawn.seed, EVERYTHING, drawn.split):
-        names = asked.get(((request.subject or "").lower(), (request.target_true or "").lower()), set())
+        names = drawn.split.relations_of(request)
         if count and len(names) == 1 and names <= set(relations):
             yield min(names), request
             count -= 1

@@ -32,6 +32,7 @@ VALIDATION = 6  # one in so many of the relations that there are facts of
 KEPT_OUT = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of validation's other questions that thresholds keep out
 SIZE, HIDDEN, DROPOUT, DECAY, RATE = 128, 16, 0.5, 0.05, 1e-3
 BATCH, BATCH_COUNTERFACT, PROMPTS = 128, 32, 2  # edits of a step, CounterFact's among them, prompts of each role of one
+FEWEST = 20  # values that a share is made of
 APART = "forgetfulness"  # a family of probes that ask the same but for one answer, so it is counted apart
 
 
@@ -202,9 +203,9 @@ def scores(gate: Gate, prompts: Prompts, cases: Sequence[Case]) -> dict[str, Ten
 
 
 def auc(found: dict[str, Tensor]) -> float | None:
-    """How often another wording scores above another question (ratio); None where there is none of either."""
+    """How often another wording scores above another question (ratio); None where there are few of either."""
     above = found["own"][:, None] > found["other"][None]
-    return mean(above)
+    return mean(above) if min(above.shape) >= FEWEST else None
 
 
 def at(threshold: float, found: dict[str, Tensor]) -> dict[str, float | None]:
@@ -216,8 +217,8 @@ def at(threshold: float, found: dict[str, Tensor]) -> dict[str, float | None]:
 
 
 def mean(values: Tensor) -> float | None:
-    """Their mean, to four digits; None where there are none."""
-    return round(values.float().mean().item(), 4) if values.numel() else None
+    """Their mean, to four digits; None where there are few."""
+    return round(values.float().mean().item(), 4) if values.numel() >= FEWEST else None
 
 
 def point(learned: Prompts, evaluation: Prompts, share: float, seed: int, kind: str, steps: int) -> dict[str, Any]:

@@ -113,6 +113,14 @@ class Split:
         """Whether a subject or prompt belongs to an excluded file."""
         return text.lower() in self.words
 
+    def relations_of(self, request: EditRequest) -> set[str]:
+        """The relations of ParaRel that its subject and true answer are a fact of."""
+        if self._known is None:
+            self._known = {}
+            for item in read_pararel(data_folder(), Skips()):
+                self._known.setdefault((item.subject.lower(), item.obj.lower()), set()).add(item.relation)
+        return self._known.get(((request.subject or "").lower(), (request.target_true or "").lower()), set())
+
     def allows(self, request: EditRequest, look_up: bool = False) -> bool:
         """Whether a request of a file may be trained on.
 
@@ -123,11 +131,7 @@ class Split:
             return False
         if not look_up or not self.relations or request.target_true is None:
             return True
-        if self._known is None:
-            self._known = {}
-            for item in read_pararel(data_folder(), Skips()):
-                self._known.setdefault((item.subject.lower(), item.obj.lower()), set()).add(item.relation)
-        found = self._known.get(((request.subject or "").lower(), request.target_true.lower()), set())
+        found = self.relations_of(request)
         return bool(found) and not any(held_out(relation, self.relations) for relation in found)
 
 
