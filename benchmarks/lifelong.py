@@ -2,7 +2,8 @@
 
     IBKE_DATA=... python benchmarks/lifelong.py run [--method ibke] [--kind mixed] [--size 1000] [--group 100]
 
-Every group's edit is kept under runs/lifelong as soon as it is made, so a run that was stopped goes on from there.
+Every group's edit is kept under runs/lifelong as soon as it is made, so a run that was stopped goes on from there. A
+group whose edit cannot be computed counts as unedited.
 After every `--every` edits a sample of all edits so far is asked about, text is read and the update measured; the rows
 are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--tuning`: others, for choosing settings).
 """
@@ -10,7 +11,6 @@ are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--t
 import argparse
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,10 +22,11 @@ from ibke.data.readers import read
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.evaluation.baseline import Baseline
+from ibke.evaluation.costs import Costs
 from ibke.evaluation.examination import Examination
 from ibke.evaluation.generate import Together
 from ibke.evaluation.machine import describe, peak_memory_mb
-from ibke.evaluation.protocols import sample
+from ibke.evaluation.protocols import sample, stay
 from ibke.evaluation.sequence import InSequence, summed
 from ibke.evaluation.side_effects import Battery, Beside
 from ibke.files import data_folder, write_atomically
@@ -36,6 +37,7 @@ from ibke.subjects import subject_of
 
 DATA = data_folder()
 STREAMS, RUNS, RESULTS = Path("build/streams"), Path("runs/lifelong"), Path("benchmarks/results/lifelong")
+TRIED = "tried.json"  # what is known of each group so far
 TOKENS = 4096  # of running text
 SHARES = {"mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4}, "counterfact": {"counterfact": 1.0}}
 """By kind of stream, from where its edits come; what a source lacks is made up with questions where there are any."""
@@ -125,27 +127,50 @@ def run(file: Path, args: argparse.Namespace) -> None:
     editor_mark = editor.mark  # what it learns of edits is not part of its name
     refuse_another(folder / "editor", editor_mark)
     with InSequence(lm) as sequence:
-        editor, made, seconds = taken_up(folder, sequence, editor)
-        for number in range(made, len(groups) + 1):
+        editor, tried = taken_up(folder, sequence, editor)
+        for number in range(len(tried), len(groups) + 1):
             done = min(len(requests), number * args.group)
             known = rows(result, editor_mark, vars(args))
             asked = done // args.every > (done - args.group) // args.every or done == len(requests)
             if sequence.whole and asked and all(row["edits"] != done for row in known):
                 with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
                     row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
-                row["seconds_per_edit"] = fmean(seconds[-max(1, args.every // args.group) :])
+                row |= costs_of(tried, max(1, args.every // args.group))
                 report = {"stream": file.name, "sources": sources, "editor_mark": editor_mark, "rows": [*known, row]}
                 keep(result, report, vars(args), describe(lm.device))
             if number == len(groups):
                 break
-            began = time.perf_counter()
-            edit = editor.edit([request.for_editor() for request in groups[number]])
-            edit.save(folder / f"{number:05d}")
-            sequence.add(edit)
-            editor = editor.after(edit)
-            seconds.append((time.perf_counter() - began) / len(groups[number]))
-            write_atomically(folder / "seconds.json", json.dumps(seconds).encode())
-            print(f"{done + len(groups[number])} of {len(requests)} edits, {seconds[-1]:.2f} s each", flush=True)
+            editor, attempt = one_more(folder / f"{number:05d}", sequence, editor, groups[number])
+            tried.append(attempt)
+            write_atomically(folder / TRIED, json.dumps(tried).encode())
+            each = f"{attempt['seconds'] / attempt['count']:.2f} s each"
+            print(f"{done + attempt['count']} of {len(requests)} edits, {attempt['why'] or each}", flush=True)
+
+
+def one_more(
+    place: Path, sequence: InSequence, editor: Editor, requests: Sequence[EditRequest]
+) -> tuple[Editor, dict[str, Any]]:
+    """Make one group's edit, keep it and put it in force; where that cannot be computed, all stays as it was.
+
+    Returns:
+        the editor for what follows, and how many requests were tried, in how many seconds, and why in vain.
+    """
+    costs = Costs()
+    if edit := costs.make(editor, [request.for_editor() for request in requests]):
+        edit.save(place)
+        editor = stay(sequence, costs, editor, edit)
+    (attempt,) = costs.attempts
+    return editor, {"count": attempt.count, "seconds": attempt.seconds, "why": attempt.why}
+
+
+def costs_of(tried: Sequence[dict[str, Any]], latest: int) -> dict[str, Any]:
+    """What the latest groups took, and how many edits of all groups could not be made."""
+    some = tried[-latest:]
+    return {
+        "seconds_per_edit": sum(one["seconds"] for one in some) / sum(one["count"] for one in some),
+        "not_made": sum(one["count"] for one in tried if one["why"]),
+        "not_made_why": next((one["why"] for one in tried if one["why"]), None),
+    }
 
 
 def refuse_another(place: Path, mark: str) -> None:
@@ -161,23 +186,23 @@ def abilities() -> tuple[str, ...]:
     return tuple(f"ability/{name}" for name in ABILITIES)
 
 
-def taken_up(folder: Path, sequence: InSequence, editor: Editor) -> tuple[Editor, int, list[float]]:
+def taken_up(folder: Path, sequence: InSequence, editor: Editor) -> tuple[Editor, list[dict[str, Any]]]:
     """Put the edits of a run that was stopped in force again.
 
     Returns:
-        the editor for what follows, how many groups there are, and the seconds an edit took in each.
+        the editor for what follows, and what is known of each group that was tried.
     """
-    place = folder / "seconds.json"
-    seconds = json.loads(place.read_text()) if place.exists() else []
-    # What was saved and not counted was not in force yet.
-    kept = [Edit.load(folder / f"{number:05d}") for number in range(len(seconds))]
+    place = folder / TRIED
+    tried = json.loads(place.read_text()) if place.exists() else []
+    # What was saved and not noted down was not in force yet.
+    kept = [Edit.load(folder / f"{number:05d}") for number, one in enumerate(tried) if not one["why"]]
     if kept:
         whole = summed(Edit.join(kept))
         sequence.session.attach(whole)
         sequence.whole = whole
         for edit in kept:
             editor = editor.after(edit)
-    return editor, len(kept), seconds
+    return editor, tried
 
 
 def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: int, size: int) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Drawn:
         self.rng = random.Random(seed)
         self.asked: list[Asked] = []
         self.cases = 0
-        text = find_file(TEXT["text"]).read_text(encoding="utf-8")
+        text = find_file(TEXT).read_text(encoding="utf-8")
         parts = (part.strip() for line in text.splitlines() for part in line.split(" . "))
         self.sentences = [f"{part}." for part in parts if 20 < len(part) < 120 and "=" not in part]
 

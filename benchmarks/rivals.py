@@ -48,14 +48,14 @@ ABILITIES = ("boolq.jsonl", "natural_language_inference.tsv", "truthfulqa_fold0_
 LOOKS, QUESTIONS = 2, 20  # edited models of a cell that are asked other things, and how many of each kind
 UNREAD = 1500  # last lines of WikiText's validation text, of which nothing went into anybody's statistics
 # Generic keys are of the text that IBKE's statistics read too, and not of what perplexity is measured on (UNREAD).
-TEXT = {"text": "text/wikitext2_valid.txt"}
+TEXT = "text/wikitext2_valid.txt"
 # What IBKE and the hypernetworks are trained on (train_shipped.sh, train_rivals.sh), and what they must not see.
 # Requests are as many as theirs, with those that their checkpoints are chosen by.
 HARD_SPLIT = Path("build/heldout-relations.jsonl")
 MIXTURE = "facts=1,pararel=2,lre=1,entityquestions=3,counterfact:counterfact/counterfact-train.json=3"
 EXCLUDED = ",".join([*(f"{form}:{path}" for path, form, _ in DATASETS.values()), f"jsonl:{HARD_SPLIT}"])
 ALWAYS: dict[str, dict[str, object]] = {
-    **dict.fromkeys(("rome", "memit", "alphaedit"), TEXT),
+    **dict.fromkeys(("rome", "memit", "alphaedit"), {"text": TEXT}),
     "serac": {"sources": MIXTURE, "requests": 5096, "exclude": EXCLUDED},
 }
 

@@ -10,8 +10,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from ibke.models import LanguageModel, load_model
 from ibke.request import EditRequest
 
 
-def pass_seconds(model: torch.nn.Module, batch: Batch) -> float:
+def pass_seconds(model: Any, batch: Batch) -> float:
     """One forward and backward pass of the request's tokens."""
     began = time.perf_counter()
     embedded = model.get_input_embeddings()(batch.ids_RT).detach().requires_grad_()
@@ -61,7 +63,7 @@ def together(lm: LanguageModel, editors: dict[str, Editor], requests: Sequence[E
     unit = min(sum(pass_seconds(lm.model, batch) for batch in batches) for _ in range(3)) / len(requests)
     report: dict[str, object] = {"n": len(requests), "unit_seconds": unit}
     for name, editor in editors.items():
-        seconds = taken(lambda editor=editor: editor.edit(requests)) / len(requests)
+        seconds = taken(partial(editor.edit, requests)) / len(requests)
         report[name] = {"seconds": seconds, "rate": unit / seconds}
     return report
 
@@ -84,13 +86,14 @@ def main() -> None:
     bare, refined = (IBKEEditor.for_model(lm, args.editor, refine=refine) for refine in (False, True))
     for editor in (bare, refined):  # warm up: lazy initialisation, base answers of the probes
         editor.edit(requests[:1])
-    units, times = [], {"capture_to_edit": [], "bare": [], "refined": []}
-    steps = []
+    units: list[float] = []
+    times: dict[str, list[float]] = {"capture_to_edit": [], "bare": [], "refined": []}
+    steps: list[int] = []
     for request in requests:
         pair = encode_pair(request.prompt, request.target_new, "bare", lm.tokenizer)
         batch = collate([pair], lm.tokenizer.pad_token_id)
         units.append(min(pass_seconds(lm.model, batch) for _ in range(3)))
-        times["capture_to_edit"].append(taken(lambda request=request: encoded(bare, request)))
+        times["capture_to_edit"].append(taken(partial(encoded, bare, request)))
         for name, editor in (("bare", bare), ("refined", refined)):
             began = time.perf_counter()
             edit = editor.edit([request])

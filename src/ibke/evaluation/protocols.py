@@ -288,7 +288,7 @@ def _sequential(
     with InSequence(exam.lm) as edits:
         for group in groups:
             if edit := costs.make(editor, shown[group.start : group.stop]):
-                editor = _stay(edits, costs, editor, edit)
+                editor = stay(edits, costs, editor, edit)
             yield
         whole = edits.whole
     costs.note_memory()
@@ -296,7 +296,7 @@ def _sequential(
     exam.look(*([[whole]] if whole else []))
 
 
-def _stay(edits: InSequence, costs: Costs, editor: Editor, edit: Edit) -> Editor:
+def stay(edits: InSequence, costs: Costs, editor: Editor, edit: Edit) -> Editor:
     """Put an edit in force to stay; the editor for what follows.
 
     Where that cannot be computed, sequence and editor are as they were, and the edit counts as not made.

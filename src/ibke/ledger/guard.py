@@ -58,7 +58,8 @@ class Limits:
         keep: least share of the locality prompts given with it whose answer must stay (ratio 0–1).
         probes: most probes asked.
         changed: most of them whose answer one edit may change (ratio 0–1).
-        drift: most of them whose answer may be another than the unedited model's, by all edits together (ratio 0–1).
+        drift: most of them whose answer may be another than the unedited model's, by all edits together (ratio 0–1);
+            one that adds none is not refused for what others did.
         kl_nats: how much KL(base‖edited) may grow at their answers, mean per token (nats).
         perplexity: how much the perplexity of running text may grow (ratio; .01 is one percent).
         edits: most earlier edits asked again, those nearest to the new one.
@@ -232,12 +233,14 @@ class Guard:
         if first not in self._unedited:
             self._unedited[first] = self._measure(None, first) if before else was
         self._after = {first: (after, now)}
-        lost_P, drifted_P = (one.kept_P & ~now.kept_P for one in (was, self._unedited[first]))
+        unedited = self._unedited[first]
+        lost_P = was.kept_P & ~now.kept_P
+        drifted, drifted_before = (int((unedited.kept_P & ~one.kept_P).sum()) for one in (now, was))
         count = max(1, len(self.probes))
         scores = {
             "probes": len(self.probes),
             "changed": float(lost_P.sum()) / count,
-            "drift": float(drifted_P.sum()) / count,
+            "drift": drifted / count,
             "kl_nats": now.kl_nats - was.kl_nats,
             "perplexity": math.exp(min(now.nll - was.nll, 100.0)) - 1.0,
             "edits": len(earlier),
@@ -245,6 +248,8 @@ class Guard:
         }
         limits, broken = asdict(self.limits), []
         for name, title in TITLES.items():
+            if name == "drift" and drifted <= drifted_before:  # others' doing: this edit adds nothing to it
+                continue
             if not scores[name] <= limits[name]:  # not-a-number breaks every limit
                 broken.append(f"{title} {scores[name]:.4f}, at most {limits[name]:g}")
         changed = tuple(self.probes[number][0] for number in lost_P.nonzero().flatten().tolist())
