@@ -161,14 +161,14 @@ class PartialModel:
             past: what comes before them, for all layers.
 
         Returns:
-            hidden states entering layer ``first`` (R × T × D), logits at the answer positions (N × V, float32), and
-            keys and values of all tokens, past ones first, for each layer from ``first`` on.
+            hidden states entering layer ``first`` (R × T × D), final ones at the answer positions (N × D), and keys and
+            values of all tokens, past ones first, for each layer from ``first`` on.
         """
         with taking_input(self.layers[self.first]) as taken:
             out = self.decoder(input_ids=batch.ids_RT, **self.after(past, batch))
         kept = [(keys, values) for keys, values, *_ in out.past_key_values][self.first :]
         real_RT = torch.cat([past.real_RT, batch.attention_RT], dim=1)
-        return taken[0], self._logits(out.last_hidden_state[batch.predicts_RT]), Past(real_RT, kept)
+        return taken[0], out.last_hidden_state[batch.predicts_RT], Past(real_RT, kept)
 
     def after(self, past: Past, batch: Batch) -> dict[str, Any]:
         """How to tell the decoder of what comes before a batch."""
@@ -210,9 +210,10 @@ class PartialModel:
 
     def suffix(self, hidden_RTD: Tensor, batch: Batch, past: Past | None = None) -> Tensor:
         """Logits at the answer positions (N × V, float32) from hidden states entering layer ``first``."""
-        return self._logits(self.states(hidden_RTD, batch, past)[batch.predicts_RT])
+        return self.logits(self.states(hidden_RTD, batch, past)[batch.predicts_RT])
 
-    def _logits(self, states_ND: Tensor) -> Tensor:
+    def logits(self, states_ND: Tensor) -> Tensor:
+        """Logits (N × V, float32) of final hidden states."""
         # Backward, the head sums over the whole vocabulary. On a CPU the kernels for a number of rows that is no
         # multiple of four add up one by one, which leaves errors of 3e-4 in a gradient that has 3e-6 otherwise.
         count = len(states_ND)

@@ -220,8 +220,9 @@ def build_groups(
             before = prefixes.past([known[row] for row in chosen])
             tails = [_without(pairs[row], len(known[row])) for row in chosen]
             batch = collate(tails, pad_id, device)
-            hidden, logits, past = part.whole(batch, before)
-            leading = leading_tokens(logits[outside_R[batch.row_N]]) if bool(outside_R.any()) else none
+            hidden, states_ND, past = part.whole(batch, before)
+            outside_N = outside_R[batch.row_N]
+            leading = leading_tokens(part.logits(states_ND[outside_N])) if bool(outside_R.any()) else none
             hidden, batch, past = _cut(tails, hidden, past, pad_id)
             groups.append(RowGroup(hidden, batch, kind, owner, *leading, past))
             continue

@@ -153,8 +153,10 @@ class IBKEEditor(Editor):
         edits = self.edit_each(requests)
         if len(edits) == 1:
             return edits[0]
+        if not self.settings.steps:  # the bare network: nobody asks whether the targets come
+            return self._joined(edits)
         nll_B, achieved_B = self._together(edits)
-        for _ in range(AGAIN if self.settings.steps else 0):
+        for _ in range(AGAIN):
             missed = (~achieved_B).nonzero().flatten().tolist()
             if not missed:
                 break
@@ -165,9 +167,8 @@ class IBKEEditor(Editor):
                     edits[row] = edit
             nll_B, achieved_B = self._together(edits)
         whole = self._joined(edits)
-        asked = bool(self.settings.steps)
-        whole.info.nll_after = float(nll_B.mean()) if asked else None
-        whole.info.achieved = bool(achieved_B.all()) if asked else None
+        whole.info.nll_after = float(nll_B.mean())
+        whole.info.achieved = bool(achieved_B.all())
         return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
