@@ -31,6 +31,7 @@ from ibke.files import digest, to_json, write_atomically
 VALIDATION = 6  # one in so many of the relations that there are facts of
 KEPT_OUT = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of validation's other questions that thresholds keep out
 SIZE, HIDDEN, DROPOUT, DECAY, RATE = 128, 16, 0.5, 0.05, 1e-3
+DEEP, DEEP_DROPOUT = 512, 0.3  # of towers that are not linear: hidden width, and dropout within
 BATCH, BATCH_COUNTERFACT, PROMPTS = 128, 32, 2  # edits of a step, CounterFact's among them, prompts of each role of one
 FEWEST = 20  # values that a share is made of
 APART = "forgetfulness"  # a family of probes that ask the same but for one answer, so it is counted apart
@@ -64,13 +65,31 @@ class Prompts(NamedTuple):
         return [case for case in found.values() if wanted is None or case.relation in wanted]
 
 
+class Tower(nn.Module):
+    """A map of whitened states to keys or queries: linear, and where it is deep with a correction that begins at 0."""
+
+    def __init__(self, width: int, deep: bool):
+        super().__init__()
+        self.linear = nn.Linear(width, SIZE, bias=False)
+        nn.init.orthogonal_(self.linear.weight)
+        last = nn.Linear(DEEP, SIZE)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.more = nn.Sequential(nn.Linear(width, DEEP), nn.GELU(), nn.Dropout(DEEP_DROPOUT), last) if deep else None
+
+    def forward(self, white_RD: Tensor) -> Tensor:
+        """Keys or queries (R × K)."""
+        out_RK = self.linear(white_RD)
+        return out_RK if self.more is None else out_RK + self.more(0.5 * white_RD)
+
+
 class Gate(nn.Module):
     """Tells whether a prompt asks what an edit's prompt asks, by the angle between a key and a query.
 
     Args:
         states_RD: states whose mean and covariance are taken out of what is read.
         kind: ``cos`` normalises queries; ``lin`` does not, so that the gate is linear in the (whitened) state and could
-            be a row of a weight matrix.
+            be a row of a weight matrix; ``deep`` is as ``cos``, of keys and queries that are not linear.
     """
 
     mean_D: Tensor
@@ -83,9 +102,8 @@ class Gate(nn.Module):
         spread_D, basis_DD = torch.linalg.eigh(torch.cov(states_RD.T, correction=0))
         self.register_buffer("whiten_DD", basis_DD / (spread_D + 1e-3 * spread_D.mean()).sqrt())
         width = states_RD.shape[1]
-        self.asks, self.answers = nn.Linear(width, SIZE, bias=False), nn.Linear(width, SIZE, bias=False)
-        nn.init.orthogonal_(self.asks.weight)
-        self.answers.weight.data.copy_(self.asks.weight.data)
+        self.asks, self.answers = Tower(width, kind == "deep"), Tower(width, kind == "deep")
+        self.answers.linear.weight.data.copy_(self.asks.linear.weight.data)
         last, self.level = nn.Linear(HIDDEN, SIZE + 1), nn.Linear(width, 1)
         for layer in (last, self.level):
             nn.init.zeros_(layer.weight)
@@ -103,7 +121,7 @@ class Gate(nn.Module):
         mean_BK = functional.normalize(self.answers(edits_B3D), dim=-1).mean(1)
         key_BK = functional.normalize(mean_BK + bent[:, :-1], dim=-1)
         query_RK, threshold = self.asks(asked_RD), self.threshold
-        if self.kind == "cos":
+        if self.kind != "lin":
             query_RK = functional.normalize(query_RK, dim=-1)
         else:
             query_RK = query_RK / SIZE**0.5
@@ -256,7 +274,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=int, default=200, help="edits of each evaluation set")
     parser.add_argument("--shares", default="0,0.5,1", help="of our own relations")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--gates", default="cos,lin")
+    parser.add_argument("--gates", default="cos,lin", help="of cos, lin and deep")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("build/questions"))
