@@ -62,7 +62,7 @@ def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> 
     for changed, wanted in (
         (
             {"scores": loud["scores"] | scores},
-            "Not of the same edits: loud of 4, calm of 4; differences are over the 3",
+            "Not of the same edits: loud of 4, calm of 4; differences are over those that both have, 3",
         ),
         (
             {"config": loud["config"] | {"data_sha256": "f" * 64}},

@@ -45,11 +45,14 @@ def _other_edits(ran: Mapping[str, Sequence[Document]], first: str) -> list[str]
     edits = {
         label: {edit for report in reports for edit in report["scores"]["edits"]} for label, reports in ran.items()
     }
+    alike: dict[tuple[int, int], list[str]] = {}
+    for label, own in edits.items():
+        if own != edits[first]:
+            alike.setdefault((len(own), len(own & edits[first])), []).append(label)
     return [
-        f"Not of the same edits: {label} of {len(own)}, {first} of {len(edits[first])}; differences are over the "
-        f"{len(own & edits[first])} that both have."
-        for label, own in edits.items()
-        if own != edits[first]
+        f"Not of the same edits: {', '.join(labels)} of {own}, {first} of {len(edits[first])}; differences are over "
+        f"those that both have, {both}."
+        for (own, both), labels in alike.items()
     ]
 
 
