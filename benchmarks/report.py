@@ -175,7 +175,7 @@ def rivals(protocol: str) -> str:
 
 
 def anchors() -> str:
-    """Rivals beside what their authors' or EasyEdit's code reaches on this model."""
+    """Rivals beside what EasyEdit's code reaches on this model."""
     path = RESULTS / "rivals/summary.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     names = ("reliability", "generality", "locality")

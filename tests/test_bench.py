@@ -311,6 +311,12 @@ def test_records_left_out_are_named(lm: LanguageModel, tmp_path: Path) -> None:
     assert said in markdown(summary) and said in page(summary)
 
 
+def test_a_report_names_records_left_out_from_the_data_folder_on(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("IBKE_DATA", str(tmp_path))
+    skipped = [Skipped(f"{place}, record 1", "alt", "`alt` is empty.") for place in (tmp_path / "a/b.json", "c/d.json")]
+    assert [one["where"] for one in account(skipped)["skipped_records"]] == ["a/b.json, record 1", "c/d.json, record 1"]
+
+
 def test_what_was_measured_besides_is_shown(lm: LanguageModel, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 60)

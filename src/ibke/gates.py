@@ -211,7 +211,7 @@ class Told:
         """Addresses that answer to other edits' keys no more (E × D, float64)."""
         keys_TD, pulled_TD = self.answer_TD.double(), self.pulled_UD[: len(self.answer_TD)].double()
         loud: dict[int, Tensor] = {}
-        # Which are loud single precision tells; it is all edits against all keys, and half of the time of a join.
+        # Which are loud single precision tells; this is all edits against all keys.
         for first, response_ET in self._foreign(kept_ED.float(), self.answer_TD.float(), constant_D.float()):
             loud_ET = response_ET > QUIET * self.gate.threshold
             some = loud_ET.any(-1).nonzero().flatten().tolist()  # few: others' keys seldom answer

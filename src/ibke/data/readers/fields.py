@@ -6,11 +6,13 @@ stands in :class:`Skipped`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ibke.errors import RequestError
+from ibke.files import data_folder
 from ibke.request import Probe
 
 Record = dict[str, Any]
@@ -54,7 +56,11 @@ def account(skipped: Sequence[Skipped]) -> dict[str, Any]:
     return {
         "skipped": len(skipped),
         "skipped_reasons": count_reasons(skipped),
-        "skipped_records": [item._asdict() for item in skipped[:NAMED]],
+        # From the data folder on: a report goes to other machines, where that is elsewhere.
+        "skipped_records": [
+            item._replace(where=item.where.removeprefix(f"{data_folder()}{os.sep}"))._asdict()
+            for item in skipped[:NAMED]
+        ],
     }
 
 
