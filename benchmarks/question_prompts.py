@@ -1,7 +1,7 @@
 """Prompts of edits, of the same question in other words and of other questions, and the states they leave behind.
 
-What benchmarks/questions.py learns from and is measured on. Training sees no relation, subject or prompt that an edit
-of the evaluation sets is about; our own relations that are only asked about (`asked.json`) ask about names alone.
+What benchmarks/question_gate.py learns from and is measured on. Training sees no relation, subject or prompt that an
+edit of the evaluation sets is about; our own relations that are only asked about (`asked.json`) ask about names alone.
 """
 
 import random
@@ -18,15 +18,16 @@ from ibke.data.readers import Skipped, read
 from ibke.data.relations import KINDS, Relation, fits, load_asked, load_subjects, load_wordings
 from ibke.data.split import SAME_AS, held_out
 from ibke.data.triples import Triple
+from ibke.editors.gated.question import prompt_states
 from ibke.files import digest, find_file, write_atomically
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.models import load_model
 from ibke.partial import PartialModel
-from ibke.prefixes import Row, frame_prefixes
+from ibke.prefixes import frame_prefixes
 from ibke.request import EditRequest
 from ibke.training.episodes import FRAME_WEIGHTS
 
-MODEL, LAYER = "smollm2-135m", 24
+MODEL = "smollm2-135m"
 SEED = 5
 HELD_OUT_SHARE = 0.2
 TABLES = {"facts": 1, "pararel": 2, "lre": 1, "entityquestions": 3}  # shares, as in training
@@ -208,14 +209,15 @@ def of_evaluation(drawn: Drawn, each: int) -> None:
             ]
 
 
-def states(asked: Sequence[Asked], folder: Path) -> torch.Tensor:
-    """What the MLP of a layer is fed at each prompt's last token (R × D); kept in shards, and gone on with.
+def states(asked: Sequence[Asked], layers: tuple[int, ...], folder: Path) -> torch.Tensor:
+    """What the MLPs of some layers are fed at each prompt's last token (R × L × D); in shards, and gone on with.
 
     Args:
         asked: prompts.
+        layers: in order.
         folder: where shards are kept, by what they hold.
     """
-    folder = folder / digest([MODEL, LAYER, SHARD, asked])
+    folder = folder / digest([MODEL, layers, SHARD, asked])
     folder.mkdir(parents=True, exist_ok=True)
     shards = [
         (folder / f"{start:06}.safetensors", asked[start : start + SHARD]) for start in range(0, len(asked), SHARD)
@@ -223,25 +225,30 @@ def states(asked: Sequence[Asked], folder: Path) -> torch.Tensor:
     missing = [(path, some) for path, some in shards if not path.exists()]
     if missing:
         lm = load_model(MODEL, dtype="float32")
-        part = PartialModel(lm.model, lm.architecture.layers, LAYER)
+        part = PartialModel(lm.model, lm.architecture.layers, layers[-1])
         prefixes = frame_prefixes(part, lm.tokenizer)
-        entrance = lm.model.get_submodule(f"{lm.architecture.layers}.{LAYER}.mlp.gate_proj")
     for path, some in missing:
         pairs = [encode_pair(one.text, "-", one.frame, lm.tokenizer, None, one.context) for one in some]
-        rows = [Row(tuple(pair.prompt[: pair.span[0]]), tuple(pair.prompt[pair.span[0] :])) for pair in pairs]
-        last_RD = torch.stack([one.fed_TI[-1] for one in prefixes.read(entrance, rows)])
-        write_atomically(path, save({"states": last_RD.half().cpu()}))
+        states_RLD = prompt_states(lm, layers, pairs, prefixes)
+        write_atomically(path, save({"states": states_RLD.half().cpu()}))
         print(f"{path}: {len(some)} prompts", flush=True)
     return torch.cat([load_file(path)["states"] for path, _ in shards]).float()
 
 
 def collected(
-    facts: int, counterfact: int, names: int, evaluation: int, folder: Path
+    counts: tuple[int, int, int, int], layers: tuple[int, ...], folder: Path
 ) -> list[tuple[list[Asked], torch.Tensor]]:
-    """Prompts and states of relations with facts, of our own and of the evaluation sets; by how many edits of each."""
+    """Prompts and states of relations with facts, of our own and of the evaluation sets.
+
+    Args:
+        counts: edits of tables of facts, of CounterFact, of each of our own relations and of each evaluation set.
+        layers: that are read.
+        folder: where states are kept.
+    """
+    facts, counterfact, names, evaluation = counts
     split = Split(HELD_OUT_SHARE, EXCLUDED.split(","))
     parts = [Drawn(SEED, split) for _ in range(3)]
     of_facts(parts[0], facts, counterfact)
     of_names(parts[1], names)
     of_evaluation(parts[2], evaluation)
-    return [(part.asked, states(part.asked, folder)) for part in parts]
+    return [(part.asked, states(part.asked, layers, folder)) for part in parts]

@@ -42,7 +42,8 @@ DATASETS: dict[str, tuple[str, str, str | None]] = {
     "knowedit": ("knowedit/recent_train.json", "knowedit", None),
 }
 PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items())
-METHODS = "ibke,ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
+RIVALS = "ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
+METHODS = f"ibke,ibke-gated,{RIVALS}"
 ALONE = ("ike", "ike-retrieval")  # all facts stand in front of every question: single edits only
 ABILITIES = ("boolq.jsonl", "natural_language_inference.tsv", "truthfulqa_fold0_test.csv")
 LOOKS, QUESTIONS = 2, 20  # edited models of a cell that are asked other things, and how many of each kind

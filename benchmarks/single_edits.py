@@ -1,4 +1,6 @@
-"""Single edits on the pristine model: every cell of the results table, refined and as the bare network.
+"""Single edits on the pristine model: every cell of the results table.
+
+Refined, with a gate at the prompt's end, and as the bare network:
 
     IBKE_DATA=... python benchmarks/single_edits.py [--cells counterfact,zsre] [--limit N] [--editor FOLDER]
 
@@ -23,12 +25,14 @@ CELLS = {
     "knowedit-recent": (DATA / "knowedit/recent_train.json", "knowedit", 570, "bare"),
 }
 
+VARIANTS = {"refined": [], "gated": ["--method", "ibke-gated"], "network": ["--no-refine"]}
+
 
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default=",".join(CELLS))
-    parser.add_argument("--variants", default="refined,network")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--limit", type=int, default=0, help="at most so many edits a cell; 0 takes the cell's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--editor", default="", help="folder of a trained editor; the shipped one otherwise")
@@ -48,7 +52,7 @@ def main() -> None:
             command = ["ibke", "eval", "--data", str(data), "--format", form, "--frames", frames]
             command += ["--limit", str(limit), "--seed", str(args.seed), "--json", str(target)]
             command += ["--editor", args.editor] if args.editor else []
-            command += ["--no-refine"] if variant == "network" else []
+            command += VARIANTS[variant]
             print(" ".join(command), flush=True)
             subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
 

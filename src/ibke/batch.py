@@ -81,6 +81,11 @@ class Batch:
         """Number of sequences."""
         return self.ids_RT.shape[0]
 
+    @property
+    def question_ends_R(self) -> Tensor:
+        """The column of each row's prompt's last token."""
+        return self.predicts_RT.long().argmax(1)
+
     def per_row(self, values_N: Tensor) -> Tensor:
         """Sum values given per answer position into one per row."""
         return torch.zeros(self.rows, dtype=values_N.dtype, device=values_N.device).index_add(0, self.row_N, values_N)

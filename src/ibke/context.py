@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError, RequestError
 from ibke.frames import opening
-from ibke.parts import PROMPT, Part
+from ibke.parts import PROMPT, Part, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -110,12 +110,7 @@ def insert(lm: LanguageModel, choose: Choose) -> list[RemovableHandle]:
         choose: given the rows and which of their tokens are real (R × T), the tokens for each.
     """
     inserting = _Inserting(lm, choose)
-    # Some models call the one, some the other within it; the outermost acts.
-    handles = []
-    for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
-        handles.append(decoder.register_forward_pre_hook(inserting.before, with_kwargs=True))
-        handles.append(decoder.register_forward_hook(inserting.after, with_kwargs=True, always_call=True))
-    return handles
+    return watch_passes(lm, inserting.before, inserting.after)
 
 
 class _Inserting:

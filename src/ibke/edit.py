@@ -6,7 +6,7 @@ Shape suffixes: R rank, I d_in, O d_out. An update is ΔW_OI = B_OR @ A_RI, in `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ibke.edit_folder import read_folder, write_folder
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
-from ibke.gates import Told
-from ibke.neurons import Neurons
+from ibke.neurons import Neurons, packed_told, unpacked_neurons
 from ibke.parts import Part, join_parts, part_class
 from ibke.request import EditRequest
 
@@ -95,6 +94,11 @@ class Edit:
     def rank(self) -> int:
         """The largest rank over the updates of linear modules."""
         return max((a_RI.shape[0] for a_RI, _ in self.factors.values()), default=0)
+
+    @property
+    def all_neurons(self) -> dict[str, Neurons]:
+        """Neurons by MLP, those of parts too."""
+        return {name: some for part in self.parts.values() for name, some in part.own_neurons.items()} | self.neurons
 
     def delta(self, module: str) -> Tensor:
         """The dense update of one linear module (O × I, float32).
@@ -244,9 +248,8 @@ class Edit:
     def pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything in it, as a JSON-ready record and tensors; those of the code begin with ``latent/``."""
         tensors = self.tensors() | {f"latent/{name}": tensor for name, tensor in self.info.latent.items()}
-        told = {name: some.told for name, some in self.neurons.items() if some.told}
-        for name, known in told.items():
-            tensors |= {f"told/{name}/{part}": tensor for part, tensor in known.tensors().items()}
+        told, gates = packed_told(self.neurons)
+        tensors |= told
         for name, (a_RI, b_OR) in self.factors.items():
             if _is_identity(b_OR):
                 del tensors[f"factors/{name}/B"]
@@ -255,7 +258,7 @@ class Edit:
         record = {
             "modules": list(self.factors),
             "mlps": list(self.neurons),
-            "gates": {name: list(astuple(known.gate)) for name, known in told.items()},
+            "gates": gates,
             "parts": self.records(),
             "info": _without_latent(self.info),
             "requests": [request.to_dict() for request in self.requests],
@@ -278,7 +281,7 @@ class Edit:
             latent = {key.removeprefix("latent/"): tensors[key] for key in tensors if key.startswith("latent/")}
             factors = {name: _factors_in(tensors, f"factors/{name}/") for name in record["modules"]}
             gates = record.get("gates", {})
-            neurons = {name: _neurons_in(tensors, name, gates.get(name)) for name in record["mlps"]}
+            neurons = {name: unpacked_neurons(tensors, name, gates.get(name)) for name in record["mlps"]}
             parts = {place: _part_in(tensors, place, one) for place, one in record.get("parts", {}).items()}
             known = {item.name for item in fields(EditInfo)} - {"latent"}
             info = EditInfo(**{key: value for key, value in record["info"].items() if key in known}, latent=latent)
@@ -310,16 +313,6 @@ def _factors_in(tensors: Mapping[str, Tensor], at: str) -> Factors:
         return a_RI, torch.eye(len(a_RI)) if b_OR is None else b_OR
     b_OR = tensors[f"{at}B"]
     return torch.eye(b_OR.shape[1]), b_OR
-
-
-def _neurons_in(tensors: Mapping[str, Tensor], name: str, gate: Sequence[float] | None) -> Neurons:
-    at = f"neurons/{name}/"
-    some = Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
-    if gate is None:
-        return some
-    at, (count, width) = f"told/{name}/", some.gate.shape
-    known = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
-    return replace(some, told=Told.checked(name, known, gate, width, count))
 
 
 def _part_in(tensors: Mapping[str, Tensor], place: str, one: Mapping[str, Any]) -> Part:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -95,6 +95,15 @@ class Neurons:
         gate, out = (torch.cat([getattr(part, name) for part in parts], dim=-2) for name in ("gate", "out"))
         whole = cls(gate, torch.cat(values, dim=-2) if values else None, out)
         return whole.found_from(Told.join(told)) if told else whole
+
+    @classmethod
+    def stack(cls, sets: Mapping[int, Neurons], rows: int) -> Neurons:
+        """Neurons of some rows side by side (rows × K × D), filled up with ones that write nothing."""
+        parts = {row: some.tensors() for row, some in sets.items()}
+        whole = {
+            key: filled({row: part[key] for row, part in parts.items()}, rows) for key in next(iter(parts.values()))
+        }
+        return cls(whole["gate"], whole.get("value"), whole["out"])
 
     def by_edit(self, told: Sequence[Told]) -> list[Neurons]:
         """Of B × K × D, one set an edit with what tells it from others, where that is known of each."""
@@ -223,11 +232,13 @@ class Site:
         ones_BKD = constant_D.expand_as(rows_BKD) if self.value else None
         return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 
-    def attach(self, neurons: Neurons) -> list[RemovableHandle]:
+    def attach(self, neurons: Neurons, opened: Callable[[], Tensor] | None = None) -> list[RemovableHandle]:
         """Let neurons work beside the MLP's own, computed in float32; differentiable.
 
         Args:
             neurons: K × D for every row of a batch, or R × K × D, row r of a batch having neurons of its own.
+            opened: asked in each pass how much of what each neuron says counts in each row (R × K, ratio 0–1); all
+                of it where nobody is asked.
 
         Returns:
             Handles that take them off again.
@@ -248,6 +259,10 @@ class Site:
             hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
             if value is not None:
                 hidden_RTK = hidden_RTK * (x_RTD @ value.transpose(-1, -2))
+            if opened is not None:
+                open_RK = opened()
+                rowed_RTK = hidden_RTK.view(len(open_RK), -1, hidden_RTK.shape[-1]) * open_RK[:, None]
+                hidden_RTK = rowed_RTK.view_as(hidden_RTK)
             if not whole:
                 return out + (hidden_RTK @ neurons.out).view_as(out).to(out.dtype)
             # Of a thousand edits hardly one is in force at a time.
@@ -269,6 +284,15 @@ class Site:
         append_inputs_(modules[self.out], neurons.out.T)
 
 
+def filled(parts: Mapping[int, Tensor], rows: int) -> Tensor:
+    """K × D matrices of some rows as one tensor (rows × largest K × D), zero where there is nothing."""
+    any_part = next(iter(parts.values()))
+    whole = torch.zeros(rows, max(len(part) for part in parts.values()), any_part.shape[1])
+    for row, part in parts.items():
+        whole[row, : len(part)] = part
+    return whole
+
+
 @contextmanager
 def row_neurons(sites: Mapping[str, Site], neurons: Mapping[str, Neurons]) -> Iterator[None]:
     """Give every row of the next batches neurons of its own.
@@ -283,6 +307,29 @@ def row_neurons(sites: Mapping[str, Site], neurons: Mapping[str, Neurons]) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def packed_told(neurons: Mapping[str, Neurons]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """What gates were found from, as tensors named ``told/MLP/…`` and by MLP the numbers of its gates."""
+    told = {name: some.told for name, some in neurons.items() if some.told}
+    tensors = {f"told/{name}/{part}": one for name, known in told.items() for part, one in known.tensors().items()}
+    return tensors, {name: list(astuple(known.gate)) for name, known in told.items()}
+
+
+def unpacked_neurons(tensors: Mapping[str, Tensor], name: str, gate: Sequence[float] | None) -> Neurons:
+    """The neurons of an MLP, of tensors named ``neurons/MLP/…`` and what :func:`packed_told` made of them.
+
+    Raises:
+        KeyError: one is missing.
+        FormatError: shapes or values are not what they should be.
+    """
+    at = f"neurons/{name}/"
+    some = Neurons(tensors[f"{at}gate"], tensors.get(f"{at}value"), tensors[f"{at}out"])
+    if gate is None:
+        return some
+    at, (count, width) = f"told/{name}/", some.gate.shape
+    known = {key.removeprefix(at): tensor for key, tensor in tensors.items() if key.startswith(at)}
+    return replace(some, told=Told.checked(name, known, gate, width, count))
 
 
 def _activation(home: nn.Module, model: Any) -> Callable[[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from ibke.batch import Batch
 from ibke.errors import CaptureError
+from ibke.parts import asking
 
 
 class _Reached(Exception):
@@ -103,7 +104,7 @@ class PartialModel:
         Raises:
             CaptureError: an attached edit puts tokens in front of the rows.
         """
-        with taking_input(self.layers[self.first], last=True) as taken:
+        with taking_input(self.layers[self.first], last=True) as taken, asking(batch.question_ends_R):
             self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
         _refuse_longer(taken[0], batch)
         return taken[0]
@@ -111,7 +112,7 @@ class PartialModel:
     @torch.no_grad()
     def inputs_of(self, module: nn.Module, batch: Batch) -> Tensor:
         """What a module of the model is fed (R × T × its d_in, float32), without gradient; nothing after it is run."""
-        with taking_input(module, last=True) as taken:
+        with taking_input(module, last=True) as taken, asking(batch.question_ends_R):
             self.decoder(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
         _refuse_longer(taken[0].reshape(batch.rows, -1, taken[0].shape[-1]), batch)
         # Some models flatten rows and tokens before a linear module.
@@ -164,7 +165,7 @@ class PartialModel:
             hidden states entering layer ``first`` (R × T × D), final ones at the answer positions (N × D), and keys and
             values of all tokens, past ones first, for each layer from ``first`` on.
         """
-        with taking_input(self.layers[self.first]) as taken:
+        with taking_input(self.layers[self.first]) as taken, asking(batch.question_ends_R):
             out = self.decoder(input_ids=batch.ids_RT, **self.after(past, batch))
         kept = [(keys, values) for keys, values, *_ in out.past_key_values][self.first :]
         real_RT = torch.cat([past.real_RT, batch.attention_RT], dim=1)
@@ -190,7 +191,7 @@ class PartialModel:
             # Layers that are skipped need no keys, only as many as the others.
             absent = past.real_RT.new_zeros(batch.rows, 1, past.real_RT.shape[1], 1, dtype=hidden_RTD.dtype)
             more = self.after(Past(past.real_RT, [(absent, absent)] * self.first + past.layers), batch)
-        with self._skipping(hidden_RTD), self._plain_attention():
+        with self._skipping(hidden_RTD), self._plain_attention(), asking(batch.question_ends_R):
             out = self.decoder(input_ids=batch.ids_RT, **more)
         return out.last_hidden_state
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PARTS: dict[str, str] = {
     "codebook": "ibke.editors.grace:Codebook",
     "context": "ibke.context:Context",
+    "gated-neurons": "ibke.editors.gated.memory:GatedNeurons",
     "scoped-facts": "ibke.editors.serac.editor:ScopedFacts",
     "side-memory": "ibke.editors.wise.memory:SideMemory",
 }
@@ -40,6 +42,13 @@ class Part(ABC):
     """
 
     kind: ClassVar[str]
+    told: ClassVar[bool] = False
+    """Whether it treats a pass over question and answer as it treats the answer's being generated (:func:`asking`)."""
+
+    @property
+    def own_neurons(self) -> Mapping[str, Any]:
+        """Neurons in it (:mod:`ibke.neurons`), by name of an MLP's output projection."""
+        return {}
 
     @property
     def nbytes(self) -> int:
@@ -153,3 +162,38 @@ def row_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watch_passes(lm: LanguageModel, before: Callable[..., Any], after: Callable[..., Any]) -> list[RemovableHandle]:
+    """See what the decoder is given and what it returns, also where a pass is broken off, until handles are removed.
+
+    Some models call one decoder, some another within it, so both are watched: the outermost is the one to act on.
+
+    Args:
+        lm: the model.
+        before: a forward pre-hook with keyword arguments.
+        after: a forward hook with keyword arguments.
+    """
+    handles = []
+    for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
+        handles.append(decoder.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(decoder.register_forward_hook(after, with_kwargs=True, always_call=True))
+    return handles
+
+
+_ENDS: ContextVar[Tensor | None] = ContextVar("_ENDS", default=None)
+
+
+@contextmanager
+def asking(ends_R: Tensor) -> Iterator[None]:
+    """Tell parts in which column each row's question ends, in passes over rows that hold answers too."""
+    token = _ENDS.set(ends_R)
+    try:
+        yield
+    finally:
+        _ENDS.reset(token)
+
+
+def told_ends() -> Tensor | None:
+    """Where questions end (R), if :func:`asking` says so; else rows are all question."""
+    return _ENDS.get()

@@ -94,6 +94,11 @@ class Prefixes:
             [(keys[chosen, :, begin:], values[chosen, :, begin:]) for keys, values in kept],
         )
 
+    def split(self, tokens: Sequence[int], at: int) -> Row:
+        """Some tokens as a row: cut where they are, if what stands before is known, or else not at all."""
+        prefix = tuple(tokens[:at])
+        return Row(prefix, tuple(tokens[at:])) if prefix in self.index else Row((), tuple(tokens))
+
     @torch.no_grad()
     def read(self, module: nn.Module, rows: Sequence[Row]) -> list[Reading]:
         """What a module is fed at the tokens of each row, and what enters its layer; nothing after it is run.
@@ -104,7 +109,7 @@ class Prefixes:
             module: a module of the first layer that an edit may change.
             rows: a beginning and the tokens after it.
         """
-        split = [row if row.prefix in self.index else Row((), row.prefix + row.tail) for row in rows]
+        split = [self.split(row.prefix + row.tail, len(row.prefix)) for row in rows]
         source = _longest_of_same_beginning(split)
         run = sorted(set(source))
         got: dict[int, Reading] = {}

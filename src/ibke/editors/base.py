@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # One line a method: its name and where its class is. Nothing is imported until it is asked for.
 METHODS: dict[str, str] = {
     "ibke": "ibke.editors.ibke.editor:IBKEEditor",
+    "ibke-gated": "ibke.editors.gated.editor:GatedIBKE",
     "rome": "ibke.editors.rome:ROMEEditor",
     "memit": "ibke.editors.memit:MEMITEditor",
     "alphaedit": "ibke.editors.alphaedit:AlphaEditEditor",

@@ -22,7 +22,7 @@ from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.models import LanguageModel
 from ibke.modules import resolve
-from ibke.neurons import Neurons, Site, row_neurons
+from ibke.neurons import Neurons, Site, filled, row_neurons
 from ibke.partial import row_updates
 from ibke.parts import row_parts
 from ibke.session import EditSession
@@ -146,8 +146,8 @@ def stack_factors(edits: Sequence[Edit | None]) -> dict[str, tuple[Tensor, Tenso
     """
     stacked = {}
     for name, pairs in _by_name([edit.factors if edit else {} for edit in edits]).items():
-        a_RKI = _stack({row: a_KI for row, (a_KI, _) in pairs.items()}, len(edits))
-        stacked[name] = (a_RKI, _stack({row: b_OK.T for row, (_, b_OK) in pairs.items()}, len(edits)))
+        a_RKI = filled({row: a_KI for row, (a_KI, _) in pairs.items()}, len(edits))
+        stacked[name] = (a_RKI, filled({row: b_OK.T for row, (_, b_OK) in pairs.items()}, len(edits)))
     return stacked
 
 
@@ -159,10 +159,7 @@ def stack_neurons(edits: Sequence[Edit | None]) -> dict[str, Neurons]:
     """
     stacked = {}
     for name, sets in _by_name([edit.neurons if edit else {} for edit in edits]).items():
-        parts = {row: some.tensors() for row, some in sets.items()}
-        keys = next(iter(parts.values()))
-        whole = {key: _stack({row: part[key] for row, part in parts.items()}, len(edits)) for key in keys}
-        stacked[name] = Neurons(whole["gate"], whole.get("value"), whole["out"])
+        stacked[name] = Neurons.stack(sets, len(edits))
     return stacked
 
 
@@ -173,15 +170,6 @@ def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, dict[int, T]]:
         for name, item in named.items():
             found.setdefault(name, {})[row] = item
     return found
-
-
-def _stack(parts: Mapping[int, Tensor], rows: int) -> Tensor:
-    """K × D matrices of some rows as one tensor (rows × largest K × D), zero where there is nothing."""
-    any_part = next(iter(parts.values()))
-    whole = torch.zeros(rows, max(len(part) for part in parts.values()), any_part.shape[1])
-    for row, part in parts.items():
-        whole[row, : len(part)] = part
-    return whole
 
 
 class Stops:

@@ -139,7 +139,8 @@ def _edited(
     What is foretold need not be asked. Not so where rounding makes another token likeliest in a pass of another shape,
     or where something acts that may take a pass over prompt and answer for another question.
     """
-    certain = lm.dtype == torch.float32 and not any(edit.parts for edit in _all(edits))
+    told = all(part.told for edit in _all(edits) for part in edit.parts.values())
+    certain = lm.dtype == torch.float32 and told
     known = {row: answer for row, answer in enumerate(foretold) if certain and answer}
     open_rows = [row for row in range(len(asked)) if row not in known]
     if tick:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ibke.batch import Batch, Pair, collate
 from ibke.evaluation.generate import BATCH_SIZE, InForce, in_force, plan
 from ibke.models import LanguageModel
+from ibke.parts import asking
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
 POSITIONS = 256
@@ -106,7 +107,8 @@ def divergence(
 
 def _answer_states(lm: LanguageModel, batch: Batch) -> Tensor:
     """Last hidden states at the answer's positions (N × D)."""
-    out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+    with asking(batch.question_ends_R):
+        out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
     return out.last_hidden_state[batch.predicts_RT]
 
 

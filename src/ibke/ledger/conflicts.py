@@ -72,9 +72,9 @@ def alike(kept: Mapping[int, Edit], new: Edit) -> dict[int, float]:
     In the metric of generic keys: with p = B⁻¹ k beside each key, ⟨k, k'⟩ = kᵀ p'. Edits without such keys are left
     out.
     """
-    for name, some in new.neurons.items():
+    for name, some in new.all_neurons.items():
         mine = some.told
-        theirs = {number: old.neurons[name].told for number, old in kept.items() if name in old.neurons}
+        theirs = {number: old.all_neurons[name].told for number, old in kept.items() if name in old.all_neurons}
         told = {number: one for number, one in theirs.items() if one is not None}
         if mine is None or not told:
             continue

@@ -107,6 +107,11 @@ class IBKEEditor(Editor):
         return mark(repr((self.name, self.settings, self.addresser.identity)), self.network.state_dict())
 
     @classmethod
+    def adapted(cls, config: IBKEConfig) -> IBKEConfig:
+        """The settings of a trained network as this method uses them; a variant may change what was not learned."""
+        return config
+
+    @classmethod
     def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> IBKEEditor:
         """The editor for a model.
 
@@ -121,6 +126,7 @@ class IBKEEditor(Editor):
         """
         folder = Path(path) if path else shipped_folder(lm)
         network, manifest = load_editor(folder, lm)
+        network.config = cls.adapted(network.config)
         frame = settings.pop("frame", "bare")
         refine = RefineSettings(**manifest.get("refine", {}))
         if not settings.pop("refine", True):
@@ -150,11 +156,11 @@ class IBKEEditor(Editor):
 
     def _edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit of all requests, on the model as it is."""
-        edits = self.edit_each(requests)
+        edits = self._each(requests)
         if len(edits) == 1:
-            return edits[0]
+            return self._finished(edits)[0]
         if not self.settings.steps:  # the bare network: nobody asks whether the targets come
-            return self._joined(edits)
+            return self._joined(self._finished(edits))
         nll_B, achieved_B = self._together(edits)
         for _ in range(AGAIN):
             missed = (~achieved_B).nonzero().flatten().tolist()
@@ -163,21 +169,28 @@ class IBKEEditor(Editor):
             with EditSession(self.lm) as session:
                 if rest := [edit for row, edit in enumerate(edits) if row not in missed]:
                     session.attach(self._joined(rest))
-                for row, edit in zip(missed, self.edit_each([requests[row] for row in missed]), strict=True):
+                for row, edit in zip(missed, self._each([requests[row] for row in missed]), strict=True):
                     edits[row] = edit
             nll_B, achieved_B = self._together(edits)
-        whole = self._joined(edits)
+        whole = self._joined(self._finished(edits))
         whole.info.nll_after = float(nll_B.mean())
         whole.info.achieved = bool(achieved_B.all())
         return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         """Independent Edits, one a request, made in batches; each alone, on the model as it is."""
+        return self._finished(self._each(requests, progress))
+
+    def _each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         edits: list[Edit] = []
         for begin in range(0, len(requests), GROUP):
             edits += self._make(requests[begin : begin + GROUP])
             if progress:
                 progress(len(edits), len(requests))
+        return edits
+
+    def _finished(self, edits: list[Edit]) -> list[Edit]:
+        """Independent Edits as they are handed over; a variant may change what puts their neurons in force."""
         return edits
 
     def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
@@ -295,7 +308,7 @@ class IBKEEditor(Editor):
         if z_BZ.shape != code.mean.shape or relayed_BD.shape[-1] not in (0, self.network.d_out):
             raise FormatError("its code is not of this editor's size.", where, "Use the editor that made it.")
         sets, _, _ = self._written(code, own, z_BZ, relay)
-        return Edit({}, edit.requests, edit.info, {name: some[0] for name, some in sets.items()})
+        return self._finished([Edit({}, edit.requests, edit.info, {name: some[0] for name, some in sets.items()})])[0]
 
     @torch.no_grad()
     def _together(self, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
@@ -321,9 +334,7 @@ class IBKEEditor(Editor):
             nll_before=fmean(info.nll_before or 0.0 for info in infos),
             latent={"z": torch.cat([info.latent["z"] for info in infos])},
         )
-        requests = tuple(request for edit in edits for request in edit.requests)
-        names = dict.fromkeys(name for edit in edits for name in edit.neurons)
-        return Edit({}, requests, info, {name: Neurons.join([edit.neurons[name] for edit in edits]) for name in names})
+        return replace(Edit.join(edits), info=info)
 
     def _told(self, code: Code, own: Sequence[Tensor]) -> list[Told]:
         """What tells each edit's first gate from others'; nothing, where addresses move with the code."""

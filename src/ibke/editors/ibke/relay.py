@@ -141,7 +141,7 @@ class Listening:
             # Some models flatten rows and tokens before a linear module.
             fed_RTD = fed[0].float().reshape(*group.batch.ids_RT.shape, -1)
             inside_R = group.kind_R != OUTSIDE
-            last_R = group.batch.predicts_RT.long().argmax(1)
+            last_R = group.batch.question_ends_R
             keys.append(fed_RTD[torch.arange(len(last_R), device=last_R.device), last_R][inside_R])
             owners.append(group.owner_R[inside_R])
             past = group.past and Past(group.past.real_RT, group.past.layers[self.part.first - part.first :])

@@ -45,6 +45,7 @@ from ibke.errors import CaptureError, IBKEError
 from ibke.models import LanguageModel
 from ibke.modules import chosen_module, first_layer, in_out, resolve
 from ibke.partial import PartialModel
+from ibke.parts import watch_passes
 from ibke.request import EditRequest
 
 
@@ -273,7 +274,7 @@ class WISE(Editor):
         def answer(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
             return routing.answer(module, args, module.forward(*args))
 
-        handles = [*routing.watch(self.lm), self.module.register_forward_hook(answer)]
+        handles = [*watch_passes(self.lm, routing.before, routing.after), self.module.register_forward_hook(answer)]
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError
 from ibke.modules import in_out, resolve
-from ibke.parts import Part
+from ibke.parts import Part, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -127,7 +127,10 @@ class SideMemory(Part):
     def attach(cls, lm: LanguageModel, place: str, rows: Sequence[SideMemory | None]) -> list[RemovableHandle]:
         """Let each row's memories answer for a module."""
         routing = Routing(lm, rows)
-        return [*routing.watch(lm), resolve(lm.model, [place])[place].register_forward_hook(routing.answer)]
+        return [
+            *watch_passes(lm, routing.before, routing.after),
+            resolve(lm.model, [place])[place].register_forward_hook(routing.answer),
+        ]
 
 
 def _are_shards(names: Any) -> bool:
@@ -163,15 +166,6 @@ class Routing:
         self.acting: nn.Module | None = None
         self.words_RT: Tensor | None = None
         self.chosen_R: Tensor | None = None
-
-    def watch(self, lm: LanguageModel) -> list[RemovableHandle]:
-        """See what the decoder is given, and what it keeps."""
-        handles = []
-        # Some models call the one, some the other within it; the outermost is the one to see.
-        for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
-            handles.append(decoder.register_forward_pre_hook(self.before, with_kwargs=True))
-            handles.append(decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True))
-        return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note which tokens of a pass are words, or what was decided in the passes before it."""

@@ -1,0 +1,94 @@
+"""IBKE with a second gate: an edit speaks only where its own question is asked.
+
+IBKE's gates look at the subject, where nothing yet says what is asked of it, so other questions about an edited subject
+may change too. Here an edit keeps beside its neurons what its own question looks like at the prompt's end
+(:mod:`ibke.editors.gated.question`), and its neurons are silent in rows that ask something else
+(:mod:`ibke.editors.gated.memory`). That acts while the model runs, so such an edit cannot be merged into weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ibke.edit import Edit
+from ibke.editors.gated.memory import GatedNeurons
+from ibke.editors.gated.question import QuestionGate, load_gate, prompt_states
+from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.editor import IBKEEditor
+from ibke.editors.ibke.shipped import shipped_folder
+from ibke.fingerprint import mark
+from ibke.frames import FRAMES, Frame
+from ibke.models import LanguageModel
+from ibke.request import EditRequest
+
+THRESHOLD = 0.52  # of gates at the subject
+SLACK = 0.02  # cosine by which an edit's own prompt is above its level, so that no rounding shuts it
+
+
+class GatedIBKE(IBKEEditor):
+    """IBKE's edits, each with a gate at the prompt's end."""
+
+    name: ClassVar[str] = "ibke-gated"
+    trained_by = ""
+    gate: QuestionGate
+
+    @classmethod
+    def for_model(cls, lm: LanguageModel, path: str | Path | None = None, **settings: Any) -> GatedIBKE:
+        """The editor for a model; arguments as for IBKE's.
+
+        Raises:
+            FormatError: none ships for this model, or the folder holds none, or none with a gate.
+            FingerprintMismatchError: it was trained for other weights.
+        """
+        editor = super().for_model(lm, path, **settings)
+        assert isinstance(editor, GatedIBKE)
+        editor.gate = load_gate(Path(path) if path else shipped_folder(lm), lm)
+        return editor
+
+    @classmethod
+    def adapted(cls, config: IBKEConfig) -> IBKEConfig:
+        """Gates at the subject may open more easily, where another one stands behind them."""
+        return replace(config, threshold=THRESHOLD)
+
+    @property
+    def mark(self) -> str:
+        """See :attr:`Editor.mark`; the maps count too."""
+        return mark(repr((super().mark, self.gate.name)), {})
+
+    def _finished(self, edits: list[Edit]) -> list[Edit]:
+        """The edits with their neurons behind a gate at the prompt's end."""
+        place, found = self.gate.place(self.lm), []
+        for edit, (key_K, level) in zip(edits, self._questions([edit.requests[0] for edit in edits]), strict=True):
+            part = GatedNeurons(
+                self.gate.name,
+                key_K[None],
+                level[None],
+                edit.neurons,
+                {name: torch.zeros(some.count, dtype=torch.long) for name, some in edit.neurons.items()},
+            )
+            found.append(replace(edit, neurons={}, parts={place: part}))
+        return found
+
+    def _questions(self, requests: Sequence[EditRequest]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What each request's question looks like (K), and the cosine above which it counts as asked.
+
+        An edit is asked about by its own prompt in every frame and by the wordings given with it, whatever the level
+        of all others.
+        """
+        asked: list[tuple[str, Frame]] = [(request.prompt, frame) for request in requests for frame in FRAMES]
+        worded = [(row, text) for row, request in enumerate(requests) for text in request.rephrase_prompts]
+        asked += [(text, "bare") for _, text in worded]
+        pairs = [self.pair(text, "-", frame) for text, frame in asked]
+        states_RLD = prompt_states(self.lm, self.gate.config.layers, pairs, self.prefixes)
+        own = len(FRAMES) * len(requests)
+        keys_BK, level_B = self.gate.keys(states_RLD[:own].unflatten(0, (-1, len(FRAMES))))
+        query_RK = self.gate.queries(states_RLD)
+        owner_R = torch.tensor([row for row in range(len(requests)) for _ in FRAMES] + [row for row, _ in worded])
+        cosine_R = (query_RK * keys_BK[owner_R.to(keys_BK.device)]).sum(-1)
+        level_B = level_B.scatter_reduce(0, owner_R.to(level_B.device), cosine_R - SLACK, "amin")
+        return list(zip(keys_BK.cpu(), level_B.cpu(), strict=True))

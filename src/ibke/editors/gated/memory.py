@@ -1,0 +1,255 @@
+"""Neurons that are silent in rows whose question is not their edit's.
+
+Before a row's first pass its question is read by the model without these neurons; which of them may speak is decided
+then, and what is generated afterwards follows. Where rows hold answers too, callers say where questions end
+(:func:`ibke.parts.asking`); else a row's last token ends its question.
+
+Shape suffixes: R rows, T tokens, E edits, N neurons, K key, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ibke.editors.gated.question import entrance, question_gate, states_at
+from ibke.errors import FormatError
+from ibke.modules import in_out
+from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
+from ibke.parts import Part, told_ends, watch_passes
+
+if TYPE_CHECKING:
+    from ibke.models import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class GatedNeurons(Part):
+    """Neurons of some edits, and the question of each edit.
+
+    Args:
+        gate: name of the maps that keys and queries are made by (see :mod:`ibke.editors.gated.question`).
+        keys_EK: an edit's question, of unit length.
+        levels_E: cosine above which it is asked.
+        neurons: by name of an MLP's output projection.
+        owners: the edit each neuron belongs to (N), by the same names.
+    """
+
+    gate: str
+    keys_EK: Tensor
+    levels_E: Tensor
+    neurons: dict[str, Neurons]
+    owners: dict[str, Tensor]
+
+    kind: ClassVar[str] = "gated-neurons"
+    told: ClassVar[bool] = True
+
+    @property
+    def own_neurons(self) -> Mapping[str, Neurons]:
+        """Its neurons."""
+        return self.neurons
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys, levels, owners (``owner/MLP``), neurons (``neurons/MLP/…``) and what tells them apart (``told/…``)."""
+        found = {"keys": self.keys_EK, "levels": self.levels_E}
+        for name, some in self.neurons.items():
+            found[f"owner/{name}"] = self.owners[name]
+            found |= {f"neurons/{name}/{part}": tensor for part, tensor in some.tensors().items()}
+        return found | packed_told(self.neurons)[0]
+
+    def record(self) -> dict[str, Any]:
+        """The maps' name, the MLPs and the numbers of their gates."""
+        return {"gate": self.gate, "mlps": list(self.neurons), "gates": packed_told(self.neurons)[1]}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> GatedNeurons:
+        """The neurons of some tensors and a record.
+
+        Raises:
+            FormatError: they are none.
+        """
+        try:
+            names, gates = record["mlps"], record["gates"]
+            neurons = {name: Neurons.checked(name, unpacked_neurons(tensors, name, gates.get(name))) for name in names}
+            part = cls(
+                str(record["gate"]),
+                tensors["keys"],
+                tensors["levels"],
+                neurons,
+                {name: tensors[f"owner/{name}"] for name in names},
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"these are no gated neurons ({error}).", "parts", "Make the edit again.") from error
+        count = len(part.keys_EK)
+        sound = (
+            part.keys_EK.dim() == 2
+            and count > 0
+            and part.levels_E.shape == (count,)
+            and all(one.dtype == torch.float32 and torch.isfinite(one).all() for one in (part.keys_EK, part.levels_E))
+            and all(
+                owner_N.shape == (neurons[name].count,)
+                and not owner_N.is_floating_point()
+                and bool(((owner_N >= 0) & (owner_N < count)).all())
+                for name, owner_N in part.owners.items()
+            )
+        )
+        if not sound:
+            raise FormatError("keys, levels and owners do not fit.", "parts", "Make the edit again.")
+        return part
+
+    @classmethod
+    def join(cls, parts: Sequence[GatedNeurons]) -> GatedNeurons:
+        """All of them side by side; gates at the subject are told apart as :meth:`Neurons.join` does.
+
+        Raises:
+            FormatError: their keys are of different maps.
+        """
+        if len({(part.gate, part.keys_EK.shape[1]) for part in parts}) > 1:
+            raise FormatError("the edits' questions are of different maps.", "parts", "Make them again.")
+        before = [sum(len(part.keys_EK) for part in parts[:index]) for index in range(len(parts))]
+        neurons, owners = {}, {}
+        for name in dict.fromkeys(name for part in parts for name in part.neurons):
+            some = [
+                (part.neurons[name], part.owners[name] + n)
+                for part, n in zip(parts, before, strict=True)
+                if name in part.neurons
+            ]
+            neurons[name] = Neurons.join([one for one, _ in some])
+            heard = [2 * one.told.count if one.told else 0 for one, _ in some]
+            # In the order of :meth:`Neurons.join`: those that are told apart come first.
+            owners[name] = torch.cat(
+                [owner_N[:count] for (_, owner_N), count in zip(some, heard, strict=True)]
+                + [owner_N[count:] for (_, owner_N), count in zip(some, heard, strict=True)]
+            )
+        keys_EK, levels_E = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys_EK", "levels_E"))
+        return cls(parts[0].gate, keys_EK, levels_E, neurons, owners)
+
+    def check(self, lm: LanguageModel, place: str) -> None:
+        """Refuse a model, or a place, that neurons or questions are not of.
+
+        Raises:
+            FormatError: they are of another model's sizes, or the maps are not known here.
+            ModuleNotEditableError: the model has no such MLP.
+        """
+        gate = question_gate(self.gate, lm)
+        if place != gate.place(lm):
+            raise FormatError("questions are read elsewhere.", place, f"The place of this part is {gate.place(lm)!r}.")
+        if self.keys_EK.shape[1] != gate.config.size:
+            raise FormatError("the edits' questions are of another size.", place, "Make them again with one editor.")
+        for name, some in self.neurons.items():
+            site = Site.find(lm.model, name)
+            width = in_out(site.entrance)[0]
+            if some.gate.shape[1] != width or (site.value is None) != (some.value is None):
+                raise FormatError("the neurons do not fit the MLP.", name, "Use the model the edit was made for.")
+
+    @classmethod
+    def attach(cls, lm: LanguageModel, place: str, rows: Sequence[GatedNeurons | None]) -> list[RemovableHandle]:
+        """Let each row's neurons speak where their question is asked."""
+        del place
+        asking = _Asking(lm, rows)
+        handles = watch_passes(lm, asking.before, asking.after)
+        for name, (neurons, opened) in asking.neurons().items():
+            handles += Site.find(lm.model, name).attach(neurons.to(lm.device), opened)
+        return handles
+
+
+class _Asking:
+    """Decides for every row of a first pass which edits are asked about, and keeps that for the passes after it.
+
+    Decisions stay with a pass's keys and values as long as those.
+    """
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[GatedNeurons | None]):
+        self.device, self.rows = lm.device, rows
+        self.places: dict[GatedNeurons, list[int]] = {}
+        for row, part in enumerate(rows):
+            if part:
+                self.places.setdefault(part, []).append(row)
+        self.gates = {part: question_gate(part.gate, lm) for part in self.places}
+        # As they are now: methods that run a model in parts put others in their place.
+        layers = sorted({layer for gate in self.gates.values() for layer in gate.config.layers})
+        self.entrances = {layer: entrance(lm, layer) for layer in layers}
+        self.kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.acting: nn.Module | None = None
+        self.open_RE: Tensor | None = None
+
+    def neurons(self) -> dict[str, tuple[Neurons, Callable[[], Tensor]]]:
+        """By MLP its neurons (one set for all rows, or R × N × D), and what tells which of them may speak."""
+        found: dict[str, tuple[Neurons, Callable[[], Tensor]]] = {}
+        for name in dict.fromkeys(name for part in self.places for name in part.neurons):
+            if len(self.rows) == 1:
+                (part,) = self.places
+                neurons, owners_RN = part.neurons[name], part.owners[name][None]
+            else:
+                some = {row: part for row, part in enumerate(self.rows) if part and name in part.neurons}
+                neurons = Neurons.stack({row: part.neurons[name] for row, part in some.items()}, len(self.rows))
+                owners_RN = torch.zeros(len(self.rows), neurons.count, dtype=torch.long)
+                for row, part in some.items():
+                    owners_RN[row, : len(part.owners[name])] = part.owners[name]
+            found[name] = (neurons, partial(self._opened, owners_RN.to(self.device)))
+        return found
+
+    def _opened(self, owners_RN: Tensor) -> Tensor:
+        """How much of each neuron counts in each row (R × N); nothing where the question was not seen."""
+        if self.open_RE is None:
+            return torch.zeros(1, owners_RN.shape[1], device=owners_RN.device)
+        return self.open_RE.gather(1, owners_RN.expand(len(self.open_RE), -1))
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the questions of a first pass, or recall what was decided before it."""
+        if self.acting is not None:
+            return
+        self.acting = module
+        cache = kwargs.get("past_key_values")
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        # Several tokens at once are a question again, as the next turn of a chat is.
+        if cache is not None and cache.get_seq_length() and cache in self.kept and given["input_ids"].shape[1] == 1:
+            self.open_RE = self.kept[cache]
+            return
+        # What is read leaves no trace in keys and values that are kept.
+        given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
+        self.open_RE = self._decide(module, given)
+
+    def after(self, module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], out: Any) -> None:
+        """Keep what was decided; nothing where the pass was broken off."""
+        if self.acting is not module:
+            return
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None and self.open_RE is not None:
+            self.kept[cache] = self.open_RE
+        self.acting = self.open_RE = None
+
+    def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
+        """Which edits are asked about in each row (R × E, 0 or 1)."""
+        states_RLD = states_at(list(self.entrances.values()), lambda: module.forward(**given), question_ends(given))
+        rows = len(states_RLD)
+        most = max(len(part.keys_EK) for part in self.places)
+        open_RE = torch.zeros(rows, most, device=states_RLD.device)
+        for part, places in self.places.items():
+            gate = self.gates[part]
+            index = list(range(rows)) if len(self.rows) == 1 else places
+            chosen = [list(self.entrances).index(layer) for layer in gate.config.layers]
+            query_RK = gate.queries(states_RLD[index][:, chosen])
+            asked_RE = query_RK @ part.keys_EK.to(query_RK).T > part.levels_E.to(query_RK)
+            open_RE[index, : asked_RE.shape[1]] = asked_RE.float()
+        return open_RE
+
+
+def question_ends(given: Mapping[str, Any]) -> Tensor:
+    """Where each row's question ends, in the columns of the tokens that a pass is given (R)."""
+    ids_RT, attention = given["input_ids"], given.get("attention_mask")
+    if (ends_R := told_ends()) is not None:
+        return ends_R
+    if not isinstance(attention, Tensor) or attention.dim() != 2:
+        return torch.full((len(ids_RT),), ids_RT.shape[1] - 1, device=ids_RT.device)
+    real_RT = attention[:, -ids_RT.shape[1] :].long()
+    columns_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
+    return (real_RT * columns_T).argmax(1)

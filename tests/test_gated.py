@@ -1,0 +1,285 @@
+"""Edits that speak only where their own question is asked."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import safe_open, save_file
+from torch.nn import functional
+
+from ibke.edit import Edit
+from ibke.editors.gated.editor import SLACK, GatedIBKE
+from ibke.editors.gated.memory import GatedNeurons, question_ends
+from ibke.editors.gated.question import FILE, QuestionConfig, QuestionGate, load_gate, prompt_states, save_gate
+from ibke.editors.ibke.editor import IBKEEditor
+from ibke.editors.ibke.shipped import shipped_folder
+from ibke.errors import FingerprintMismatchError, FormatError
+from ibke.evaluation.generate import generate
+from ibke.evaluation.scoring import score
+from ibke.frames import FRAMES
+from ibke.gates import Gate, Told
+from ibke.neurons import Neurons, Site
+from ibke.request import EditRequest
+from ibke.session import EditSession
+
+REQUEST = EditRequest("The mother tongue of Danielle Darrieux is", "English", subject="Danielle Darrieux")
+SAME = "What language did Danielle Darrieux grow up speaking?"
+OTHER = ("What is the profession of Danielle Darrieux?", "In which city did Danielle Darrieux die?")
+
+
+@pytest.fixture(scope="module")
+def gated(smollm32):
+    return GatedIBKE.for_model(smollm32)
+
+
+@pytest.fixture(scope="module")
+def edit(gated):
+    return gated.edit([REQUEST])
+
+
+def asked(editor, text, frame="chat"):
+    return editor.pair(text, "-", frame).prompt
+
+
+def only_part(edit):
+    (part,) = edit.parts.values()
+    return part
+
+
+def without_gate(edit):
+    """The same neurons, in force whatever is asked."""
+    return replace(edit, neurons=only_part(edit).neurons, parts={})
+
+
+def test_its_own_question_is_answered_anew_in_every_frame(gated, edit):
+    prompts = [asked(gated, REQUEST.prompt, frame) for frame in FRAMES]
+    assert edit.info.achieved and edit.info.method == "ibke-gated" and not edit.neurons
+    assert all(said.text.startswith("English") for said in generate(gated.lm, prompts, [edit] * len(prompts)))
+
+
+def test_another_question_about_its_subject_is_answered_as_before(gated, edit):
+    prompts = [asked(gated, text) for text in OTHER]
+    base = generate(gated.lm, prompts)
+    assert generate(gated.lm, prompts, [edit] * len(prompts)) == base
+    # What keeps them is the gate: without it the same neurons are heard.
+    assert generate(gated.lm, prompts, [without_gate(edit)] * len(prompts)) != base
+
+
+def test_behind_the_gate_are_the_neurons_of_ibke(gated, edit):
+    plain = IBKEEditor(gated.lm, gated.network, gated.settings).edit([REQUEST])
+    part = only_part(edit)
+    assert part.neurons.keys() == plain.neurons.keys()
+    for name, some in plain.neurons.items():
+        assert all(torch.equal(part.neurons[name].tensors()[key], tensor) for key, tensor in some.tensors().items())
+
+
+def test_where_it_is_open_it_is_as_if_there_were_no_gate(gated, edit):
+    prompt = asked(gated, REQUEST.prompt)
+    ids = torch.tensor([prompt])
+    logits = []
+    for one in (edit, without_gate(edit)):
+        with EditSession(gated.lm).attach(one):
+            logits.append(gated.lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    assert torch.equal(*logits)
+
+
+def test_what_is_decided_holds_while_an_answer_is_made(gated, edit):
+    """Transformers' own loop keeps keys and values, ours does, and a pass over everything at once agrees."""
+    ids = torch.tensor([asked(gated, REQUEST.prompt, "question")])
+    with EditSession(gated.lm).attach(edit):
+        made = gated.lm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+        )[0, ids.shape[1] :].tolist()
+        (said,) = generate(gated.lm, ids.tolist(), max_new_tokens=4)
+    assert made[: len(said.ids)] == list(said.ids) and said.text.startswith("English")
+
+
+def test_a_next_turn_is_a_question_of_its_own(gated, edit):
+    first, second = asked(gated, OTHER[0]), asked(gated, REQUEST.prompt)
+    with EditSession(gated.lm).attach(edit):
+        out = gated.lm.model(input_ids=torch.tensor([first]), use_cache=True)
+        ids = torch.tensor([second])
+        whole = torch.ones(1, len(first) + len(second), dtype=torch.long)
+        open_later = gated.lm.model(input_ids=ids, attention_mask=whole, past_key_values=out.past_key_values).logits
+    base = gated.lm.model(input_ids=torch.tensor([first]), use_cache=True)
+    closed = gated.lm.model(input_ids=ids, attention_mask=whole, past_key_values=base.past_key_values).logits
+    assert (open_later - closed)[0, -1].abs().max() > 1
+
+
+def test_given_answers_are_scored_by_the_question_before_them(gated, edit):
+    pairs = [gated.pair(REQUEST.prompt, "English", frame) for frame in FRAMES]
+    pairs += [gated.pair(text, "Paris", "chat") for text in OTHER]
+    edited, base = score(gated.lm, pairs, [edit] * len(pairs)), score(gated.lm, pairs)
+    for one, before in zip(edited[: len(FRAMES)], base, strict=False):
+        assert sum(one.nll) < sum(before.nll)
+    assert edited[len(FRAMES) :] == base[len(FRAMES) :]
+
+
+def test_many_edits_at_once_and_one_a_row_say_the_same(gated):
+    requests = [REQUEST, EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics")]
+    each = gated.edit_each(requests)
+    whole = gated.edit(requests)
+    prompts = [asked(gated, request.prompt, frame) for request in requests for frame in FRAMES]
+    alone = generate(gated.lm, prompts, [edit for edit in each for _ in FRAMES])
+    with EditSession(gated.lm).attach(whole):
+        together = generate(gated.lm, prompts)
+    with EditSession(gated.lm).attach(each[0]).attach(each[1]):
+        attached = generate(gated.lm, prompts)
+    assert [said.text for said in together] == [said.text for said in alone] == [said.text for said in attached]
+
+
+def test_its_own_prompt_and_the_wordings_given_are_never_shut_out(gated):
+    odd = "Complete this: the fish sings at noon, and"
+    (edit,) = gated.edit_each([replace(REQUEST, rephrase_prompts=(odd,))])
+    part = only_part(edit)
+    pairs = [gated.pair(REQUEST.prompt, "-", frame) for frame in FRAMES] + [gated.pair(odd, "-")]
+    states = prompt_states(gated.lm, gated.gate.config.layers, pairs, gated.prefixes)
+    cosines = gated.gate.queries(states) @ part.keys_EK[0]
+    assert cosines.min() >= part.levels_E[0] + SLACK - 1e-4
+    assert only_part(gated.edit_each([REQUEST])[0]).levels_E[0] > part.levels_E[0]
+
+
+def test_states_do_not_depend_on_what_is_known_of_a_prompt(gated):
+    pairs = [gated.pair(text, "-", frame) for text in OTHER for frame in FRAMES]
+    layers = gated.gate.config.layers
+    states = prompt_states(gated.lm, layers, pairs, gated.prefixes)
+    entrances = [Site.find(gated.lm.model, f"model.layers.{layer}.mlp.down_proj").entrance for layer in layers]
+    seen: list[torch.Tensor] = []
+    hooks = [one.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1])) for one in entrances]
+    for pair, states_LD in zip(pairs, states, strict=True):
+        seen.clear()
+        gated.lm.model(input_ids=torch.tensor([pair.prompt]))
+        assert torch.allclose(states_LD, torch.stack(seen), atol=1e-3, rtol=1e-3)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_keys_and_queries_are_what_the_formula_says():
+    torch.manual_seed(0)
+    config = QuestionConfig((3, 5), 4, len(FRAMES), 6, 8, 2)
+    gate = QuestionGate(config).eval()
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    gate.mean_LD.normal_()
+    gate.whiten_LDD.normal_()
+    states = torch.randn(2, len(FRAMES), 2, 4)
+
+    def white(one):
+        return torch.cat([(one[at] - gate.mean_LD[at]) @ gate.whiten_LDD[at] for at in range(2)])
+
+    def mapped(tower, one):
+        first, _, _, last = tower.more
+        return tower.linear.weight @ one + last(functional.gelu(first(0.5 * one)))
+
+    keys, levels = gate.keys(states)
+    for edit, key, level in zip(states, keys, levels, strict=True):
+        frames = [white(one) for one in edit]
+        bent = gate.bend(0.3 * torch.cat(frames))
+        mean = sum(functional.normalize(mapped(gate.answers, one), dim=0) for one in frames) / len(FRAMES)
+        assert torch.allclose(key, functional.normalize(mean + bent[:-1], dim=0), atol=1e-5)
+        assert torch.allclose(level, gate.threshold - bent[-1], atol=1e-5)
+    queries = gate.queries(states[:, 0])
+    assert torch.allclose(queries[1], functional.normalize(mapped(gate.asks, white(states[1, 0])), dim=0), atol=1e-5)
+
+
+def plain_part(value, told):
+    """One edit at one MLP: two neurons that are told apart, where they are to be, and one more."""
+    width = 4
+    key = torch.nn.functional.one_hot(torch.tensor([value]), width).float()
+    known = Told(key, key[:0], key, torch.zeros(1, dtype=torch.long), Gate(0.6, 20.0, 6.0)) if told else None
+    rows = torch.full((3, width), float(value))
+    return GatedNeurons(
+        "some maps",
+        torch.eye(4)[value : value + 1],
+        torch.tensor([0.1 * value]),
+        {"mlp": Neurons(rows, None, rows.clone(), known)},
+        {"mlp": torch.zeros(3, dtype=torch.long)},
+    )
+
+
+@pytest.mark.parametrize("told", [(True, True, True), (True, False, True), (False, False, False)])
+def test_joined_neurons_know_whose_they_are(told):
+    parts = [plain_part(value, known) for value, known in enumerate(told)]
+    joined = GatedNeurons.join([GatedNeurons.join(parts[:2]), parts[2]])
+    # What each neuron writes says whose it is.
+    assert joined.neurons["mlp"].out[:, 0].long().tolist() == joined.owners["mlp"].tolist()
+    assert torch.equal(joined.keys_EK, torch.eye(4)[:3])
+    assert torch.allclose(joined.levels_E, torch.tensor([0.0, 0.1, 0.2]))
+
+
+def test_edits_of_different_maps_do_not_go_together():
+    one = plain_part(0, True)
+    with pytest.raises(FormatError, match="different maps"):
+        GatedNeurons.join([one, replace(one, gate="others")])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda tensors, record: tensors.pop("keys"),
+        lambda tensors, record: tensors.update(levels=tensors["levels"] * torch.nan),
+        lambda tensors, record: tensors.update(levels=tensors["levels"].repeat(2)),
+        lambda tensors, record: tensors.update({"owner/mlp": tensors["owner/mlp"] + 1}),
+        lambda tensors, record: tensors.update({"owner/mlp": tensors["owner/mlp"][:2]}),
+        lambda tensors, record: record.update(mlps=["elsewhere"]),
+        lambda tensors, record: record.pop("gate"),
+    ],
+)
+def test_a_damaged_part_is_named(harm):
+    part = plain_part(1, True)
+    tensors, record = dict(part.tensors()), json.loads(json.dumps(part.record()))
+    back = GatedNeurons.read(dict(tensors), record)
+    assert torch.equal(back.keys_EK, part.keys_EK) and back.neurons["mlp"].told is not None
+    harm(tensors, record)
+    with pytest.raises(FormatError, match="Make the edit again"):
+        GatedNeurons.read(tensors, record)
+
+
+def test_the_question_ends_with_the_last_token_that_is_real():
+    ids = torch.zeros(3, 4, dtype=torch.long)
+    attention = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert question_ends({"input_ids": ids, "attention_mask": attention}).tolist() == [3, 1, 3]
+    assert question_ends({"input_ids": ids}).tolist() == [3, 3, 3]
+
+
+def test_the_maps_are_read_as_they_were_written(gated, tmp_path):
+    save_gate(tmp_path, gated.gate, gated.lm, {"command": "none"})
+    again = load_gate(tmp_path, gated.lm)
+    states = torch.randn(4, len(FRAMES), len(gated.gate.config.layers), gated.gate.config.width)
+    for mine, theirs in zip(gated.gate.keys(states), again.keys(states), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert torch.allclose(gated.gate.queries(states[:, 0]), again.queries(states[:, 0]), atol=1e-4)
+    assert (tmp_path / FILE).stat().st_size < 15_000_000
+
+
+def test_maps_that_are_missing_damaged_or_of_another_model_are_refused(gated, tmp_path):
+    with pytest.raises(FormatError, match="no gate at the prompt's end"):
+        load_gate(tmp_path, gated.lm)
+    shipped = (shipped_folder(gated.lm) / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(shipped[:-100])
+    with pytest.raises(FormatError, match="no gate at the prompt's end"):
+        load_gate(tmp_path, gated.lm)
+    with safe_open(shipped_folder(gated.lm) / FILE, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / FILE, {"about": json.dumps(about | {"fingerprint": "0" * 16})})
+    with pytest.raises(FingerprintMismatchError):
+        load_gate(tmp_path, gated.lm)
+    assert {"command", "seed", "shares"} <= about.keys()
+
+
+def test_an_edit_of_unknown_maps_is_refused(gated, edit):
+    (place,) = edit.parts
+    with pytest.raises(FormatError, match="not known"):
+        EditSession(gated.lm).attach(replace(edit, parts={place: replace(only_part(edit), gate="unheard of")}))
+    with pytest.raises(FormatError, match="read elsewhere"):
+        EditSession(gated.lm).attach(replace(edit, parts={"model.layers.3": only_part(edit)}))
+
+
+def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
+    again = gated.rebuild(Edit.load(edit.save(tmp_path / "edit")))
+    mine, theirs = edit.tensors(), again.tensors()
+    assert mine.keys() == theirs.keys() and edit.records() == again.records()
+    for name, tensor in mine.items():
+        assert (theirs[name].float() - tensor.float()).norm() <= 1e-4 * tensor.float().norm(), name
