@@ -8,7 +8,8 @@ An edit's key is made of its own prompt's states in three frames; the gate tells
 same is asked (:mod:`ibke.editors.gated.question`). It learns of the relations that there are facts of and of a share of
 our own that are only asked about. A sixth of the former is kept for validation, with whatever of ours may ask the same;
 thresholds are chosen there, and the evaluation sets only report. None of the held-out relations is known to training;
-those of the other sets may be. `collect` can be stopped and gone on with; points that are there, of the same prompts,
+those of the other sets may be. Prompts that leave out one answer ("Apart from X, …") are
+other questions too. `collect` can be stopped and gone on with; points that are there, of the same prompts,
 are not run again. `compare` reads fewer layers than were collected where it is told to.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from question_prompts import MODEL, SEED, Asked, canonical, collected, known_relations, said  # beside this
+from question_prompts import EXCEPTION, MODEL, SEED, Asked, canonical, collected, known_relations, said  # beside this
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,7 +42,8 @@ SIZE, BEND, DROPOUT, DEEP_DROPOUT, DECAY, RATE = 128, 16, 0.6, 0.3, 0.05, 1e-3
 EPSILON = 1e-3  # of the mean variance, added to each before whitening
 BATCH, BATCH_COUNTERFACT, PROMPTS = 128, 32, 2  # edits of a step, CounterFact's among them, prompts of each role of one
 FEWEST = 20  # values that a share is made of
-APART = "forgetfulness"  # a family of probes that ask the same but for one answer, so it is counted apart
+APART = "exceptions"  # prompts that ask the same but for one answer are counted apart
+EXCEPTIONS = (EXCEPTION, "forgetfulness")  # how our own and KnowEdit's are marked
 
 
 class Case(NamedTuple):
@@ -62,7 +64,7 @@ class Prompts(NamedTuple):
 
     def cases(self, relations: Iterable[str] | None = None) -> list[Case]:
         """Edits of some relations, with other questions of those alone; all of both where none are named."""
-        wanted = None if relations is None else set(relations)
+        wanted = None if relations is None else {*relations, EXCEPTION}
         found: dict[tuple[str, int], Case] = {}
         for row, one in enumerate(self.asked):
             if one.role == "key":
@@ -97,12 +99,13 @@ class Known:
         # One of ours may ask what one of the others asks: across the two, only questions about one subject are known
         # to differ. Within them, relations that share a wording are not told apart.
         count = len(self.with_facts)
-        self.apart_NN = torch.tensor(
+        apart_NN = torch.tensor(
             [
                 [(i < count) == (j < count) and not texts[one] & texts[other] for j, other in enumerate(self.names)]
                 for i, one in enumerate(self.names)
             ]
         )
+        self.apart_NT = functional.pad(apart_NN, (0, 1), value=True)  # the last column is of exceptions
 
 
 class Step(NamedTuple):
@@ -164,11 +167,11 @@ def train(prompts: Prompts, known: Known, hidden: int, layers: tuple[int, ...], 
     for _ in range(steps):
         step = lessons.step()
         key_BK, level_B = gate.keys_of_white(functional.dropout(white_RS[step.key_BF], DROPOUT))
-        query_RK = functional.normalize(gate.asks(functional.dropout(white_RS[step.row_R], DROPOUT)), dim=-1)
-        score_BR = (key_BK @ query_RK.T - level_B[:, None]) * scale.clamp(1, 60)
+        query_RK, lean_R = gate.queries_of_white(functional.dropout(white_RS[step.row_R], DROPOUT))
+        score_BR = (key_BK @ query_RK.T + lean_R - level_B[:, None]) * scale.clamp(1, 60)
         same_BR = step.edit_B[:, None] == step.topic_R
         optimizer.zero_grad()
-        loss(score_BR, same_BR, step.mine_BR, known.apart_NN[step.edit_B][:, step.topic_R]).backward()
+        loss(score_BR, same_BR, step.mine_BR, known.apart_NT[step.edit_B][:, step.topic_R]).backward()
         optimizer.step()
         schedule.step()
     return gate.eval()
@@ -192,18 +195,18 @@ def loss(score_BR: Tensor, same_BR: Tensor, mine_BR: Tensor, apart_BR: Tensor) -
 
 @torch.no_grad()
 def scores(gate: QuestionGate, prompts: Prompts, cases: Sequence[Case]) -> dict[str, Tensor]:
-    """Scores of other wordings (``own``), of other questions about the subject and of the family kept apart.
+    """Scores of other wordings (``own``), of other questions about the subject and of those counted apart.
 
     A score is by how much a cosine is above its edit's level.
     """
-    query_RK = gate.queries(prompts.states_RLD)
+    query_RK, lean_R = gate.queries(prompts.states_RLD)
     key_BK, level_B = gate.keys(prompts.states_RLD[torch.tensor([case.key for case in cases])])
     found: dict[str, list[float]] = {"own": [], "other": [], APART: []}
     for case, key_K, level in zip(cases, key_BK, level_B, strict=True):
         for role in ("own", "other"):
             rows = getattr(case, role)
-            for row, value in zip(rows, (query_RK[rows] @ key_K - level).tolist(), strict=True):
-                apart = role == "other" and prompts.asked[row].relation == APART
+            for row, value in zip(rows, (query_RK[rows] @ key_K + lean_R[rows] - level).tolist(), strict=True):
+                apart = role == "other" and prompts.asked[row].relation in EXCEPTIONS
                 found[APART if apart else role].append(value)
     return {role: torch.tensor(values) for role, values in found.items()}
 
@@ -303,7 +306,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=numbers, default=LAYERS, help="of those, layers that the gate reads")
     parser.add_argument("--hidden", type=numbers, default=(512,), help="widths of what is not linear; 0 is none")
     parser.add_argument("--shares", default="1", help="of our own relations")
-    parser.add_argument("--kept", type=float, default=0.8, help="share of validation's other questions kept out: ship")
+    parser.add_argument("--kept", type=float, default=0.75, help="share of validation's other questions kept out: ship")
     parser.add_argument("--seeds", type=numbers, default=(0,))
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
@@ -321,8 +324,11 @@ def main() -> None:
     if args.stage == "collect":
         return
     chosen = [args.collected.index(layer) for layer in args.layers]
-    facts, own, evaluation = (Prompts(asked, states_RLD[:, chosen]) for asked, states_RLD in parts)
-    learned = Prompts(facts.asked + own.asked, torch.cat([facts.states_RLD, own.states_RLD]))
+    facts, own, evaluation, exceptions = (Prompts(asked, states_RLD[:, chosen]) for asked, states_RLD in parts)
+    learned = Prompts(
+        facts.asked + own.asked + exceptions.asked,
+        torch.cat([facts.states_RLD, own.states_RLD, exceptions.states_RLD]),
+    )
     command = " ".join(["python", *sys.argv])
     if args.stage == "ship":
         share, seed, hidden = float(args.shares), args.seeds[0], args.hidden[0]

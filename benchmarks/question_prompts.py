@@ -38,6 +38,52 @@ SETS: dict[str, Frame] = {"heldout": "chat", "knowedit": "bare", "counterfact": 
 SHARD = 512
 EVERYTHING = 10**6
 
+EXCEPTION = "exception"  # what a prompt asks that leaves out one answer, whatever it asks otherwise
+EXCEPTED = {
+    "question": (
+        "Apart from {name}, {first}?",
+        "Other than {name}, {first}?",
+        "Leaving out {name}, {first}?",
+        "{text}, if not {name}?",
+        "{text} besides {name}?",
+        "{text} (not {name})?",
+        "It is not {name}. {text}?",
+    ),
+    "statement": (
+        "Apart from {name}, {first}",
+        "Besides {name}, {first}",
+        "Not counting {name}, {first}",
+        "If it is not {name}, {first}",
+    ),
+    "verb": (
+        "{head}, which is not {name}, {verb}",
+        "{head}, other than {name}, {verb}",
+        "{head}, {name} aside, {verb}",
+        "{head} besides {name} {verb}",
+    ),
+}
+"""How a question, a statement, and a statement that ends in one of VERBS leave out an answer."""
+VERBS = ("is", "was", "are", "were")
+OPENINGS = (
+    "A",
+    "An",
+    "As",
+    "At",
+    "By",
+    "For",
+    "From",
+    "How",
+    "In",
+    "Is",
+    "On",
+    "The",
+    "What",
+    "When",
+    "Where",
+    "Which",
+    "Who",
+)
+
 Wording = tuple[str, str, str]
 """What is asked (a relation), in which words, and the kind of wording."""
 
@@ -190,6 +236,29 @@ def of_names(drawn: Drawn, each: int) -> None:
             drawn.add("own", told[0], told[1:], others)
 
 
+def of_exceptions(drawn: Drawn, asked: Sequence[Asked]) -> None:
+    """For each edit of other parts, one of its other wordings with an answer left out, which asks something else."""
+    names = [name for some in load_subjects().values() for name in some.names]
+    wordings: dict[tuple[str, int], list[Asked]] = {}
+    for one in asked:
+        if one.role == "own" and not one.context:
+            wordings.setdefault((one.source, one.case), []).append(one)
+    for some in wordings.values():
+        one = drawn.rng.choice(some)
+        text = excepting(one.text, drawn.rng.choice(names), drawn.rng)
+        drawn.asked.append(one._replace(role="other", relation=EXCEPTION, text=text))
+
+
+def excepting(text: str, name: str, rng: random.Random) -> str:
+    """A prompt that asks the same but leaves out an answer."""
+    first = text[:1].lower() + text[1:] if text.split()[0] in OPENINGS else text
+    if text.endswith("?"):
+        return rng.choice(EXCEPTED["question"]).format(name=name, text=text[:-1], first=first[:-1])
+    head, _, verb = text.rpartition(" ")
+    kind = rng.choice(("verb", "statement")) if verb in VERBS and head else "statement"
+    return rng.choice(EXCEPTED[kind]).format(name=name, first=first, head=head, verb=verb)
+
+
 def of_evaluation(drawn: Drawn, each: int) -> None:
     """Edits of the evaluation sets; paraphrases as they are, in the frame they are met in."""
     files = {name: (path, form) for name, (path, form, _) in DATASETS.items()}
@@ -238,7 +307,7 @@ def states(asked: Sequence[Asked], layers: tuple[int, ...], folder: Path) -> tor
 def collected(
     counts: tuple[int, int, int, int], layers: tuple[int, ...], folder: Path
 ) -> list[tuple[list[Asked], torch.Tensor]]:
-    """Prompts and states of relations with facts, of our own and of the evaluation sets.
+    """Prompts and states: relations with facts, our own, evaluation sets, and exceptions to the first two.
 
     Args:
         counts: edits of tables of facts, of CounterFact, of each of our own relations and of each evaluation set.
@@ -247,8 +316,9 @@ def collected(
     """
     facts, counterfact, names, evaluation = counts
     split = Split(HELD_OUT_SHARE, EXCLUDED.split(","))
-    parts = [Drawn(SEED, split) for _ in range(3)]
+    parts = [Drawn(SEED, split) for _ in range(4)]
     of_facts(parts[0], facts, counterfact)
     of_names(parts[1], names)
     of_evaluation(parts[2], evaluation)
+    of_exceptions(parts[3], parts[0].asked + parts[1].asked)
     return [(part.asked, states(part.asked, layers, folder)) for part in parts]

@@ -19,6 +19,8 @@ from ibke.evaluation.generate import generate
 from ibke.evaluation.scoring import score
 from ibke.frames import FRAMES
 from ibke.gates import Gate, Told
+from ibke.ledger import Ledger
+from ibke.ledger.conflicts import ALIKE, alike, superseded
 from ibke.neurons import Neurons, Site
 from ibke.request import EditRequest
 from ibke.session import EditSession
@@ -135,8 +137,8 @@ def test_its_own_prompt_and_the_wordings_given_are_never_shut_out(gated):
     part = only_part(edit)
     pairs = [gated.pair(REQUEST.prompt, "-", frame) for frame in FRAMES] + [gated.pair(odd, "-")]
     states = prompt_states(gated.lm, gated.gate.config.layers, pairs, gated.prefixes)
-    cosines = gated.gate.queries(states) @ part.keys_EK[0]
-    assert cosines.min() >= part.levels_E[0] + SLACK - 1e-4
+    queries, leans = gated.gate.queries(states)
+    assert (queries @ part.keys_EK[0] + leans).min() >= part.levels_E[0] + SLACK - 1e-4
     assert only_part(gated.edit_each([REQUEST])[0]).levels_E[0] > part.levels_E[0]
 
 
@@ -179,7 +181,8 @@ def test_keys_and_queries_are_what_the_formula_says():
         mean = sum(functional.normalize(mapped(gate.answers, one), dim=0) for one in frames) / len(FRAMES)
         assert torch.allclose(key, functional.normalize(mean + bent[:-1], dim=0), atol=1e-5)
         assert torch.allclose(level, gate.threshold - bent[-1], atol=1e-5)
-    queries = gate.queries(states[:, 0])
+    queries, leans = gate.queries(states[:, 0])
+    assert torch.allclose(leans[1], gate.lean(0.3 * white(states[1, 0]))[0], atol=1e-5)
     assert torch.allclose(queries[1], functional.normalize(mapped(gate.asks, white(states[1, 0])), dim=0), atol=1e-5)
 
 
@@ -249,7 +252,8 @@ def test_the_maps_are_read_as_they_were_written(gated, tmp_path):
     states = torch.randn(4, len(FRAMES), len(gated.gate.config.layers), gated.gate.config.width)
     for mine, theirs in zip(gated.gate.keys(states), again.keys(states), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
-    assert torch.allclose(gated.gate.queries(states[:, 0]), again.queries(states[:, 0]), atol=1e-4)
+    for mine, theirs in zip(gated.gate.queries(states[:, 0]), again.queries(states[:, 0]), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
     assert (tmp_path / FILE).stat().st_size < 15_000_000
 
 
@@ -283,3 +287,28 @@ def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
     assert mine.keys() == theirs.keys() and edit.records() == again.records()
     for name, tensor in mine.items():
         assert (theirs[name].float() - tensor.float()).norm() <= 1e-4 * tensor.float().norm(), name
+
+
+def test_a_ledger_keeps_gated_edits_and_takes_one_back(gated, tmp_path):
+    requests = [REQUEST, EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics")]
+    first, second = gated.edit_each(requests)
+    with Ledger(tmp_path / "ledger", gated.lm) as ledger:
+        numbers = [ledger.commit(one) for one in (first, second)]
+        ledger.revert(numbers[:1])
+    with Ledger(tmp_path / "ledger", gated.lm) as ledger:
+        (part,), state = ledger.state().parts.values(), ledger.state().tensors()
+    assert len(part.keys_EK) == 1
+    assert state.keys() == second.tensors().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in second.tensors().items())
+
+
+def test_a_newer_edit_of_the_same_fact_is_found_behind_its_gate(gated, edit):
+    again, other = gated.edit_each(
+        [
+            EditRequest("Danielle Darrieux's native language is", "German", subject="Danielle Darrieux"),
+            EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics"),
+        ]
+    )
+    likeness = alike({1: edit, 2: other}, again)
+    assert likeness[1] >= ALIKE > likeness[2]
+    assert superseded(gated.lm, {1: edit, 2: other}, again, again.requests[0]) == [1]

@@ -87,8 +87,8 @@ class GatedIBKE(IBKEEditor):
         states_RLD = prompt_states(self.lm, self.gate.config.layers, pairs, self.prefixes)
         own = len(FRAMES) * len(requests)
         keys_BK, level_B = self.gate.keys(states_RLD[:own].unflatten(0, (-1, len(FRAMES))))
-        query_RK = self.gate.queries(states_RLD)
+        query_RK, lean_R = self.gate.queries(states_RLD)
         owner_R = torch.tensor([row for row in range(len(requests)) for _ in FRAMES] + [row for row, _ in worded])
-        cosine_R = (query_RK * keys_BK[owner_R.to(keys_BK.device)]).sum(-1)
+        cosine_R = (query_RK * keys_BK[owner_R.to(keys_BK.device)]).sum(-1) + lean_R
         level_B = level_B.scatter_reduce(0, owner_R.to(level_B.device), cosine_R - SLACK, "amin")
         return list(zip(keys_BK.cpu(), level_B.cpu(), strict=True))

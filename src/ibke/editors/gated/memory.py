@@ -211,7 +211,7 @@ class _Asking:
         cache = kwargs.get("past_key_values")
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         # Several tokens at once are a question again, as the next turn of a chat is.
-        if cache is not None and cache.get_seq_length() and cache in self.kept and given["input_ids"].shape[1] == 1:
+        if cache is not None and cache.get_seq_length() and cache in self.kept and _given(given).shape[1] == 1:
             self.open_RE = self.kept[cache]
             return
         # What is read leaves no trace in keys and values that are kept.
@@ -237,19 +237,24 @@ class _Asking:
             gate = self.gates[part]
             index = list(range(rows)) if len(self.rows) == 1 else places
             chosen = [list(self.entrances).index(layer) for layer in gate.config.layers]
-            query_RK = gate.queries(states_RLD[index][:, chosen])
-            asked_RE = query_RK @ part.keys_EK.to(query_RK).T > part.levels_E.to(query_RK)
+            query_RK, lean_R = gate.queries(states_RLD[index][:, chosen])
+            asked_RE = query_RK @ part.keys_EK.to(query_RK).T + lean_R[:, None] > part.levels_E.to(query_RK)
             open_RE[index, : asked_RE.shape[1]] = asked_RE.float()
         return open_RE
 
 
 def question_ends(given: Mapping[str, Any]) -> Tensor:
     """Where each row's question ends, in the columns of the tokens that a pass is given (R)."""
-    ids_RT, attention = given["input_ids"], given.get("attention_mask")
     if (ends_R := told_ends()) is not None:
         return ends_R
+    tokens, attention = _given(given), given.get("attention_mask")
+    rows, length = tokens.shape[:2]
     if not isinstance(attention, Tensor) or attention.dim() != 2:
-        return torch.full((len(ids_RT),), ids_RT.shape[1] - 1, device=ids_RT.device)
-    real_RT = attention[:, -ids_RT.shape[1] :].long()
-    columns_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
-    return (real_RT * columns_T).argmax(1)
+        return torch.full((rows,), length - 1, device=tokens.device)
+    return (attention[:, -length:].long() * torch.arange(length, device=tokens.device)).argmax(1)
+
+
+def _given(given: Mapping[str, Any]) -> Tensor:
+    """What a pass is given: token ids (R × T), or what stands for them (R × T × D)."""
+    ids_RT = given.get("input_ids")
+    return given["inputs_embeds"] if ids_RT is None else ids_RT

@@ -2,9 +2,9 @@
 
 At the subject nothing yet says what is asked of it; at the prompt's end it can be told. Two maps send what some MLPs
 are fed at a prompt's last token to unit vectors: one makes the key of an edit, of its own prompt in every frame, the
-other the query of a prompt that is asked. A prompt asks what the edit does where their cosine is above a threshold. The
-maps are learned on questions about subjects of all kinds (``benchmarks/question_gate.py``); of the relations that the
-editor is tested on they know none.
+other the query of a prompt that is asked. A prompt asks what the edit does where their cosine, with a little that
+either side adds, is above a threshold. The maps are learned on questions about subjects of all kinds
+(``benchmarks/question_gate.py``); of the relations that the editor is tested on they know none.
 
 Shape suffixes: R rows, T tokens, F frames, S state (all layers that are read, side by side), K key.
 """
@@ -50,7 +50,7 @@ class QuestionConfig:
         frames: in which an edit's prompt is read.
         size: K.
         hidden: hidden width; 0 leaves the maps linear.
-        bend: hidden width of what looks at all frames together.
+        bend: hidden width of what looks at all frames together, and of what says how a prompt leans.
     """
 
     layers: tuple[int, ...]
@@ -111,6 +111,7 @@ class QuestionGate(nn.Module):
         self.answers.load_state_dict(self.asks.state_dict())
         last = _silent(config.bend, config.size + 1)
         self.bend = nn.Sequential(nn.Linear(config.frames * layers * width, config.bend), nn.GELU(), last)
+        self.lean = nn.Sequential(nn.Linear(layers * width, config.bend), nn.GELU(), _silent(config.bend, 1))
         self.threshold = nn.Parameter(torch.tensor(0.4))
 
     mean_LD: Tensor
@@ -129,9 +130,17 @@ class QuestionGate(nn.Module):
         """States without what they have in common, all layers side by side (R × S)."""
         return torch.einsum("rld,lde->rle", states_RLD - self.mean_LD, self.whiten_LDD).flatten(1)
 
-    def queries(self, states_RLD: Tensor) -> Tensor:
-        """What is asked (R × K, of unit length), from states at prompts' last tokens."""
-        return functional.normalize(self.asks(self.white(states_RLD)), dim=-1)
+    def queries(self, states_RLD: Tensor) -> tuple[Tensor, Tensor]:
+        """What is asked (R × K, of unit length), and how much is added to its cosines (R).
+
+        Args:
+            states_RLD: states at prompts' last tokens.
+        """
+        return self.queries_of_white(self.white(states_RLD))
+
+    def queries_of_white(self, white_RS: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`queries`, of states that :meth:`white` has seen."""
+        return functional.normalize(self.asks(white_RS), dim=-1), self.lean(0.3 * white_RS)[:, 0]
 
     def keys(self, states_BFLD: Tensor) -> tuple[Tensor, Tensor]:
         """Each edit's question (B × K, of unit length), and the cosine above which it is asked (B).
