@@ -305,7 +305,7 @@ def test_a_ledger_keeps_gated_edits_and_takes_one_back(gated, tmp_path):
 def test_a_newer_edit_of_the_same_fact_is_found_behind_its_gate(gated, edit):
     again, other = gated.edit_each(
         [
-            EditRequest("Danielle Darrieux's native language is", "German", subject="Danielle Darrieux"),
+            EditRequest("Danielle Darrieux's mother tongue is", "German", subject="Danielle Darrieux"),
             EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics"),
         ]
     )
