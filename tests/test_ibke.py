@@ -274,7 +274,7 @@ def test_what_does_not_hold_beside_others_is_made_again(monkeypatch):
         nll_B = torch.full((len(edits),), 1.0 + len(made))
         return nll_B, torch.tensor([True, len(made) > 2])
 
-    monkeypatch.setattr(IBKEEditor, "edit_each", make)
+    monkeypatch.setattr(IBKEEditor, "_each", make)
     monkeypatch.setattr(IBKEEditor, "_together", together)
     edit = editor.edit(REQUESTS)
     assert made == [[request.prompt for request in REQUESTS]] + 2 * [[REQUESTS[1].prompt]]

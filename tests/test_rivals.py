@@ -36,7 +36,7 @@ def test_published_settings_stand_beside_ours_for_every_rival(
     hypernetworks = {name for name in METHODS if issubclass(method_class(name), HypernetworkEditor)}
     assert set(rivals.TRAINED) == hypernetworks
     # IKE without retrieval has no settings.
-    assert set(rivals.PUBLISHED) == set(rivals.METHODS.split(",")) - {"ibke", "ike"}
+    assert set(rivals.PUBLISHED) == set(rivals.RIVALS.split(",")) - {"ike"}
     assert not set(rivals.CANDIDATES) & hypernetworks and set(rivals.CANDIDATES) <= set(rivals.PUBLISHED)
     table = report.tuned()
     for method in rivals.TRAINED:
