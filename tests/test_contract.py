@@ -87,8 +87,9 @@ def test_independent_edits_in_a_batch_are_those_made_alone(editor):
         assert edit.info.achieved == alone.info.achieved
         assert edit.records() == alone.records()
         for name, tensor in alone.tensors().items():
-            apart = edit.tensors()[name].double() - tensor.double()
-            assert apart.norm() <= 2e-4 * tensor.double().norm(), name
+            mine = edit.tensors()[name]
+            close = (mine.double() - tensor.double()).norm() < 2e-4 * tensor.double().norm()
+            assert close or torch.equal(mine, tensor), name
 
 
 def test_what_acts_is_attached_and_never_merged(editor):

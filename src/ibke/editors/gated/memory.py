@@ -230,16 +230,18 @@ class _Asking:
     def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
         """Which edits are asked about in each row (R × E, 0 or 1)."""
         states_RLD = states_at(list(self.entrances.values()), lambda: module.forward(**given), question_ends(given))
-        rows = len(states_RLD)
-        most = max(len(part.keys_EK) for part in self.places)
-        open_RE = torch.zeros(rows, most, device=states_RLD.device)
+        rows, order = len(states_RLD), list(self.entrances)
+        open_RE = torch.zeros(rows, max(len(part.keys_EK) for part in self.places), device=states_RLD.device)
+        # Once for all rows: where each has an edit of its own, there are as many parts.
+        asked = {
+            gate.name: gate.queries(states_RLD[:, [order.index(layer) for layer in gate.config.layers]])
+            for gate in set(self.gates.values())
+        }
         for part, places in self.places.items():
-            gate = self.gates[part]
-            index = list(range(rows)) if len(self.rows) == 1 else places
-            chosen = [list(self.entrances).index(layer) for layer in gate.config.layers]
-            query_RK, lean_R = gate.queries(states_RLD[index][:, chosen])
-            asked_RE = query_RK @ part.keys_EK.to(query_RK).T + lean_R[:, None] > part.levels_E.to(query_RK)
-            open_RE[index, : asked_RE.shape[1]] = asked_RE.float()
+            query_RK, lean_R = asked[part.gate]
+            index = slice(None) if len(self.rows) == 1 else places
+            cosine_RE = query_RK[index] @ part.keys_EK.to(query_RK).T + lean_R[index, None]
+            open_RE[index, : len(part.keys_EK)] = (cosine_RE > part.levels_E.to(query_RK)).float()
         return open_RE
 
 

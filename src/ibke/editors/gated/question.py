@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,9 @@ class QuestionGate(nn.Module):
     mean_LD: Tensor
     whiten_LDD: Tensor
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """What tells these maps from others: a digest of their weights and sizes."""
+        """What tells these maps from others: a digest of their weights and sizes, which stay as they are."""
         return mark(repr(self.config), self.state_dict())
 
     def place(self, lm: LanguageModel) -> str:
