@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ibke.errors import FormatError, ModuleNotEditableError
 from ibke.gates import Gate, Told, gate_rows
-from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any
+from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any, target_modules
+
+if TYPE_CHECKING:
+    from ibke.models import LanguageModel
 
 SHUT = 1e-30  # what a neuron says at most that is shut, to whatever the activation's far end rounds
 
@@ -201,6 +204,27 @@ class Site:
             out,
             "Name the MLP's output projection, e.g. model.layers.5.mlp.down_proj.",
         )
+
+    @classmethod
+    def in_layer(cls, lm: LanguageModel, layer: int, purpose: str) -> Site:
+        """The MLP of a layer, among the modules that may be edited.
+
+        Args:
+            lm: the model.
+            layer: its number.
+            purpose: what is there, for the message, e.g. ``where this editor's relay is``.
+
+        Raises:
+            ModuleNotEditableError: none of the named modules is in that layer.
+        """
+        names = target_modules(lm, lm.architecture, [layer])
+        if not names:
+            raise ModuleNotEditableError(
+                f"none of the named modules is in layer {layer}, {purpose}.",
+                "modules",
+                "Name the output projection of that layer's MLP too.",
+            )
+        return cls.find(lm.model, names[0])
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -27,11 +27,10 @@ from torch.nn import functional
 
 from ibke.batch import Pair, by_length, collate
 from ibke.editors.ibke.shipped import shipped_folder
-from ibke.errors import CaptureError, FormatError, ModuleNotEditableError
+from ibke.errors import CaptureError, FormatError
 from ibke.files import write_atomically
 from ibke.fingerprint import check_fingerprint, mark
 from ibke.models import LanguageModel
-from ibke.modules import target_modules
 from ibke.neurons import Site
 from ibke.partial import taking_input
 from ibke.prefixes import Prefixes
@@ -286,11 +285,4 @@ def entrance(lm: LanguageModel, layer: int) -> nn.Module:
     Raises:
         ModuleNotEditableError: none of the named modules is in that layer.
     """
-    names = target_modules(lm, lm.architecture, [layer])
-    if not names:
-        raise ModuleNotEditableError(
-            f"none of the named modules is in layer {layer}, where questions are read.",
-            "modules",
-            "Name the output projection of that layer's MLP too.",
-        )
-    return Site.find(lm.model, names[0]).entrance
+    return Site.in_layer(lm, layer, "where questions are read").entrance

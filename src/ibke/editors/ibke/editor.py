@@ -26,12 +26,11 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_o
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import FormatError, ModuleNotEditableError
+from ibke.errors import FormatError
 from ibke.fingerprint import mark
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
 from ibke.models import LanguageModel
-from ibke.modules import target_modules
 from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
@@ -86,14 +85,7 @@ class IBKEEditor(Editor):
         if self.network.relay is None:
             return None
         layer = self.network.config.relay_layer
-        names = target_modules(self.lm, self.lm.architecture, [layer])
-        if not names:
-            raise ModuleNotEditableError(
-                f"none of the named modules is in layer {layer}, where this editor's relay is.",
-                "modules",
-                "Name the output projection of that layer's MLP too.",
-            )
-        site = Site.find(self.lm.model, names[0])
+        site = Site.in_layer(self.lm, layer, "where this editor's relay is")
         return Listening(self.network.relay, PartialModel(self.lm.model, self.lm.architecture.layers, layer), site)
 
     @cached_property
