@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from gradient_editor import GradientEditor
 from tests.commands import NEW, OLD, PROMPT, Run, refused
 
 from ibke.cli.correction import says
+from ibke.cli.main import SPINS
 from ibke.cli.output import shorten
 from ibke.edit import Edit
 from ibke.edit_folder import INDEX
@@ -338,3 +340,14 @@ def test_shorten():
     cut = shorten("the capital of the country of Myanmar", 20)
     assert cut == "the capital of the…"
     assert len(shorten("x" * 50, 20)) == 20
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, SPINS), ("7", "7")])
+def test_threads_stop_spinning_early_unless_told_otherwise(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+):
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")  # which is undone in the end
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    run("ls", "methods", "--json")
+    assert os.environ["GOMP_SPINCOUNT"] == used

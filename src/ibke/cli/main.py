@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -17,6 +18,11 @@ from ibke.cli.eval import evaluate
 from ibke.cli.ledger import diff, export, gc, import_, log, restore, revert, show, verify
 from ibke.cli.ls import ls
 from ibke.cli.train import train
+
+# GNU OpenMP's threads wait for each other in a loop. Beside another busy process that keeps the very thread they wait
+# for from running, and a pass takes ten times as long; after so many rounds (some microseconds) they give way instead.
+# It is read when torch is loaded, which no import above does.
+SPINS = "10000"
 
 app = typer.Typer(
     name="ibke",
@@ -58,3 +64,4 @@ def main(
     Every command takes --json: one JSON document on standard output, everything for people on standard error
     (`ibke eval --json` is followed by a file, or by - for standard output; `ibke export` writes JSON Lines anyway).
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
