@@ -1,14 +1,18 @@
 """Edits that speak only where their own question is asked."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import safe_open, save_file
+from tests.commands import refused
 from torch.nn import functional
 
+from ibke.context import Context
 from ibke.edit import Edit
+from ibke.editors.gated import question
 from ibke.editors.gated.editor import SLACK, GatedIBKE
 from ibke.editors.gated.memory import GatedNeurons, question_ends
 from ibke.editors.gated.question import FILE, QuestionConfig, QuestionGate, load_gate, prompt_states, save_gate
@@ -16,12 +20,15 @@ from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.shipped import shipped_folder
 from ibke.errors import FingerprintMismatchError, FormatError
 from ibke.evaluation.generate import generate
+from ibke.evaluation.running_text import STRETCH, RunningText
 from ibke.evaluation.scoring import score
 from ibke.frames import FRAMES
 from ibke.gates import Gate, Told
 from ibke.ledger import Ledger
+from ibke.ledger.care import replay
 from ibke.ledger.conflicts import ALIKE, alike, superseded
 from ibke.neurons import Neurons, Site
+from ibke.parts import PROMPT
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
@@ -118,6 +125,45 @@ def test_given_answers_are_scored_by_the_question_before_them(gated, edit):
     assert edited[len(FRAMES) :] == base[len(FRAMES) :]
 
 
+def test_a_text_in_front_moves_where_the_question_ends(gated, edit):
+    lm, pair = gated.lm, gated.pair(REQUEST.prompt, "English", "question")
+    context = Context(("Boats leave before sunrise. ",))
+    before = lm.tokenizer(context.text, add_special_tokens=False).input_ids
+    (whole,) = score(lm, [replace(pair, prompt=[*before, *pair.prompt])], [edit])
+    both = Edit.join([edit, Edit({}, (), edit.info, parts={PROMPT: context})])
+    (put,) = score(lm, [pair], [both])
+    assert put.predicted == whole.predicted and put.nll == pytest.approx(whole.nll, abs=1e-3)
+
+
+def test_what_was_broken_off_leaves_nothing_behind(gated, edit):
+    """Ctrl-C in the middle of a pass: the next question is decided on anew."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    mine, other = (torch.tensor([asked(gated, text)]) for text in (REQUEST.prompt, OTHER[0]))
+    base = gated.lm.model(input_ids=other).logits
+    with EditSession(gated.lm).attach(edit):
+        decoder = gated.lm.model.get_decoder()
+        hook = decoder.norm.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            gated.lm.model(input_ids=mine)
+        hook.remove()
+        assert torch.equal(gated.lm.model(input_ids=other).logits, base)
+        assert torch.equal(gated.lm.model(input_ids=other.expand(3, -1)).logits[0], base[0])
+
+
+def test_running_text_is_decided_on_every_few_words(gated, edit):
+    text = f"{'Boats leave before sunrise, and bread is sold at noon. ' * 9}{REQUEST.prompt} English"
+    ids = gated.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = next(at for at in range(len(ids)) if gated.lm.tokenizer.decode(ids[:at]).endswith(REQUEST.prompt))
+    running = RunningText(gated.lm, gated.lm.tokenizer.decode(ids[(end - 1) % STRETCH :]), 1000)
+    base = running.nll([])
+    assert len(running.stretches) > 2 and running.nll([edit], asked=False) == base  # decided on its first word alone
+    assert running.nll([], asked=True) == pytest.approx(base, abs=1e-4)
+    assert running.nll([edit]) < base - 0.01  # the new answer is expected now
+
+
 def test_many_edits_at_once_and_one_a_row_say_the_same(gated):
     requests = [REQUEST, EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics")]
     each = gated.edit_each(requests)
@@ -135,7 +181,7 @@ def test_its_own_prompt_and_the_wordings_given_are_never_shut_out(gated):
     odd = "Complete this: the fish sings at noon, and"
     (edit,) = gated.edit_each([replace(REQUEST, rephrase_prompts=(odd,))])
     part = only_part(edit)
-    pairs = [gated.pair(REQUEST.prompt, "-", frame) for frame in FRAMES] + [gated.pair(odd, "-")]
+    pairs = [gated.pair(text, "-", frame) for text in (REQUEST.prompt, odd) for frame in FRAMES]
     states = prompt_states(gated.lm, gated.gate.config.layers, pairs, gated.prefixes)
     queries, leans = gated.gate.queries(states)
     assert (queries @ part.keys_EK[0] + leans).min() >= part.levels_E[0] + SLACK - 1e-4
@@ -281,6 +327,20 @@ def test_an_edit_of_unknown_maps_is_refused(gated, edit):
         EditSession(gated.lm).attach(replace(edit, parts={"model.layers.3": only_part(edit)}))
 
 
+def test_an_edit_by_ones_own_maps_is_asked_with_their_editor(gated, edit, run, tmp_path, monkeypatch):
+    own = copy.deepcopy(gated.gate)
+    own.lean[-1].bias.data += 0.01  # other maps, that say nearly the same
+    save_gate(tmp_path, own, gated.lm, {})
+    own = load_gate(tmp_path, gated.lm)
+    (place,) = edit.parts
+    folder = replace(edit, parts={place: replace(only_part(edit), gate=own.name)}).save(tmp_path / "edit")
+    monkeypatch.delitem(question._KNOWN, own.name)  # as in a process of its own
+    ask = ("ask", REQUEST.prompt, "--edit", folder, "--dtype", "float32")
+    refused(run(*ask), own.name, "--editor FOLDER")
+    said = run(*ask, "--editor", tmp_path)
+    assert said.exit_code == 0 and said.stdout.startswith("English")
+
+
 def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
     again = gated.rebuild(Edit.load(edit.save(tmp_path / "edit")))
     mine, theirs = edit.tensors(), again.tensors()
@@ -294,6 +354,7 @@ def test_a_ledger_keeps_gated_edits_and_takes_one_back(gated, tmp_path):
     first, second = gated.edit_each(requests)
     with Ledger(tmp_path / "ledger", gated.lm) as ledger:
         numbers = [ledger.commit(one) for one in (first, second)]
+        assert replay(ledger, gated) == ([], [])
         ledger.revert(numbers[:1])
     with Ledger(tmp_path / "ledger", gated.lm) as ledger:
         (part,), state = ledger.state().parts.values(), ledger.state().tensors()

@@ -13,6 +13,7 @@ from ibke.errors import RequestError
 from ibke.evaluation.harness import Harness
 from ibke.evaluation.side_effects import Battery, Beside
 from ibke.models import LanguageModel
+from ibke.parts import told_ends
 
 QUESTIONS = (
     Choice("Boats leave before", ("sunrise", "the end"), 0),
@@ -62,6 +63,20 @@ def test_a_local_task_is_what_the_likelihoods_say_edited_or_not(lm: LanguageMode
     found = battery.report()["tasks"]["harbour/acc"]
     assert found["base"] == battery.base.tasks["harbour/acc"]
     assert found["edited"]["mean"] == pytest.approx(sum(row["tasks"]["harbour/acc"] for row in battery.found) / 3)
+
+
+def test_edits_are_told_where_its_questions_end(lm: LanguageModel, folder: Path) -> None:
+    told: list[list[int]] = []
+
+    def note(*_: object) -> None:
+        ends = told_ends()
+        told.append([] if ends is None else ends.tolist())
+
+    hook = lm.model.base_model.register_forward_pre_hook(note)
+    Harness(lm, folder, 10).scores()
+    hook.remove()
+    ends = [len(lm.tokenizer(one.prompt)["input_ids"]) - 1 for one in QUESTIONS for _ in one.choices]
+    assert sorted(end for some in told for end in some) == sorted(ends)
 
 
 def test_no_more_questions_than_wanted(lm: LanguageModel, folder: Path) -> None:

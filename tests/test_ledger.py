@@ -274,6 +274,30 @@ def test_no_two_edits_of_one_prompt_come_into_force(
         assert copy.active() == [5, 6] and verify(copy) == []
 
 
+def test_what_was_taken_in_stands_over_what_was_there_whatever_is_taken_back(
+    ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path
+) -> None:
+    bays = [about(edit, "The bay is") for edit in edits]
+    ledger.commit(bays[0])
+    ledger.commit(bays[1], supersedes=[1])
+    lines = list(export_lines(ledger))
+    with Ledger(tmp_path / "one", lm) as here:
+        here.commit(bays[2])
+        import_lines(here, lines, "lines")
+        here.revert([3])
+        assert here.active() == [2]  # and not the first one too
+        here.revert([2])
+        assert here.active() == [1]
+    with Ledger(tmp_path / "two", lm) as there:
+        there.commit(bays[3])
+        import_lines(ledger, export_lines(there), "lines")
+    assert ledger.active() == [3]
+    ledger.revert([2])
+    assert ledger.active() == [3]
+    ledger.revert([3])
+    assert ledger.active() == [1]
+
+
 def test_edits_that_do_not_go_together_are_found(
     ledger: Ledger, edits: list[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:

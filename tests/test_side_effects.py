@@ -21,8 +21,9 @@ from ibke.editors.ike import IKE
 from ibke.errors import FormatError, RequestError
 from ibke.evaluation.generate import Together
 from ibke.evaluation.protocols import Protocol, evaluate
+from ibke.evaluation.running_text import WINDOW
 from ibke.evaluation.scoring import MOST, divergence, score
-from ibke.evaluation.side_effects import LEADING, WINDOW, Battery, Beside, update_size
+from ibke.evaluation.side_effects import LEADING, Battery, Beside, update_size
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import resolve, target_modules, weight_OI

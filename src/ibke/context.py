@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError, RequestError
 from ibke.frames import opening
-from ibke.parts import PROMPT, Part, watch_passes
+from ibke.parts import PROMPT, Part, move_ends, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -123,17 +123,15 @@ class _Inserting:
         self.window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
         # Of passes whose keys and values are kept: which columns are real, those put in included.
         self.kept: WeakKeyDictionary[Any, tuple[Tensor, int]] = WeakKeyDictionary()
-        self.acting: nn.Module | None = None
         self.columns_RT: Tensor | None = None
         self.real_RS: Tensor | None = None
+        self.restore_ends: Callable[[], None] | None = None
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the decoder shall be given instead."""
-        if self.acting is not None:
-            return None
-        self.acting = module
+        self.restore_ends = None
         parameters = inspect.signature(module.forward).parameters
         kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         ids_RT, given, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
@@ -148,6 +146,7 @@ class _Inserting:
             attention_RT = ids_RT.new_ones(ids_RT.shape) if given is None else given.long()
             kwargs["input_ids"], real_RS, self.columns_RT = self._put_in(ids_RT, attention_RT)
             self.real_RS = real_RS
+            self.restore_ends = move_ends(self.columns_RT)
         if self.window and real_RS.shape[1] > self.window:
             raise RequestError(
                 f"the prompt and what stands in front of it are {real_RS.shape[1]} tokens, "
@@ -162,12 +161,13 @@ class _Inserting:
             kwargs["position_ids"] = (real_RS.cumsum(-1) - 1).clamp(min=0)[:, -size:]
         return (), kwargs
 
-    def after(self, module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], out: Any) -> Any:
+    def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> Any:
         """What the caller shall see of it; nothing where the pass was broken off."""
-        if self.acting is not module:
-            return out
         columns_RT, real_RS = self.columns_RT, self.real_RS
-        self.acting = self.columns_RT = self.real_RS = None
+        self.columns_RT = self.real_RS = None
+        if self.restore_ends:
+            self.restore_ends()
+        self.restore_ends = None
         if out is None or columns_RT is None or real_RS is None:
             return out
         if out.past_key_values is not None:

@@ -110,7 +110,8 @@ class Edit:
             raise FormatError(
                 "the edit does not change this module's own weights.",
                 module,
-                f"It has {', '.join(self.factors) or 'none'}, and adds neurons to {', '.join(self.neurons) or 'none'}.",
+                f"It changes {', '.join(self.factors) or 'none'}, and adds neurons to "
+                f"{', '.join(self.all_neurons) or 'none'}.",
             )
         a_RI, b_OR = self.factors[module]
         return b_OR @ a_RI

@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError
@@ -167,17 +168,35 @@ def row_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> Iterator
 def watch_passes(lm: LanguageModel, before: Callable[..., Any], after: Callable[..., Any]) -> list[RemovableHandle]:
     """See what the decoder is given and what it returns, also where a pass is broken off, until handles are removed.
 
-    Some models call one decoder, some another within it, so both are watched: the outermost is the one to act on.
+    Some models call one decoder, some another within it, so both are watched and the outermost is acted on. A pass may
+    be broken off without ``after`` being called, so ``before`` relies on nothing that was left behind.
 
     Args:
         lm: the model.
         before: a forward pre-hook with keyword arguments.
         after: a forward hook with keyword arguments.
     """
+    acting: nn.Module | None = None
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal acting
+        # The same one again: its last pass was broken off from outside, as by Ctrl-C, which no hook is told of.
+        if acting not in (None, module):
+            return None
+        acting = module
+        return before(module, args, kwargs)
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        nonlocal acting
+        if acting is not module:
+            return None
+        acting = None
+        return after(module, args, kwargs, out)
+
     handles = []
     for decoder in dict.fromkeys([lm.model.base_model, lm.model.get_decoder()]):
-        handles.append(decoder.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(decoder.register_forward_hook(after, with_kwargs=True, always_call=True))
+        handles.append(decoder.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(decoder.register_forward_hook(end, with_kwargs=True, always_call=True))
     return handles
 
 
@@ -197,3 +216,10 @@ def asking(ends_R: Tensor) -> Iterator[None]:
 def told_ends() -> Tensor | None:
     """Where questions end (R), if :func:`asking` says so; else rows are all question."""
     return _ENDS.get()
+
+
+def move_ends(columns_RT: Tensor) -> Callable[[], None] | None:
+    """Tell parts in which columns of a pass the caller's tokens stand (R × T), until what is returned is called."""
+    if (ends_R := told_ends()) is None:
+        return None
+    return partial(_ENDS.reset, _ENDS.set(columns_RT.gather(1, ends_R.to(columns_RT.device)[:, None])[:, 0]))

@@ -18,6 +18,9 @@ def ask(
     ledger: Annotated[
         Path | None, typer.Option(envvar="IBKE_LEDGER", help="Folder of a ledger; all its edits are in force.")
     ] = None,
+    editor: Annotated[
+        Path | None, typer.Option(help="Folder of the trained editor an edit by ibke-gated is of, if not ours.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 40,
     model: ModelName = ModelChoice.name,
@@ -39,6 +42,10 @@ def ask(
 
     loaded = [Edit.load(folder) for folder in edits or ()]
     lm = ModelChoice(model, device, dtype, tuple(module or ())).load()
+    if editor:
+        from ibke.editors.gated.question import load_gate
+
+        load_gate(editor, lm)
     if ledger:
         from ibke.fingerprint import check_fingerprint
         from ibke.ledger import Ledger

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from ibke.batch import Pair
 from ibke.errors import MissingPackageError, RequestError
+from ibke.evaluation.scoring import score
 from ibke.models import LanguageModel
 
 BATCH_SIZE = 16
@@ -49,11 +52,10 @@ class Harness:
             RequestError: a task cannot be run; says what lm-eval says.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         with redirect_stderr(io.StringIO()):  # bars of its own
             try:
-                asked: Any = HFLM(pretrained=self.lm.model, tokenizer=self.lm.tokenizer, batch_size=BATCH_SIZE)
+                asked = _asked(self.lm)
                 found: Any = simple_evaluate(
                     asked,
                     tasks=list(self.names),
@@ -75,3 +77,23 @@ class Harness:
             for metric, value in metrics.items()
             if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
         }
+
+
+def _asked(lm: LanguageModel) -> Any:
+    """The model as lm-eval asks it; likelihoods are taken here, where edits are told where questions end."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Asked(HFLM):
+        def _loglikelihood_tokens(
+            self, requests: Sequence[tuple[Any, list[int], list[int]]], *_: Any, **__: Any
+        ) -> list[tuple[float, bool]]:
+            pairs = []
+            for _, context, continuation in requests:
+                answer = continuation[-self.max_length :]
+                # What is too long loses its beginning, as it does there; the last token of an answer is fed to nobody.
+                prompt = context[-max(1, self.max_length + 1 - len(answer)) :]
+                pairs.append(Pair(prompt, answer, (0, 1)))
+            read = score(lm, pairs, batch_size=BATCH_SIZE)
+            return [(-sum(one.nll), one.predicted == tuple(pair.answer)) for one, pair in zip(read, pairs, strict=True)]
+
+    return Asked(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=BATCH_SIZE)

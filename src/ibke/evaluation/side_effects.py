@@ -25,13 +25,13 @@ from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, in_force
 from ibke.evaluation.harness import Harness
 from ibke.evaluation.metrics import average, proportion
+from ibke.evaluation.running_text import RunningText
 from ibke.evaluation.scoring import MOST, score
 from ibke.files import find_file
 from ibke.models import LanguageModel
 from ibke.modules import resolve, weight_OI
 from ibke.session import set_aside
 
-WINDOW = 256  # tokens of text read at once
 LEADING = 8  # singular vectors whose drift is measured
 
 
@@ -119,7 +119,9 @@ class Battery:
     def __post_init__(self) -> None:
         if self.text is None and not self.suites and not self.harness:
             raise RequestError("there is neither text nor a question.", "side effects", "Name a file of either.")
-        self._windows = self._text_windows()
+        self._text = RunningText(self.lm, self.text or "", self.tokens)
+        if self.text is not None and not self._text.windows:
+            raise RequestError("the text has less than two tokens.", "side effects", "Give a longer one.")
         self._asked = {name: [self._pairs(choice) for choice in choices] for name, choices in self.suites.items()}
         self.found: list[dict[str, Any]] = []
         # By suite, for each look: of each question whether it is right, and whether the choice is the unedited model's.
@@ -154,7 +156,7 @@ class Battery:
             name: [([asdict(pair) for pair in pairs], choice.right) for pairs, choice in zip(asked, suite, strict=True)]
             for (name, asked), suite in zip(self._asked.items(), self.suites.values(), strict=True)
         }
-        identity = [self.batch_size, [asdict(pair) for pair in self._windows], questions]
+        identity = [self.batch_size, [asdict(pair) for pair in self._text.windows], questions]
         # What a task of lm-eval asks is in files that may change.
         known = Baseline(self.lm) if self.harness or not self.baseline else self.baseline
         if kept := known.recall(identity):
@@ -174,10 +176,7 @@ class Battery:
             chosen[name] = tuple(_least([sum(next(said).nll) for _ in pairs]) for pairs in asked)
             rights = [choice.right for choice in self.suites[name]]
             abilities[name] = tuple(mine == right for mine, right in zip(chosen[name], rights, strict=True))
-        nll = None
-        if self._windows:
-            read = score(self.lm, self._windows, force, batch_size=self.batch_size)
-            nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
+        nll = self._text.nll(edits, batch_size=self.batch_size) if self._text.windows else None
         tasks = {}
         if self.harness:
             with in_force(self.lm, force):
@@ -219,7 +218,7 @@ class Battery:
         return {
             "n": len(self.found),
             "asked": len(asked),
-            "text_tokens": sum(len(pair.answer) for pair in self._windows),
+            "text_tokens": sum(len(pair.answer) for pair in self._text.windows),
             "perplexity": {
                 "base": None if base.nll is None else math.exp(base.nll),
                 "ratio": mean(ratios),
@@ -243,16 +242,6 @@ class Battery:
             "drift": mean([row["drift"] for row in self.found]),
             "seconds": self.seconds,
         }
-
-    def _text_windows(self) -> list[Pair]:
-        if self.text is None:
-            return []
-        ids = self.lm.tokenizer(self.text, add_special_tokens=False)["input_ids"][: self.tokens]
-        windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-        pairs = [Pair(window[:1], window[1:], (0, 1)) for window in windows if len(window) > 1]
-        if not pairs:
-            raise RequestError("the text has less than two tokens.", "side effects", "Give a longer one.")
-        return pairs
 
     def _pairs(self, choice: Choice) -> list[Pair]:
         prompt = self.lm.tokenizer(choice.prompt)["input_ids"]

@@ -104,7 +104,11 @@ def differences(kept: Edit, again: Edit) -> list[str]:
         return [f"made again it has {', '.join(theirs) or 'nothing'}."]
     found = []
     for name, tensor in mine.items():
-        far = float((tensor - theirs[name]).norm() / tensor.norm().clamp_min(1e-12))
+        one, other = tensor.double(), theirs[name].double()  # some hold whole numbers
+        if one.shape != other.shape:
+            found.append(f"made again, {name} is {list(other.shape)} instead of {list(one.shape)}.")
+            continue
+        far = float((one - other).norm() / one.norm().clamp_min(1e-12))
         if not far <= SAME:
             found.append(f"made again, {name} differs by {far:.1e} of its length.")
     return found

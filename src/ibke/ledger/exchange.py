@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from ibke.errors import FingerprintMismatchError, FormatError
+from ibke.evaluation.metrics import normalise
 from ibke.ledger.ledger import Ledger
 
 FORMAT, VERSION = "ibke-ledger", 1
@@ -68,7 +69,7 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
     told: dict[str, int] = {}
     found = {"edits": 0, "events": 0}
     with ledger.writing():
-        shift, before = ledger.head(), set(ledger.active())
+        shift = ledger.head()
         for count, (number, line) in enumerate(numbered):
             at = f"{where}, line {number}"
             try:
@@ -86,18 +87,25 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                     found["events"] += 1
             except (ValueError, KeyError, TypeError, RecursionError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
-        _supersede(ledger, before)
+        _supersede(ledger, numbers.values())
         if found != told:
             counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
             raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
     return len(numbers)
 
 
-def _supersede(ledger: Ledger, before: set[int]) -> None:
-    """What was taken in takes the place of what was in force before and has the same prompt."""
-    for numbers in ledger.prompts().values():
-        pairs = [(new, old) for new in numbers - before for old in numbers & before]
-        ledger.base.executemany("INSERT OR IGNORE INTO supersedes VALUES (?, ?)", pairs)
+def _supersede(ledger: Ledger, new: Collection[int]) -> None:
+    """What was taken in takes the place of all that was there and has the same prompt, in force or not.
+
+    For what is not in force may be, once something is taken back.
+    """
+    prompts: dict[str, tuple[list[int], list[int]]] = {}
+    for entry in ledger.entries():
+        for prompt in {normalise(request.prompt) for request in entry.requests}:
+            here, came = prompts.setdefault(prompt, ([], []))
+            (came if entry.id in new else here).append(entry.id)
+    pairs = [(new, old) for here, came in prompts.values() for new in came for old in here]
+    ledger.base.executemany("INSERT OR IGNORE INTO supersedes VALUES (?, ?)", pairs)
 
 
 def _check_head(one: Any, ledger: Ledger, at: str) -> None:

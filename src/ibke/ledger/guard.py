@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ibke.errors import LedgerError
 from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, generate, in_force
 from ibke.evaluation.metrics import contains, exact_match
+from ibke.evaluation.running_text import RunningText, depends_on_prompt
 from ibke.evaluation.scoring import score
 from ibke.frames import Frame, encode_pair
 from ibke.models import LanguageModel
@@ -46,7 +47,7 @@ TITLES = {
     "perplexity": "perplexity, more",
     "lost": "earlier edits lost",
 }
-WINDOW, WINDOWS = 256, 4  # tokens of running text read at once, and how often
+TOKENS = 1024  # of running text
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,18 @@ def _fits(value: object, example: float) -> bool:
     """Whether a value can stand for a limit; one that counts cannot be negative."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return number and (isinstance(example, float) or value >= 0)
+
+
+class _How(NamedTuple):
+    """How states are run, so that they are measured in passes of the same shapes.
+
+    Args:
+        first: the first layer that one of them changes; what is below it is run once and for all.
+        asked: whether what one of them does to text depends on where a prompt ends.
+    """
+
+    first: int
+    asked: bool
 
 
 @dataclass(frozen=True)
@@ -158,13 +171,12 @@ class Guard:
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
-        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: WINDOW * WINDOWS]
-        self.windows = [Pair(ids[at : at + 1], ids[at + 1 : at + WINDOW], (0, 1)) for at in range(0, len(ids), WINDOW)]
+        self.text = RunningText(lm, text, TOKENS)
         self._rows: dict[int, tuple[PartialModel, list[RowGroup]]] = {}
-        # The state last kept and the one last checked, by the layer from which on they were run.
-        self._known: dict[int, tuple[Edit | None, Measured]] = {}
-        self._after: dict[int, tuple[Edit | None, Measured]] = {}
-        self._unedited: dict[int, Measured] = {}
+        # The state last kept and the one last checked, by how they were run.
+        self._known: dict[_How, tuple[Edit | None, Measured]] = {}
+        self._after: dict[_How, tuple[Edit | None, Measured]] = {}
+        self._unedited: dict[_How, Measured] = {}
 
     def _answered(self, prompts: list[list[int]], baseline: Baseline) -> list[list[int]]:
         """What the unedited model answers, known from an earlier time or asked now."""
@@ -176,11 +188,13 @@ class Guard:
             baseline.keep(identity, known)
         return known
 
-    def _first(self, *states: Edit | None) -> int:
-        """The first layer that one of some states changes; what is below it is run once and for all."""
-        names = [name for state in states if state for name in (*state.factors, *state.neurons)]
-        parts = any(state.parts for state in states if state)
-        return first_layer(resolve(self.lm.model, names)) if names and not parts else 0
+    def _how(self, *states: Edit | None) -> _How:
+        """How some states are run beside each other."""
+        edits = [state for state in states if state]
+        names = [name for state in edits for name in (*state.factors, *state.neurons)]
+        parts = any(state.parts for state in edits)
+        first = first_layer(resolve(self.lm.model, names)) if names and not parts else 0
+        return _How(first, depends_on_prompt(edits))
 
     def _groups(self, first: int) -> tuple[PartialModel, list[RowGroup]]:
         if first not in self._rows:
@@ -190,18 +204,16 @@ class Guard:
         return self._rows[first]
 
     @torch.inference_mode()
-    def _measure(self, state: Edit | None, first: int) -> Measured:
+    def _measure(self, state: Edit | None, how: _How) -> Measured:
         kept_P, kl = torch.zeros(len(self.probes), dtype=torch.bool), 0.0
-        part, groups = self._groups(first)
-        force = Together((state,)) if state else None
-        with in_force(self.lm, force):
+        part, groups = self._groups(how.first)
+        edits = (state,) if state else ()
+        with in_force(self.lm, Together(edits) if edits else None):
             for group in groups:
                 terms = row_terms(part.suffix(group.hidden_RTD, group.batch), group)
                 kept_P[terms.owner_R.cpu()] = terms.right_R.cpu()
                 kl += float(terms.forward_R.sum())
-        read = score(self.lm, self.windows, force)
-        nll = sum(sum(one.nll) for one in read) / sum(len(one.nll) for one in read)
-        return Measured(kept_P, kl / max(1, self.tokens), nll)
+        return Measured(kept_P, kl / max(1, self.tokens), self.text.nll(edits, how.asked))
 
     def check(
         self,
@@ -225,15 +237,15 @@ class Guard:
 
     def _effects(self, before: Edit | None, after: Edit, earlier: Sequence[EditRequest]) -> Verdict:
         """Probes, text and earlier edits, beside what they were."""
-        first = self._first(before, after)
+        how = self._how(before, after)
         # Measured in passes of the same shapes, so that what differs is the edit's doing and not a sum's rounding.
-        if first not in self._known or self._known[first][0] is not before:
-            self._known = {first: (before, self._measure(before, first))}
-        was, now = self._known[first][1], self._measure(after, first)
-        if first not in self._unedited:
-            self._unedited[first] = self._measure(None, first) if before else was
-        self._after = {first: (after, now)}
-        unedited = self._unedited[first]
+        if how not in self._known or self._known[how][0] is not before:
+            self._known = {how: (before, self._measure(before, how))}
+        was, now = self._known[how][1], self._measure(after, how)
+        if how not in self._unedited:
+            self._unedited[how] = self._measure(None, how) if before else was
+        self._after = {how: (after, now)}
+        unedited = self._unedited[how]
         lost_P = was.kept_P & ~now.kept_P
         drifted, drifted_before = (int((unedited.kept_P & ~one.kept_P).sum()) for one in (now, was))
         count = max(1, len(self.probes))

@@ -77,18 +77,19 @@ class GatedIBKE(IBKEEditor):
     def _questions(self, requests: Sequence[EditRequest]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What each request's question looks like (K), and the cosine above which it counts as asked.
 
-        An edit is asked about by its own prompt in every frame and by the wordings given with it, whatever the level
-        of all others.
+        An edit is asked about by its own prompt and the wordings given with it, in every frame, whatever the level of
+        all others.
         """
         asked: list[tuple[str, Frame]] = [(request.prompt, frame) for request in requests for frame in FRAMES]
         worded = [(row, text) for row, request in enumerate(requests) for text in request.rephrase_prompts]
-        asked += [(text, "bare") for _, text in worded]
+        asked += [(text, frame) for _, text in worded for frame in FRAMES]
         pairs = [self.pair(text, "-", frame) for text, frame in asked]
         states_RLD = prompt_states(self.lm, self.gate.config.layers, pairs, self.prefixes)
         own = len(FRAMES) * len(requests)
         keys_BK, level_B = self.gate.keys(states_RLD[:own].unflatten(0, (-1, len(FRAMES))))
         query_RK, lean_R = self.gate.queries(states_RLD)
-        owner_R = torch.tensor([row for row in range(len(requests)) for _ in FRAMES] + [row for row, _ in worded])
+        rows = [*range(len(requests)), *(row for row, _ in worded)]
+        owner_R = torch.tensor(rows).repeat_interleave(len(FRAMES))
         cosine_R = (query_RK * keys_BK[owner_R.to(keys_BK.device)]).sum(-1) + lean_R
         level_B = level_B.scatter_reduce(0, owner_R.to(level_B.device), cosine_R - SLACK, "amin")
         return list(zip(keys_BK.cpu(), level_B.cpu(), strict=True))

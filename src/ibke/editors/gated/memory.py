@@ -178,7 +178,6 @@ class _Asking:
         layers = sorted({layer for gate in self.gates.values() for layer in gate.config.layers})
         self.entrances = {layer: entrance(lm, layer) for layer in layers}
         self.kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
-        self.acting: nn.Module | None = None
         self.open_RE: Tensor | None = None
 
     def neurons(self) -> dict[str, tuple[Neurons, Callable[[], Tensor]]]:
@@ -205,9 +204,7 @@ class _Asking:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the questions of a first pass, or recall what was decided before it."""
-        if self.acting is not None:
-            return
-        self.acting = module
+        self.open_RE = None  # questions are read by the model without these edits
         cache = kwargs.get("past_key_values")
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         # Several tokens at once are a question again, as the next turn of a chat is.
@@ -218,14 +215,12 @@ class _Asking:
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
 
-    def after(self, module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], out: Any) -> None:
+    def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""
-        if self.acting is not module:
-            return
         cache = getattr(out, "past_key_values", None)
         if cache is not None and self.open_RE is not None:
             self.kept[cache] = self.open_RE
-        self.acting = self.open_RE = None
+        self.open_RE = None
 
     def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
         """Which edits are asked about in each row (R × E, 0 or 1)."""

@@ -225,7 +225,7 @@ def question_gate(name: str, lm: LanguageModel) -> QuestionGate:
         raise FormatError(
             f"the maps {name} that tell this edit's question are not known.",
             "gated neurons",
-            "Load the editor that made the edit first, or make the edit again.",
+            "Load the editor that made the edit first (`ibke ask --editor FOLDER`), or make the edit again.",
         )
     return _KNOWN[name]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -141,10 +141,14 @@ class IBKEEditor(Editor):
         began = time.perf_counter()
         self.pairs(requests)  # refuses what cannot be edited before anything is made
         refuse_contradictions(requests)
-        with set_aside(self.lm) if self.settings.base == "pristine" else nullcontext():
+        with self._base():
             whole = self._edit(requests)
         whole.info.seconds = time.perf_counter() - began
         return whole
+
+    def _base(self) -> AbstractContextManager[None]:
+        """What is attached to the model counts while edits are made, or does not."""
+        return set_aside(self.lm) if self.settings.base == "pristine" else nullcontext()
 
     def _edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit of all requests, on the model as it is."""
@@ -170,8 +174,9 @@ class IBKEEditor(Editor):
         return whole
 
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
-        """Independent Edits, one a request, made in batches; each alone, on the model as it is."""
-        return self._finished(self._each(requests, progress))
+        """Independent Edits, one a request, made in batches; each alone. On what model: see :meth:`edit`."""
+        with self._base():
+            return self._finished(self._each(requests, progress))
 
     def _each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         edits: list[Edit] = []

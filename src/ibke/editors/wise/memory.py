@@ -163,15 +163,13 @@ class Routing:
             index = slice(None) if len(rows) == 1 else torch.tensor(places, device=lm.device)
             self.parts.append((index, tensors["deltas"].to(lm.dtype), tensors["thresholds"].float()))
         self.kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
-        self.acting: nn.Module | None = None
+        self.inside = False  # a pass of the decoder
         self.words_RT: Tensor | None = None
         self.chosen_R: Tensor | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note which tokens of a pass are words, or what was decided in the passes before it."""
-        if self.acting is not None:
-            return
-        self.acting = module
+        self.inside, self.words_RT, self.chosen_R = True, None, None
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() and cache in self.kept:
             self.chosen_R = self.kept[cache]
@@ -181,14 +179,12 @@ class Routing:
             # Of what came before, nothing is known here.
             self.words_RT = words(attention[:, -ids_RT.shape[1] :].bool())
 
-    def after(self, module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], out: Any) -> None:
+    def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""
-        if self.acting is not module:
-            return
         cache = getattr(out, "past_key_values", None)
         if cache is not None and self.chosen_R is not None:
             self.kept[cache] = self.chosen_R
-        self.acting = self.words_RT = self.chosen_R = None
+        self.inside, self.words_RT, self.chosen_R = False, None, None
 
     def answer(self, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """What the module returns, or the chosen memory in its place (a hook of the module)."""
@@ -213,7 +209,7 @@ class Routing:
             own_RTO = answers_RTO[index]
             said_RTO = torch.where(chosen_R[:, None, None] >= 0, own_RTO + change_RTO, own_RTO)
             answers_RTO = said_RTO if isinstance(index, slice) else answers_RTO.index_copy(0, index, said_RTO)
-        if self.chosen_R is None and self.acting is not None:
+        if self.chosen_R is None and self.inside:
             self.chosen_R = decided_R
         return answers_RTO.view_as(out)
 
