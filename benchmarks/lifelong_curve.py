@@ -11,6 +11,7 @@ from typing import Any
 
 from lifelong import RESULTS  # the script beside this one
 from matplotlib import pyplot
+from matplotlib.ticker import ScalarFormatter
 
 PICTURE = Path("docs/lifelong.svg")
 COLOURS = {"reliability": "tab:gray", "generality": "tab:blue", "locality": "tab:orange"}
@@ -33,8 +34,10 @@ def main() -> None:
         by_age(axes[2], rows[-1], mark)
     axes[0].set(ylim=(0, 1), xlabel="edits made", ylabel="share of prompts answered as they should be")
     axes[1].set(xlabel="edits made", ylabel="perplexity of running text, more (%)")
+    axes[1].set_yscale("symlog", linthresh=10)  # others lose a thousand times as much
+    axes[1].yaxis.set_major_formatter(ScalarFormatter())
     axes[2].set(ylim=(0, 1), xlabel="made so many edits ago", ylabel="at the end")
-    axes[0].legend(frameon=False, loc="lower left")
+    axes[0].legend(frameon=False, loc="center left")
     axes[1].legend(frameon=False, loc="upper left", fontsize=8)
     figure.savefig(PICTURE, metadata={"Date": None})
 
