@@ -48,15 +48,14 @@ def main() -> None:
     for method in args.methods.split(","):
         try:
             editor = ready(lm, method)
-        except IBKEError as error:
-            report["methods"][method] = {"left_out": error.what}  # its place is this machine's
-        else:
             # The first edit pays for what is taken once: statistics, beginnings of prompts.
             editor.edit(asked[ON[0]][:1])
             report["methods"][method] = {name: timed(editor, some[1:]) for name, some in asked.items()}
+        except IBKEError as error:
+            report["methods"][method] = {"left_out": error.what}  # its place is this machine's
         print(method, report["methods"][method], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, (json.dumps(report, indent=1) + "\n").encode())
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def requests(name: str, count: int) -> list[EditRequest]:

@@ -228,10 +228,17 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
 
 
 def rows(result: Path, mark: str, how: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows known so far of this editor, asked in this way; another's give way."""
+    """The rows known so far of this editor; another's give way.
+
+    Raises:
+        SystemExit: it was asked in another way.
+    """
     known = json.loads(result.read_text()) if result.exists() else {}
-    same = known.get("editor_mark") == mark and known["config"] == how
-    return known["rows"] if same else []
+    if known.get("editor_mark") != mark:
+        return []
+    if known["config"] != how:
+        raise SystemExit(f"{result} was asked in another way ({known['config']}): move it away, or ask as it was.")
+    return known["rows"]
 
 
 def keep(result: Path, report: dict[str, Any], how: dict[str, Any], machine: dict[str, Any]) -> None:

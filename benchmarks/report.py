@@ -161,6 +161,9 @@ def rivals(protocol: str) -> str:
         ]
         cells += [_mean([each["choices_kept"] for each in effects], ".3f")]
         lines.append("| " + " | ".join(cells) + " |")
+    for one in summary.get("failed", []):
+        if one["file"].split(".")[1] == protocol.replace(":", "-"):
+            lines.append(f"\nFailed: {one['cell']}: {one['why']}")
     base = [one for one in summary["base"] if one["protocol"] == protocol and one["answers"]]
     said = ", ".join(f"{one['answers']:.3f} ({TITLES[one['data']]})" for one in base)
     lines += ["", f"Share of locality prompts at which the unedited model says anything: {said}."]
@@ -228,8 +231,9 @@ def costs() -> str:
             ratio = f"{seconds / found['ibke'][name]['median']:.1f}" if "ibke" in found else "–"
             cells += [f"{seconds:.2f}", ratio, f"{seconds / report['pass'][name]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    if left_out := [method for method in report["methods"] if method not in found]:
-        lines += ["", f"Not timed: {', '.join(left_out)} (no trained weights on that machine)."]
+    if left_out := {method: some for method, some in report["methods"].items() if method not in found}:
+        why = "; ".join(f"{method}, {some['left_out'].rstrip('.')}" for method, some in left_out.items())
+        lines += ["", f"Not timed: {why}."]
     return "\n".join(lines)
 
 

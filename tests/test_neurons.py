@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.conftest import make_tiny
+from transformers.activations import ACT2FN
 
 from ibke.edit import Edit, EditInfo
 from ibke.errors import FormatError, ModuleNotEditableError
@@ -194,3 +195,10 @@ def test_a_module_that_closes_no_mlp_is_named(module):
     lm = make_tiny("llama")
     with pytest.raises(ModuleNotEditableError, match="closes no MLP"):
         Site.find(lm.model, f"model.layers.1.{module}")
+
+
+def test_an_activation_that_is_no_step_far_out_is_refused(tiny_model):
+    lm = tiny_model("llama")
+    lm.model.get_submodule("model.layers.1.mlp").act_fn = ACT2FN["relu2"]
+    with pytest.raises(ModuleNotEditableError, match="2500 at 50"):
+        Site.find(lm.model, "model.layers.1.mlp.down_proj")

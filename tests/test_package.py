@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import ibke
+from ibke.files import write_atomically
 
 
 def test_import_is_light_and_names_come_when_asked_for():
@@ -16,3 +19,12 @@ def test_import_is_light_and_names_come_when_asked_for():
         assert name in dir(ibke)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = ibke.nonsense
+
+
+def test_new_files_are_for_whoever_may_read_such_files(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "data.json", b"{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "data.json").stat().st_mode & 0o777 == 0o644 and len(list(tmp_path.iterdir())) == 1

@@ -384,3 +384,26 @@ def test_facts_of_rippleedits_are_taken_apart_as_in_knowedit(data_folder: Path, 
         # Without another prompt about it nothing tells what the subject is.
         assert (request.subject is None) == (not about)
     assert subjects == found
+
+
+@pytest.mark.parametrize("head", ["", '{"src": ,}', "   "])
+def test_json_lines_whose_first_line_is_none_are_lines_all_the_same(tmp_path: Path, head: str) -> None:
+    path = write(tmp_path, f"{head}\n{json.dumps(ZSRE)}\n{json.dumps(ZSRE)}\n", "data.json")
+    skipped: list[Skipped] = []
+    assert len(list(read(path, "zsre", skipped))) == 2
+    assert [one.where for one in skipped] == ([f"{path}, line 1"] if head.strip() else [])
+
+
+def test_copies_and_leftovers_in_a_folder_are_not_read(tmp_path: Path) -> None:
+    for name in ("data.json", "data.json.bak", ".data.json-x1"):
+        write(tmp_path, json.dumps([ZSRE]), name)
+    assert len(list(read(tmp_path, "zsre"))) == 1
+
+
+def test_what_must_stay_cannot_have_the_new_answer_for_its_own(tmp_path: Path) -> None:
+    record = dict(RECORDS["knowedit"]["WikiData"])
+    asked = {"prompt": "The capital of Free Land, which is not Lisbon, is", "ground_truth": [["Lisbon"]]}
+    record["target_new"] = "Lisbon"
+    record["locality"] = {"Forgetfulness": [asked]}
+    (request,) = read(write(tmp_path, json.dumps([record])), "knowedit")
+    assert [(probe.family, probe.target) for probe in request.locality] == [("forgetfulness", None)]

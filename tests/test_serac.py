@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ibke.batch import Pair
 from ibke.context import PLACE
 from ibke.data.readers import read
 from ibke.edit import Edit, EditInfo
@@ -20,6 +21,7 @@ from ibke.editors.serac.scope import Scope, ScopeSettings, fit, layer_of, repres
 from ibke.errors import CaptureError, FormatError, IBKEError, TrainingError
 from ibke.evaluation.generate import edited_rows, generate
 from ibke.evaluation.protocols import evaluate
+from ibke.evaluation.scoring import score
 from ibke.request import EditRequest
 from ibke.session import EditSession
 from ibke.training.run import draw_episodes
@@ -277,3 +279,15 @@ def test_what_is_none_is_refused(tiny_model):
             ScopeSettings(sources=sources)
     with pytest.raises(IBKEError, match="`width` is below 1"):
         ScopeSettings(width=0)
+
+
+def test_given_answers_are_scored_as_they_would_be_generated(tiny_model):
+    """What a row is told hangs on its question, whatever answer stands behind it."""
+    lm = tiny_model("llama")
+    ids = lm.tokenizer(ONE.prompt).input_ids
+    edit = facts_of(lm, 0.01, ONE)
+    made = generate(lm, [ids], [edit], max_new_tokens=6)[0].ids
+    (scored,) = score(lm, [Pair(ids, [*made, 5, 9, 11], (0, 1))], [edit])
+    assert scored.predicted[: len(made)] == tuple(made)
+    other = score(lm, [Pair(ids, [7, 7, 7, 7], (0, 1)), Pair(ids, [*made, 5, 9, 11], (0, 1))], [edit, edit])
+    assert other[1] == scored and other[0].predicted[0] == made[0]

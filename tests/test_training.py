@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import make_tiny
 
+from ibke.data import mixture as data_mixture
 from ibke.data.mixture import Source, Split
 from ibke.data.split import held_out
 from ibke.editors.ibke.config import IBKEConfig
@@ -289,3 +290,26 @@ def test_an_unknown_source_is_named():
     with pytest.raises(TrainingError, match="unknown data source 'wikipedia'"):
         Source.parse("wikipedia")
     assert Source.parse("counterfact:a/b=c.json=2.5") == Source("counterfact", "a/b=c.json", 2.5)
+
+
+def test_what_moves_every_answer_is_shown_prompts_of_every_kind(ground):
+    from ibke.request import EditRequest, Probe
+
+    kinds = {"same_relation": "The job of Bo Ek is", "same_subject": "Ada Berg lives in", "unrelated": "Water boils at"}
+    locality = tuple(Probe(prompt, None, family) for family, prompt in kinds.items())
+    request = EditRequest("The job of Ada Berg is", "baker", subject="Ada Berg", locality=locality)
+    shown = EpisodeMaker(3, pool=["Another one"], everywhere=True).make(request, "jsonl", 0).outside
+    assert {asked.prompt for asked in shown} == {*kinds.values(), "Another one"}
+
+
+def test_relations_held_out_word_no_prompt_of_training(data_folder, monkeypatch):
+    monkeypatch.setenv("IBKE_DATA", str(data_folder))
+    known = {}
+
+    def note(pool, wordings, **_):
+        known.update(wordings)
+        return iter(())
+
+    monkeypatch.setattr(data_mixture, "generate", note)
+    assert list(data_mixture.requests(Source.parse("pararel"), 0, 10, Split(0.2))) == []
+    assert known and not any(held_out(name, 0.2) for name in known)

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def cache_folder() -> Path:
@@ -31,6 +31,15 @@ def find_file(path: str) -> Path:
     return Path(path) if Path(path).exists() else data_folder() / path
 
 
+def new_beside(path: Path) -> BinaryIO:
+    """A new file in the folder of another, under a name of its own, that whoever may read such files may read.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    return (path.parent / f".{path.name}-{secrets.token_hex(4)}").open("xb")
+
+
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file in one step: whoever looks sees the old one or the new one, also after an interruption.
 
@@ -41,7 +50,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    with new_beside(path) as file:
         temporary = Path(file.name)
         try:
             for piece in (data,) if isinstance(data, bytes) else data:

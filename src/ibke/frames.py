@@ -5,6 +5,7 @@ Prompts and targets are tokenised separately, so that a byte-pair merge across t
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, get_args
 
 from ibke.batch import Pair
@@ -62,8 +63,9 @@ def encode_pair(
     offsets = encoding["offset_mapping"]
     begin = text.rfind(prompt.strip())
     span = _covering(offsets, begin, begin + len(prompt.strip()))
-    place = text.lower().find(subject.lower(), begin) if subject else -1
-    about = _covering(offsets, place, place + len(subject or "")) if place >= 0 else None
+    # In the text as it is: letters may become more of them in lower case.
+    place = re.compile(re.escape(subject), re.IGNORECASE).search(text, begin) if subject else None
+    about = _covering(offsets, *place.span()) if place else None
     answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
     return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], span, about)
 

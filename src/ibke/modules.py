@@ -323,6 +323,17 @@ def _parameters(
     return nn.Parameter(stored, requires_grad=learns), bias_O
 
 
+def finished_logits(model: Any, logits_NV: Tensor) -> Tensor:
+    """What a model makes of its head's output: some scale it, some cap it (float32)."""
+    config, logits_NV = model.config.get_text_config(), logits_NV.float()
+    if scale := getattr(model, "logit_scale", None):  # Cohere
+        logits_NV = logits_NV * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits_NV = logits_NV / scaling
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return torch.tanh(logits_NV / cap) * cap if cap else logits_NV
+
+
 def layer_index(name: str) -> int | None:
     """The layer a module is in: the first number in its dotted name; None where there is none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

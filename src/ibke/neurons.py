@@ -35,6 +35,7 @@ from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resol
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
 
+FAR = 50.0  # input at which an activation is as it is ever after
 SHUT = 1e-30  # what a neuron says at most that is shut, to whatever the activation's far end rounds
 
 # Where architectures keep the activation of an MLP, beside its projections or in the configuration.
@@ -357,7 +358,19 @@ def unpacked_neurons(tensors: Mapping[str, Tensor], name: str, gate: Sequence[fl
 
 
 def _activation(home: nn.Module, model: Any) -> Callable[[Tensor], Tensor]:
-    """The activation of the MLP whose projections a module holds."""
+    """The activation of the MLP whose projections a module holds; one that is not x far above 0 makes no step."""
+    found = _named_activation(home, model)
+    far = torch.tensor([-FAR, FAR])
+    if not torch.allclose(found(far), far.clamp(min=0), atol=1e-2):
+        raise ModuleNotEditableError(
+            f"the activation of this MLP is {found(far)[1]:g} at {FAR:g}, and added neurons need {FAR:g} there.",
+            type(home).__name__,
+            "Use a method that changes weights (`ibke ls methods`).",
+        )
+    return found
+
+
+def _named_activation(home: nn.Module, model: Any) -> Callable[[Tensor], Tensor]:
     for name in _ACTIVATIONS:
         if callable(found := getattr(home, name, None)):
             return found

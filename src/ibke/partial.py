@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from ibke.batch import Batch
 from ibke.errors import CaptureError
+from ibke.modules import finished_logits
 from ibke.parts import asking
 
 
@@ -92,10 +93,9 @@ class PartialModel:
         self.layers: nn.ModuleList = getattr(self.parent, self.attribute)
         self.decoder: Any = model.base_model
         self.head: nn.Module = model.get_output_embeddings()
-        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         wraps = self._wraps_output()
-        self._skipped = nn.ModuleList([*(_PassThrough(wraps) for _ in range(first)), *self.layers[first:]])
+        self._skipped = _Rest([*(_PassThrough(wraps) for _ in range(first)), *self.layers[first:]])
 
     @torch.no_grad()
     def prefix(self, batch: Batch) -> Tensor:
@@ -219,8 +219,7 @@ class PartialModel:
         # multiple of four add up one by one, which leaves errors of 3e-4 in a gradient that has 3e-6 otherwise.
         count = len(states_ND)
         padded_ND = F.pad(states_ND, (0, 0, 0, -count % 4)) if torch.is_grad_enabled() else states_ND
-        logits = self.head(padded_ND)[:count].float()
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return finished_logits(self.model, self.head(padded_ND)[:count])
 
 
 def _refuse_longer(states_RTD: Tensor, batch: Batch) -> None:
@@ -234,6 +233,15 @@ def _refuse_longer(states_RTD: Tensor, batch: Batch) -> None:
 
 def _replace_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class _Rest(nn.ModuleList):
+    """The layers of a model that is run from one of them on."""
+
+
+def runs_in_parts(decoder: nn.Module) -> bool:
+    """Whether a decoder is being run from hidden states on, so that it cannot read other tokens meanwhile."""
+    return any(isinstance(module, _Rest) for module in decoder.modules())
 
 
 @contextmanager

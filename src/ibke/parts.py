@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -216,6 +217,14 @@ def asking(ends_R: Tensor) -> Iterator[None]:
 def told_ends() -> Tensor | None:
     """Where questions end (R), if :func:`asking` says so; else rows are all question."""
     return _ENDS.get()
+
+
+def of_question(real_RT: Tensor) -> Tensor:
+    """Which of some columns are real and no part of an answer (R × T), as far as that is told."""
+    if (ends_R := told_ends()) is None:
+        return real_RT
+    columns_T = torch.arange(real_RT.shape[1], device=real_RT.device)
+    return real_RT & (columns_T <= ends_R.to(real_RT.device)[:, None])
 
 
 def move_ends(columns_RT: Tensor) -> Callable[[], None] | None:

@@ -76,6 +76,9 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"`{name}` is empty.", "edit request", f"Give `{name}` a text.")
+        # What is blank says nothing, and a space at a subject's end would move where it ends.
+        object.__setattr__(self, "subject", (self.subject or "").strip() or None)
+        object.__setattr__(self, "target_true", self.target_true if (self.target_true or "").strip() else None)
         if self.subject is not None and self.subject.lower() not in self.prompt.lower():
             raise RequestError(
                 f"the subject {self.subject!r} does not occur in the prompt {self.prompt!r}.",

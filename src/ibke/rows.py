@@ -8,13 +8,15 @@ Shape suffixes: R rows, T tokens, N answer positions, D hidden, V vocabulary, P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ibke.batch import Batch, Pair, by_length, collate
 from ibke.neurons import Neurons, Site, row_neurons
@@ -282,6 +284,9 @@ def _cut(pairs: Sequence[Pair], hidden_RTD: Tensor, whole: Past, pad_id: int) ->
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The base's own greedy answers (up to ``CONTINUATION`` tokens), which edits must leave alone."""
     device = next(model.parameters()).device
+    own = getattr(model.generation_config, "eos_token_id", None)
+    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = list(dict.fromkeys(token for token in known if token is not None))
     out: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for begin in range(0, len(order), 96):
@@ -292,15 +297,22 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> l
         for slot, row in enumerate(rows):
             ids[slot, longest - len(prompts[row]) :] = torch.tensor(prompts[row], device=device)
             attention[slot, longest - len(prompts[row]) :] = 1
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            max_new_tokens=CONTINUATION,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, longest:]
+        with _plainly(model, ends, tokenizer.pad_token_id):
+            made = model.generate(input_ids=ids, attention_mask=attention)[:, longest:]
         for slot, row in enumerate(rows):
             tokens = made[slot].tolist()
-            ends = [index for index, token in enumerate(tokens) if token == tokenizer.eos_token_id]
-            out[row] = tokens[: ends[0] + 1] if ends else tokens
+            out[row] = tokens[: next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))]
     return out
+
+
+@contextmanager
+def _plainly(model: Any, ends: Sequence[int], pad_id: int) -> Iterator[None]:
+    """Generate greedily, whatever a model's own settings hold (repetition penalties, suppressed tokens)."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=CONTINUATION, do_sample=False, eos_token_id=list(ends), pad_token_id=pad_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -16,10 +16,11 @@ _OPENERS = frozenset(
 
 def guess_subject(prompt: str) -> str | None:
     """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
-    runs = re.findall(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", prompt)
+    # Capitals of any alphabet, as one that a pattern can name.
+    shadow = "".join("A" if letter.isupper() else letter for letter in prompt)
     named = []
-    for run in runs:
-        words = run.split()
+    for run in re.finditer(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", shadow):
+        words = prompt[run.start() : run.end()].split()
         while words and words[0] in _OPENERS:
             words.pop(0)
         while words and words[-1].islower():

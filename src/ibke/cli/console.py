@@ -187,6 +187,11 @@ def beside(text: str, abilities: Sequence[str] | None, questions: int, looks: in
         return None
     found = Beside(text, tuple(abilities or ()), questions, looks, harness)
     found.read()
+    if harness:
+        from ibke.evaluation.harness import tasks_in
+        from ibke.files import find_file
+
+        tasks_in(find_file(harness))
     return found
 
 

@@ -96,6 +96,8 @@ def evaluate(
     config |= account(skipped)
     asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
     report = _measure(lm, editing, chosen, how, besides, asking)
+    if out and out != "-":  # first of all: nothing that goes wrong with a screen loses it
+        write_json(report, Path(out))
     _show(report, console)
     _hand_over(report, out, console)
 
@@ -130,16 +132,15 @@ def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> Non
     if out == "-":
         print_json(report)
     elif out:
-        write_json(report, Path(out))
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
 
 
 def _read(data: Path, format: str, console: Console) -> tuple[list[EditRequest], list[Skipped]]:
     skipped: list[Skipped] = []
     requests = list(read(find_file(str(data)), format, skipped))
+    _name_skipped(skipped, console)
     if not requests:
         raise RequestError("there is no request in it.", str(data), "Give a file that holds some.")
-    _name_skipped(skipped, console)
     return requests, skipped
 
 

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ibke.errors import IBKEError
+from ibke.files import new_beside
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is done (bytes)."""
@@ -130,7 +130,7 @@ def _download(url: str, target: Path, file: SourceFile, tick: Callable[[int], No
     by_hand = f"Check the network, or save {url} as {target} by hand."
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-", delete=False) as part:
+        with new_beside(target) as part:
             temporary = Path(part.name)
             try:
                 digest, size = hashlib.sha256(), 0

@@ -76,6 +76,8 @@ def requests(source: Source, seed: int, count: int, split: Split) -> Iterator[tu
         rng.shuffle(pool)
         own = [find_file(path) for path in source.path.split("+")[1:]] if source.name == "csv" else []
         wordings = load_wordings(*own, templates_from=None if source.name == "csv" else data_folder())
+        if source.name != "csv":  # prompts out of scope are of other relations, and none of those held out
+            wordings = {name: one for name, one in wordings.items() if not held_out(name, split.relations)}
         made = generate(pool[: max(20 * count, 20_000)], wordings, seed=seed, limit=count, skips=Skips())
         for item in made:
             yield item.request, dict(item.kinds)

@@ -32,18 +32,8 @@ class Harness:
     """
 
     def __init__(self, lm: LanguageModel, folder: Path, limit: int):
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError:
-            raise MissingPackageError(
-                "lm-eval is not installed.", "lm-eval", "Install it with `pip install 'ibke[lm-eval]'`."
-            ) from None
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
-        self.lm, self.limit = lm, limit
-        self.tasks = TaskManager(include_path=str(folder), include_defaults=False)
+        self.lm, self.limit, self.tasks = lm, limit, tasks_in(folder)
         self.names: list[str] = sorted(self.tasks.all_subtasks)
-        if not self.names:
-            raise RequestError("there is no task in it.", str(folder), "Put lm-eval's task files (YAML) there.")
 
     def scores(self) -> dict[str, float]:
         """Every metric of every task, by ``task/metric``, zero-shot unless the task says otherwise.
@@ -97,3 +87,23 @@ def _asked(lm: LanguageModel) -> Any:
             return [(-sum(one.nll), one.predicted == tuple(pair.answer)) for one, pair in zip(read, pairs, strict=True)]
 
     return Asked(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=BATCH_SIZE)
+
+
+def tasks_in(folder: Path) -> Any:
+    """lm-eval's knowledge of the tasks in a folder.
+
+    Raises:
+        MissingPackageError: lm-eval is not installed.
+        RequestError: there is no task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingPackageError(
+            "lm-eval is not installed.", "lm-eval", "Install it with `pip install 'ibke[lm-eval]'`."
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    if not tasks.all_subtasks:
+        raise RequestError("there is no task in it.", str(folder), "Put lm-eval's task files (YAML) there.")
+    return tasks

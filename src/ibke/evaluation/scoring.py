@@ -17,6 +17,7 @@ from torch import Tensor
 from ibke.batch import Batch, Pair, collate
 from ibke.evaluation.generate import BATCH_SIZE, InForce, in_force, plan
 from ibke.models import LanguageModel
+from ibke.modules import finished_logits
 from ibke.parts import asking
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
@@ -113,9 +114,7 @@ def _answer_states(lm: LanguageModel, batch: Batch) -> Tensor:
 
 
 def _log_probs(lm: LanguageModel, states_ND: Tensor) -> Tensor:
-    logits_NV = lm.model.get_output_embeddings()(states_ND).float()
-    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    return (torch.tanh(logits_NV / cap) * cap if cap else logits_NV).log_softmax(-1)
+    return finished_logits(lm.model, lm.model.get_output_embeddings()(states_ND)).log_softmax(-1)
 
 
 def _bounded(nats_N: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ibke.batch import Pair, coded_positions, collate
@@ -32,6 +31,7 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
 from ibke.subjects import subject_of
+from ibke.training.checkpoint import write_tensors
 from ibke.training.clock import Found, since, unnoticed
 from ibke.training.episodes import Episode
 
@@ -226,8 +226,7 @@ def build(
         if path.exists():
             found(path)
         else:
-            part, began = path.with_suffix(".part"), time.monotonic()
+            began = time.monotonic()
             shard = builder.shard(episodes[begin : begin + SHARD], whole)
-            save_file(shard, part, since(began))
-            part.replace(path)
+            write_tensors(path, shard, since(began))
         progress(min(begin + SHARD, len(episodes)), len(episodes))

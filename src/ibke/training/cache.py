@@ -24,25 +24,32 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "I
 ON_DISK = ("keys_TD", "grads_TD", "hidden_TD", "past_TF", "base_tokens_NP", "base_log_probs_NP")
 
 
+class OpenFile:
+    """A file that is open as long as somebody reads from it; there may be no more than a thousand at once."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class StoredRows:
     """One tensor of a safetensors file, read row range by row range.
 
     A memory map would count the whole file as ours; reading leaves it to the system's page cache.
     """
 
-    def __init__(self, path: Path, offset: int, dtype: torch.dtype, shape: list[int]):
-        self.file, self.offset, self.dtype, self.shape = os.open(path, os.O_RDONLY), offset, dtype, shape
+    def __init__(self, file: OpenFile, offset: int, dtype: torch.dtype, shape: list[int]):
+        self.file, self.offset, self.dtype, self.shape = file, offset, dtype, shape
         self.row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
 
     def __getitem__(self, rows: slice) -> Tensor:
         count = rows.stop - rows.start
         if not count:
             return torch.empty(0, *self.shape[1:], dtype=self.dtype)
-        raw = os.pread(self.file, count * self.row_bytes, self.offset + rows.start * self.row_bytes)
+        raw = os.pread(self.file.number, count * self.row_bytes, self.offset + rows.start * self.row_bytes)
         return torch.frombuffer(bytearray(raw), dtype=self.dtype).view(count, *self.shape[1:])
-
-    def __del__(self) -> None:
-        os.close(self.file)
 
 
 def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, StoredRows]]:
@@ -51,8 +58,9 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, StoredRows]]:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
+    shared = OpenFile(path)
     stored = {
-        name: StoredRows(path, 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]], entry["shape"])
+        name: StoredRows(shared, 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]], entry["shape"])
         for name, entry in header.items()
     }
     small = {name: rows[0 : rows.shape[0]] for name, rows in stored.items() if name not in ON_DISK}

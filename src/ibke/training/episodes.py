@@ -61,6 +61,8 @@ class EpisodeMaker:
         outside: most prompts out of scope per episode; where something is said of the subject they are about that.
         kinds: the kind of wordings whose source knows it; of others the question mark tells.
         pool: prompts of other requests, to fill up what a request lacks out of scope.
+        everywhere: whether what is trained moves answers to any prompt, as changed weights do; then one prompt out of
+            scope of each family, and one of another request.
     """
 
     seed: int
@@ -68,6 +70,7 @@ class EpisodeMaker:
     outside: int = 1
     kinds: Mapping[str, str] = field(default_factory=dict)
     pool: list[str] = field(default_factory=list)
+    everywhere: bool = False
 
     def make(self, request: EditRequest, source: str, index: int) -> Episode:
         """The episode of one request; the same seed and index give the same episode."""
@@ -79,12 +82,7 @@ class EpisodeMaker:
             wordings.insert(0, request.prompt)
         inside = [self._ask(text, rng, other=text == request.prompt) for text in wordings[: self.inside]]
         inside += [self._ask(request.prompt, rng, other=True) for _ in range(self.inside - len(inside))]
-        # Only what is said of the subject can move; of other prompts one is enough to see that it does not.
-        subject = (request.subject or request.prompt).lower()
-        probes = [probe.prompt for probe in request.locality]
-        rng.shuffle(probes)
-        about = [text for text in probes if subject in text.lower()][: self.outside]
-        probes = about or probes[:1] or rng.choices(self.pool, k=1 if self.pool else 0)
+        probes = self._of_each_family(request, rng) if self.everywhere else self._about_subject(request, rng)
         return Episode(
             Asked(request.prompt, "bare", request.target_new),
             tuple(Asked(asked.prompt, asked.frame, request.target_new) for asked in inside),
@@ -92,6 +90,20 @@ class EpisodeMaker:
             source,
             request.subject,
         )
+
+    def _about_subject(self, request: EditRequest, rng: random.Random) -> list[str]:
+        """Where a gate opens at the subject, only what is said of it can move; of other prompts one is enough."""
+        subject = (request.subject or request.prompt).lower()
+        probes = [probe.prompt for probe in request.locality]
+        rng.shuffle(probes)
+        about = [text for text in probes if subject in text.lower()][: self.outside]
+        return about or probes[:1] or rng.choices(self.pool, k=1 if self.pool else 0)
+
+    def _of_each_family(self, request: EditRequest, rng: random.Random) -> list[str]:
+        probes = list(request.locality)
+        rng.shuffle(probes)
+        first = {probe.family: probe.prompt for probe in probes}
+        return [*first.values(), *rng.choices(self.pool, k=1 if self.pool else 0)]
 
     def _ask(self, prompt: str, rng: random.Random, other: bool = False) -> Asked:
         weights = FRAME_WEIGHTS[self.kinds.get(prompt) or kind_of(prompt)]

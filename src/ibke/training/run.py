@@ -37,7 +37,8 @@ def draw_episodes(settings: RunSettings) -> tuple[list[Episode], list[Episode]]:
     """
     sources = [Source.parse(text) for text in settings.data]
     split = Split(settings.hold_out_relations, settings.exclude)
-    everything = mixture(sources, settings.seed, settings.episodes + settings.validation, split)
+    count = settings.episodes + settings.validation
+    everything = mixture(sources, settings.seed, count, split, everywhere=settings.everywhere)
     if len(everything) <= settings.validation:
         raise TrainingError(
             f"{len(everything)} usable requests are not more than the {settings.validation} kept for validation.",

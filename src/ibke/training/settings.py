@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.settings import refuse_not_finite
@@ -40,6 +40,9 @@ class RunSettings:
         cache: folder for what never changes while training, shared by runs; empty keeps it in ``out``.
     """
 
+    everywhere: ClassVar[bool] = False
+    """Whether edits move answers to any prompt, so that all kinds of prompts out of scope are trained on."""
+
     model: str
     data: tuple[str, ...]
     out: str = ""
@@ -65,7 +68,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         refuse_not_finite(self)
-        for name in ("episodes", "steps", "batch", "validate_every"):
+        for name in ("episodes", "validation", "steps", "batch", "validate_every"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"`{name}` must be at least 1.", "training settings", "Give a larger number.")
         if not self.data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from ibke.editors.ibke.shipped import load_editor, save_editor
 from ibke.editors.ibke.statistics import Common
 from ibke.editors.key_statistics import lines_of, pair_batches, text_batches
 from ibke.errors import TrainingError
+from ibke.files import find_file
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
 from ibke.modules import in_out, target_modules
@@ -146,8 +148,10 @@ def prepare_episodes(
     threshold = config.threshold if config.keys == "address" else None
     shut_D = None if threshold is None else threshold * statistics.constant_D.cpu()
     builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
-    seen = (config.layer, config.keys, config.threshold, addresser.identity, settings.text, settings.words)
-    identity = (LAYOUT, lm.fingerprint, *seen)
+    seen = (config.layer, config.keys, config.threshold, addresser.identity)
+    texts = [name and find_file(name).read_bytes() for name in (settings.text, settings.words)]
+    read = [text and hashlib.sha256(text).hexdigest() for text in texts]
+    identity = (LAYOUT, lm.fingerprint, str(lm.dtype), *seen, *read)
     return [EpisodeCache(folder) for folder in cached_shards(settings, builder, drawn, identity, report, found)]
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.statistics import COMMON, Common
 from ibke.editors.key_statistics import ending_in, lines_of, row_batches, text_rows, words_of
+from ibke.training.checkpoint import write_tensors
 from ibke.training.clock import Found, since, unnoticed
 from ibke.training.run import OnProgress
 
@@ -102,9 +103,7 @@ def useful_words(
     order_S = counting.counts_S.argsort(descending=True, stable=True)[:COMMON]
     kept = Common(bank.keys_SD[order_S], bank.ids_S2[order_S])
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({"keys": kept.keys_SD.contiguous(), "ids": kept.ids_S2}, part, since(began))
-    part.replace(path)
+    write_tensors(path, {"keys": kept.keys_SD, "ids": kept.ids_S2}, since(began))
     return kept
 
 

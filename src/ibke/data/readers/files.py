@@ -14,6 +14,7 @@ from ibke.data.readers.fields import Fault
 from ibke.errors import RequestError
 
 CHUNK = 1 << 20  # characters
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of what is read in a folder; the rest is copies and leftovers
 DECODER = json.JSONDecoder()
 
 
@@ -62,7 +63,8 @@ def files_of(path: Path, pattern: str = "*.json*") -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    if not (files := sorted(path.glob(pattern))):
+    files = sorted(file for file in path.glob(pattern) if not file.name.startswith(".") and file.suffix in SUFFIXES)
+    if not files:
         raise RequestError(f"has no file {pattern}.", str(path), "Check the folder.")
     return files
 
@@ -72,7 +74,7 @@ def _is_lines(stream: TextIO, file: Path) -> bool:
 
     That is one which other lines follow, or of whose values most are no objects, as those of an object of records are.
     """
-    head = stream.readline(CHUNK)
+    head = next((line for line in iter(lambda: stream.readline(CHUNK), "") if line.strip()), "")
     try:
         first = json.loads(head) if head.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
@@ -81,6 +83,8 @@ def _is_lines(stream: TextIO, file: Path) -> bool:
     if isinstance(first, dict):
         inner = sum(isinstance(value, dict) for value in first.values())
         own = 2 * inner < len(first) or any(line.strip() for line in stream)
+    elif head.lstrip().startswith("{") and head.rstrip().endswith("}"):  # broken, and the next is one all the same
+        own = next((line for line in stream if line.strip()), "").lstrip().startswith("{")
     stream.seek(0)
     return own or file.suffix == ".jsonl"
 

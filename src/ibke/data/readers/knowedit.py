@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
+from ibke.data.fact_table import equal
 from ibke.data.readers.fields import (
     Fault,
     Record,
@@ -44,17 +46,22 @@ def knowedit(record: Record) -> Iterator[EditRequest | Fault]:
             unanswered.append(Fault(name, "asks a question without an answer"))
         else:
             portability.append(probe)
-    given = optional_text(record, "rephrase_prompt")
+    given, old = optional_text(record, "rephrase_prompt"), first_text(record.get("ground_truth"))
     yield EditRequest(
         prompt=prompt,
         target_new=target,
         subject=subject_in(prompt, record),
-        target_true=first_text(record.get("ground_truth")),
+        target_true=old if old and not equal(old, target) else None,
         rephrase_prompts=(given,) if given else other_wordings(prompt, target, portability),
-        locality=tuple(probe for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
+        locality=tuple(_kept(probe, target) for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
         portability=tuple(portability),
     )
     yield from unanswered
+
+
+def _kept(probe: Probe, target: str) -> Probe:
+    """A locality probe; what asks for any answer but the new one (``Forgetfulness``) cannot have that for its own."""
+    return replace(probe, target=None) if equal(probe.target or "", target) else probe
 
 
 def _wikibio(record: Record) -> EditRequest:
@@ -85,7 +92,8 @@ def other_wordings(prompt: str, target: str, portability: Iterable[Probe]) -> tu
         p.prompt for p in portability if p.family == "alias" and (p.target or "").casefold() == target.casefold()
     ]
     question = question_form(prompt)
-    return tuple(dict.fromkeys(aliases)) or ((question,) if question else ())
+    aliases = [text for text in dict.fromkeys(aliases) if text != prompt]
+    return tuple(aliases) or ((question,) if question else ())
 
 
 def question_form(prompt: str) -> str | None:

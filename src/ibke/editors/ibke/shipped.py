@@ -15,6 +15,7 @@ from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.statistics import Common, packed, unpacked
 from ibke.errors import FormatError
+from ibke.files import write_atomically
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
 
@@ -42,9 +43,7 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
         (WEIGHTS, serialise(tensors)),
         (MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()),
     ):
-        part = folder / f".{name}.part"
-        part.write_bytes(data)
-        part.replace(folder / name)
+        write_atomically(folder / name, data)
 
 
 def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from ibke.editors.base import Editor
 from ibke.editors.ike import LEAD, fact
 from ibke.editors.serac.scope import Scope, ScopeSettings, layer_of, represent, scope_for
 from ibke.errors import FormatError
-from ibke.parts import Part
+from ibke.parts import Part, of_question
 from ibke.request import EditRequest
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class ScopedFacts(Part):
     targets: tuple[str, ...]
 
     kind: ClassVar[str] = "scoped-facts"
+    told: ClassVar[bool] = True
 
     @property
     def shared_nbytes(self) -> int:
@@ -127,6 +128,7 @@ class ScopedFacts(Part):
         layers = {part.scope.layer: layer_of(lm, part.scope.layer) for part in rows if part}
 
         def choose(ids_RT: Tensor, real_RT: Tensor) -> list[list[int]]:
+            real_RT = of_question(real_RT)
             asked = [ids_T[real_T].tolist() for ids_T, real_T in zip(ids_RT, real_RT, strict=True)]
             states_RD = {number: represent(lm, layer, asked) for number, layer in layers.items()}
             texts = _told(states_RD, list(rows) * (len(asked) if len(rows) == 1 else 1))

@@ -44,7 +44,7 @@ from ibke.files import cache_folder, digest, write_atomically
 from ibke.frames import FRAMES, render
 from ibke.models import LanguageModel
 from ibke.modules import resolve_any, target_modules
-from ibke.partial import taking_input
+from ibke.partial import runs_in_parts, taking_input
 from ibke.request import EditRequest
 
 LAYOUT = 1  # of the files kept; raised when what is computed changes
@@ -150,9 +150,15 @@ def represent(lm: LanguageModel, layer: nn.Module, rows: Sequence[Sequence[int]]
     """Mean state of each row's words on entering a layer (R × D, float32, on the CPU); nothing after it is run.
 
     Raises:
-        CaptureError: the layer is not run.
+        CaptureError: the model is being run in parts.
     """
     decoder = lm.model.get_decoder()
+    if runs_in_parts(decoder):
+        raise CaptureError(
+            "an attached edit looks at the whole question, and this method runs the model in parts.",
+            "scope",
+            "Detach that edit, make this one, and attach both.",
+        )
     pairs = [Pair(list(row), list(row[:1]), (0, len(row))) for row in rows]
     means: list[Tensor] = [torch.empty(0)] * len(pairs)
     for group in by_length([len(pair) for pair in pairs]):
@@ -160,12 +166,6 @@ def represent(lm: LanguageModel, layer: nn.Module, rows: Sequence[Sequence[int]]
         with taking_input(layer, last=True) as taken:
             # Not called but its `forward`: edits that put a text in front of the question hang on the call.
             decoder.forward(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
-        if not taken:
-            raise CaptureError(
-                "an attached edit looks at the whole question, and this method runs the model in parts.",
-                "scope",
-                "Detach that edit, make this one, and attach both.",
-            )
         words_RT = words_of(batch)
         words_RT[:, 0] |= words_RT.sum(1) == 0
         shares_RT = words_RT.float() / words_RT.sum(1, keepdim=True)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.errors import FormatError
 from ibke.modules import in_out, resolve
-from ibke.parts import Part, watch_passes
+from ibke.parts import Part, of_question, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -54,6 +54,7 @@ class SideMemory(Part):
     memories: tuple[Memory, ...]
 
     kind: ClassVar[str] = "side-memory"
+    told: ClassVar[bool] = True
 
     def tensors(self) -> dict[str, Tensor]:
         """What the copies differ by (M × O × I), and thresholds (M)."""
@@ -177,7 +178,7 @@ class Routing:
         ids_RT, attention = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if isinstance(ids_RT, Tensor) and isinstance(attention, Tensor) and attention.dim() == 2:
             # Of what came before, nothing is known here.
-            self.words_RT = words(attention[:, -ids_RT.shape[1] :].bool())
+            self.words_RT = words(of_question(attention[:, -ids_RT.shape[1] :].bool()))
 
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""

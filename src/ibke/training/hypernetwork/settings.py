@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ibke.editors.hypernetwork.network import HypernetworkConfig
 from ibke.editors.mend import MENDConfig
@@ -24,6 +25,8 @@ class HypernetworkSettings(RunSettings):
         config: of the method.
     """
 
+    everywhere: ClassVar[bool] = True
+
     method: str = "mend"
     validation: int = 96
     steps: int = 100_000
@@ -41,5 +44,3 @@ class HypernetworkSettings(RunSettings):
         super().__post_init__()
         if self.minutes < 0:
             raise TrainingError("`minutes` is below 0.", "training settings", "Leave it out, or give 0 for no limit.")
-        if self.validation < 1:
-            raise TrainingError("`validation` must be at least 1.", "training settings", "Give a larger number.")
