@@ -267,7 +267,7 @@ def tuned() -> str:
     ]
     for method, found in json.loads(TUNED.read_text()).items() if TUNED.exists() else ():
         scores = {str(one["settings"]): one["score"] for one in found["tried"]}
-        chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "the published"
+        chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "our defaults"
         lines.append(
             f"| {method} | {PUBLISHED[method]} | {chosen} (of {len(scores)}) "
             f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"

@@ -60,15 +60,25 @@ ALWAYS: dict[str, dict[str, object]] = {
     "serac": {"sources": MIXTURE, "requests": 5096, "exclude": EXCLUDED},
 }
 
+# UltraEdit's layers for Llama-3-8B, at the same depth.
+LIKE_LLAMA = {"gate_layers": "10,11,12,13,14", "value_layers": "17,18,19,20,21,22"}
+
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
 CANDIDATES: dict[str, list[dict[str, object]]] = {
     "ft": [{"learning_rate": 2e-3}, {"layer": 10}, {"layer": 20}, {"layer": 20, "stop_at_answer": True}],
-    "ft-l": [{"bound": 2e-3}, {"bound": 1e-2}, {"layer": 20, "bound": 2e-3}, {"bound": 2e-3, "stop_at_answer": True}],
+    "ft-l": [
+        {"bound": 2e-3},
+        {"bound": 1e-2},
+        {"layer": 20, "bound": 2e-3},
+        {"bound": 2e-3, "stop_at_answer": True},
+        {"layer": 21, "bound": 1e-2, "learning_rate": 2e-3},
+    ],
     "lora": [
         {"learning_rate": 1e-3},
         {"learning_rate": 2e-4},
         {"learning_rate": 1e-3, "stop_at_answer": True},
         {"rank": 2, "learning_rate": 1e-3, "stop_at_answer": True},
+        {"stop_loss": 0.0},
     ],
     "rome": [
         {"clamp": 10.0, "learning_rate": 1.0},
@@ -87,8 +97,18 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
         {"clamp": 10.0, "learning_rate": 1.0},
         {"clamp": 10.0, "learning_rate": 1.0, "threshold": 0.2},
         {"clamp": 10.0, "learning_rate": 1.0, "threshold": 0.2, "ridge": 1.0},
+        {"clamp": 10.0, "learning_rate": 1.0, "ridge": 1.0},
+        {"clamp": 10.0, "learning_rate": 1.0, "ridge": 0.1},
     ],
-    "ultraedit": [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}, {"learning_rate": 1e-3}],
+    "ultraedit": [
+        {"learning_rate": 1e-5},
+        {"learning_rate": 3e-5},
+        {"learning_rate": 1e-4},
+        {"learning_rate": 3e-4},
+        {"learning_rate": 1e-3},
+        {"learning_rate": 1e-4, **LIKE_LLAMA},
+        {"learning_rate": 3e-4, **LIKE_LLAMA},
+    ],
     "grace": [{"radius": 5.0}, {"radius": 20.0}, {"layer": 10, "radius": 5.0}, {"layer": 20, "radius": 20.0}],
     "wise": [{"layer": 20, "alpha": 20.0, "beta": 40.0, "gamma": 20.0, "ratio": 0.8}, {"layer": 20}],
     "serac": [{"width": 256}, {"layer": 8}],
@@ -99,7 +119,8 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
 PUBLISHED = {
     "ft": "one layer at .69 of the depth (22 of Llama-3-8B's 32), Adam 5e-4, at most 25 epochs, no bound",
     "ft-l": "layer 0, ε 5e-4 (GPT-2 XL), Adam 5e-4, at most 25 epochs",
-    "lora": "Adam 5e-3, 70 epochs, rank 8, α 32, queries and values of all layers (EasyEdit, Llama-3-8B)",
+    "lora": "Adam 5e-3, 70 epochs without an early stop (our default has one, at 1e-2), rank 8, α 32, queries and "
+    "values of all layers (EasyEdit, Llama-3-8B)",
     "rome": "layer 5 of 32, 25 steps of .5, clamp 4",
     "memit": "layers 4 to 8 of 32, 25 steps of .5, clamp .75, λ of 1 in units of d_in",
     "alphaedit": "layers 4 to 8 of 32, clamp .75, threshold .02, ridge 10",

@@ -42,6 +42,7 @@ class LoRASettings(DescentSettings):
         learning_rate: of Adam. Published: 5e-3, with which a small model soon gives the target to every prompt; Hu et
             al. 2e-4 for GPT-2, on whole data sets.
         epochs: most passes over the requests. Published: 70.
+        stop_loss: see there; 0 is never. Published: 0.
         rank: r. Published: 8; Hu et al. 4 for GPT-2.
         alpha: α. Published: 32; Hu et al. 32 for GPT-2.
         layers: whose linear maps are adapted; empty is all of them, as published.
