@@ -27,6 +27,7 @@ from ibke.gates import Gate, Told
 from ibke.ledger import Ledger
 from ibke.ledger.care import replay
 from ibke.ledger.conflicts import ALIKE, alike, superseded
+from ibke.modules import layer_index
 from ibke.neurons import Neurons, Site
 from ibke.parts import PROMPT
 from ibke.request import EditRequest
@@ -175,6 +176,39 @@ def test_many_edits_at_once_and_one_a_row_say_the_same(gated):
     with EditSession(gated.lm).attach(each[0]).attach(each[1]):
         attached = generate(gated.lm, prompts)
     assert [said.text for said in together] == [said.text for said in alone] == [said.text for said in attached]
+
+
+def test_later_neurons_are_as_they_are_alone_whatever_stands_beside_them(gated):
+    each = gated.edit_each([REQUEST, replace(REQUEST, prompt="Leonid Plyushch, a native", subject="Leonid Plyushch")])
+    parts, whole = [only_part(edit) for edit in each], only_part(Edit.join(each))
+    first, later = sorted(whole.neurons, key=layer_index)
+    assert all(part.neurons[first].told and part.neurons[later].told is None for part in (*parts, whole))
+    for name in ("gate", "value", "out"):
+        rows = [part.neurons[later].tensors()[name] for part in parts]
+        assert torch.equal(whole.neurons[later].tensors()[name], torch.cat(rows))
+
+
+def test_later_neurons_are_silent_until_the_first_have_spoken(gated, edit):
+    prompt = asked(gated, REQUEST.prompt)
+    part = only_part(edit)
+    first, later = sorted(part.neurons, key=layer_index)
+    mute = replace(part.neurons[first], gate=torch.zeros_like(part.neurons[first].gate), told=None)
+    (place,) = edit.parts
+    ids = torch.tensor([prompt])
+    logits = {}
+    for name, neurons in {
+        "both": part.neurons,
+        "later": {**part.neurons, first: mute},
+        "first": {first: part.neurons[first]},
+    }.items():
+        some = replace(part, neurons=neurons, owners={key: part.owners[key] for key in neurons})
+        with EditSession(gated.lm).attach(replace(edit, parts={place: some})):
+            logits[name] = gated.lm.model(ids).logits[0]
+    base = gated.lm.model(ids).logits[0]
+    assert torch.equal(logits["later"], base)
+    begin = int((logits["first"] - base).abs().amax(-1).nonzero()[0])  # the subject's last token
+    assert (logits["both"] - logits["first"])[-1].abs().max() > 0.1
+    assert torch.equal(logits["both"][:begin], base[:begin])
 
 
 def test_its_own_prompt_and_the_wordings_given_are_never_shut_out(gated):

@@ -257,13 +257,12 @@ class Site:
         ones_BKD = constant_D.expand_as(rows_BKD) if self.value else None
         return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 
-    def attach(self, neurons: Neurons, opened: Callable[[], Tensor] | None = None) -> list[RemovableHandle]:
+    def attach(self, neurons: Neurons, counted: Callable[[Tensor], Tensor] | None = None) -> list[RemovableHandle]:
         """Let neurons work beside the MLP's own, computed in float32; differentiable.
 
         Args:
             neurons: K × D for every row of a batch, or R × K × D, row r of a batch having neurons of its own.
-            opened: asked in each pass how much of what each neuron says counts in each row (R × K, ratio 0–1); all
-                of it where nobody is asked.
+            counted: given what each neuron says (rows and tokens × K), what of it counts; all of it if left out.
 
         Returns:
             Handles that take them off again.
@@ -284,10 +283,8 @@ class Site:
             hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
             if value is not None:
                 hidden_RTK = hidden_RTK * (x_RTD @ value.transpose(-1, -2))
-            if opened is not None:
-                open_RK = opened()
-                rowed_RTK = hidden_RTK.view(len(open_RK), -1, hidden_RTK.shape[-1]) * open_RK[:, None]
-                hidden_RTK = rowed_RTK.view_as(hidden_RTK)
+            if counted is not None:
+                hidden_RTK = counted(hidden_RTK)
             if not whole:
                 return out + (hidden_RTK @ neurons.out).view_as(out).to(out.dtype)
             # Of a thousand edits hardly one is in force at a time.

@@ -4,6 +4,9 @@ Before a row's first pass its question is read by the model without these neuron
 then, and what is generated afterwards follows. Where rows hold answers too, callers say where questions end
 (:func:`ibke.parts.asking`); else a row's last token ends its question.
 
+An edit's neurons in later layers, which listen for what its first ones have written, are heard only from a token on
+where those have spoken. So they need not be told apart from other edits', whose writes sound much alike.
+
 Shape suffixes: R rows, T tokens, E edits, N neurons, K key, D width.
 """
 
@@ -11,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -23,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ibke.editors.gated.question import entrance, question_gate, states_at
 from ibke.errors import FormatError
-from ibke.modules import in_out
-from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
+from ibke.modules import in_out, layer_index
+from ibke.neurons import SHUT, Neurons, Site, packed_told, unpacked_neurons
 from ibke.parts import Part, told_ends, watch_passes
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ class GatedNeurons(Part):
 
     @classmethod
     def join(cls, parts: Sequence[GatedNeurons]) -> GatedNeurons:
-        """All of them side by side; gates at the subject are told apart as :meth:`Neurons.join` does.
+        """All of them side by side; the first layer's gates, at the subject, are told apart as by :meth:`Neurons.join`.
 
         Raises:
             FormatError: their keys are of different maps.
@@ -122,6 +125,8 @@ class GatedNeurons(Part):
                 for part, n in zip(parts, before, strict=True)
                 if name in part.neurons
             ]
+            if name != first_of(parts[0].neurons):
+                some = [(replace(one, told=None), owner_N) for one, owner_N in some]
             neurons[name] = Neurons.join([one for one, _ in some])
             heard = [2 * one.told.count if one.told else 0 for one, _ in some]
             # In the order of :meth:`Neurons.join`: those that are told apart come first.
@@ -156,9 +161,14 @@ class GatedNeurons(Part):
         del place
         asking = _Asking(lm, rows)
         handles = watch_passes(lm, asking.before, asking.after)
-        for name, (neurons, opened) in asking.neurons().items():
-            handles += Site.find(lm.model, name).attach(neurons.to(lm.device), opened)
+        for name, (neurons, counted) in asking.neurons().items():
+            handles += Site.find(lm.model, name).attach(neurons.to(lm.device), counted)
         return handles
+
+
+def first_of(names: Iterable[str]) -> str:
+    """Of some MLPs that of the first layer."""
+    return min(names, key=lambda name: layer_index(name) or 0)
 
 
 class _Asking:
@@ -177,13 +187,15 @@ class _Asking:
         # As they are now: methods that run a model in parts put others in their place.
         layers = sorted({layer for gate in self.gates.values() for layer in gate.config.layers})
         self.entrances = {layer: entrance(lm, layer) for layer in layers}
-        self.kept: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.kept: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.open_RE: Tensor | None = None
+        self.spoken_RTE: Tensor | None = None  # which edits' first neurons have spoken up to each token
 
-    def neurons(self) -> dict[str, tuple[Neurons, Callable[[], Tensor]]]:
-        """By MLP its neurons (one set for all rows, or R × N × D), and what tells which of them may speak."""
-        found: dict[str, tuple[Neurons, Callable[[], Tensor]]] = {}
-        for name in dict.fromkeys(name for part in self.places for name in part.neurons):
+    def neurons(self) -> dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]]:
+        """By MLP its neurons (one set for all rows, or R × N × D), and what of what they say counts."""
+        found: dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]] = {}
+        names = dict.fromkeys(name for part in self.places for name in part.neurons)
+        for name in names:
             if len(self.rows) == 1:
                 (part,) = self.places
                 neurons, owners_RN = part.neurons[name], part.owners[name][None]
@@ -193,34 +205,55 @@ class _Asking:
                 owners_RN = torch.zeros(len(self.rows), neurons.count, dtype=torch.long)
                 for row, part in some.items():
                     owners_RN[row, : len(part.owners[name])] = part.owners[name]
-            found[name] = (neurons, partial(self._opened, owners_RN.to(self.device)))
+            counted = self._first if name == first_of(names) else self._later
+            found[name] = (neurons, partial(self._counted, owners_RN.to(self.device), counted))
         return found
 
-    def _opened(self, owners_RN: Tensor) -> Tensor:
-        """How much of each neuron counts in each row (R × N); nothing where the question was not seen."""
+    def _counted(self, owners_RN: Tensor, how: Callable[[Tensor, Tensor], Tensor], said: Tensor) -> Tensor:
+        """What counts of what neurons say (rows and tokens × N); nothing where the question was not seen."""
         if self.open_RE is None:
-            return torch.zeros(1, owners_RN.shape[1], device=owners_RN.device)
-        return self.open_RE.gather(1, owners_RN.expand(len(self.open_RE), -1))
+            return torch.zeros_like(said)
+        owners_RN = owners_RN.expand(len(self.open_RE), -1)
+        said_RTN = said.view(len(self.open_RE), -1, said.shape[-1])
+        said_RTN = said_RTN * self.open_RE.gather(1, owners_RN)[:, None]
+        return how(owners_RN, said_RTN).view_as(said)
+
+    def _first(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
+        """All of it; whose it is is noted, for the tokens after it too."""
+        assert self.spoken_RTE is not None
+        row, token, neuron = (said_RTN.detach().abs() > SHUT).nonzero().unbind(1)
+        spoken_RTE = self.spoken_RTE[:, -1:].repeat(1, said_RTN.shape[1], 1)
+        spoken_RTE[row, token, owners_RN[row, neuron]] = 1
+        self.spoken_RTE = spoken_RTE.cummax(1).values
+        return said_RTN
+
+    def _later(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
+        """What is said by edits whose first neurons have spoken."""
+        assert self.spoken_RTE is not None
+        return said_RTN * self.spoken_RTE.gather(2, owners_RN[:, None].expand_as(said_RTN))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the questions of a first pass, or recall what was decided before it."""
-        self.open_RE = None  # questions are read by the model without these edits
+        self.open_RE = self.spoken_RTE = None  # questions are read by the model without these edits
         cache = kwargs.get("past_key_values")
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         # Several tokens at once are a question again, as the next turn of a chat is.
-        if cache is not None and cache.get_seq_length() and cache in self.kept and _given(given).shape[1] == 1:
-            self.open_RE = self.kept[cache]
+        known = self.kept.get(cache) if cache is not None and cache.get_seq_length() else None
+        if known and _given(given).shape[1] == 1:
+            self.open_RE, self.spoken_RTE = known
             return
         # What is read leaves no trace in keys and values that are kept.
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
+        # What was written in an earlier turn is still there.
+        self.spoken_RTE = known[1] if known else self.open_RE.new_zeros(self.open_RE.shape, dtype=torch.uint8)[:, None]
 
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""
         cache = getattr(out, "past_key_values", None)
-        if cache is not None and self.open_RE is not None:
-            self.kept[cache] = self.open_RE
-        self.open_RE = None
+        if cache is not None and self.open_RE is not None and self.spoken_RTE is not None:
+            self.kept[cache] = self.open_RE, self.spoken_RTE[:, -1:]
+        self.open_RE = self.spoken_RTE = None
 
     def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
         """Which edits are asked about in each row (R × E, 0 or 1)."""
