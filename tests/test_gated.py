@@ -192,7 +192,9 @@ def test_later_neurons_are_silent_until_the_first_have_spoken(gated, edit):
     prompt = asked(gated, REQUEST.prompt)
     part = only_part(edit)
     first, later = sorted(part.neurons, key=layer_index)
-    mute = replace(part.neurons[first], gate=torch.zeros_like(part.neurons[first].gate), told=None)
+    some = part.neurons[first]
+    # As a key nearby would have it: not quite nothing.
+    mute = replace(some, gate=-20 * some.told.constant(some.gate).expand_as(some.gate), told=None)
     (place,) = edit.parts
     ids = torch.tensor([prompt])
     logits = {}
@@ -205,7 +207,7 @@ def test_later_neurons_are_silent_until_the_first_have_spoken(gated, edit):
         with EditSession(gated.lm).attach(replace(edit, parts={place: some})):
             logits[name] = gated.lm.model(ids).logits[0]
     base = gated.lm.model(ids).logits[0]
-    assert torch.equal(logits["later"], base)
+    assert (logits["later"] - base).abs().max() < 1e-3
     begin = int((logits["first"] - base).abs().amax(-1).nonzero()[0])  # the subject's last token
     assert (logits["both"] - logits["first"])[-1].abs().max() > 0.1
     assert torch.equal(logits["both"][:begin], base[:begin])

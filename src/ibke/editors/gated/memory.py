@@ -27,11 +27,14 @@ from torch.utils.hooks import RemovableHandle
 from ibke.editors.gated.question import entrance, question_gate, states_at
 from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
-from ibke.neurons import SHUT, Neurons, Site, packed_told, unpacked_neurons
+from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
 from ibke.parts import Part, told_ends, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
+
+
+SPOKEN = 1.0  # what a first neuron says at least where its edit is in force; nearby keys make it say a little too
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +224,7 @@ class _Asking:
     def _first(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
         """All of it; whose it is is noted, for the tokens after it too."""
         assert self.spoken_RTE is not None
-        row, token, neuron = (said_RTN.detach().abs() > SHUT).nonzero().unbind(1)
+        row, token, neuron = (said_RTN.detach() > SPOKEN).nonzero().unbind(1)
         spoken_RTE = self.spoken_RTE[:, -1:].repeat(1, said_RTN.shape[1], 1)
         spoken_RTE[row, token, owners_RN[row, neuron]] = 1
         self.spoken_RTE = spoken_RTE.cummax(1).values
