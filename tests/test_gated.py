@@ -14,7 +14,7 @@ from ibke.context import Context
 from ibke.edit import Edit
 from ibke.editors.gated import question
 from ibke.editors.gated.editor import SLACK, GatedIBKE
-from ibke.editors.gated.memory import GatedNeurons, question_ends
+from ibke.editors.gated.memory import GatedNeurons, first_of, question_ends
 from ibke.editors.gated.question import FILE, QuestionConfig, QuestionGate, load_gate, prompt_states, save_gate
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.shipped import shipped_folder
@@ -409,3 +409,18 @@ def test_a_newer_edit_of_the_same_fact_is_found_behind_its_gate(gated, edit):
     likeness = alike({1: edit, 2: other}, again)
     assert likeness[1] >= ALIKE > likeness[2]
     assert superseded(gated.lm, {1: edit, 2: other}, again, again.requests[0]) == [1]
+
+
+def test_edits_of_a_batch_are_found_again_one_by_one_in_the_numbers_of_the_model(smollm, tmp_path):
+    lm, editor = smollm, GatedIBKE.for_model(smollm)  # of what the hardware computes in
+    each = editor.edit_each([REQUEST, EditRequest("The head of Nordwind Optics is", "Ida Brandt")])
+    with Ledger(tmp_path / "ledger", lm) as ledger:
+        for one in each:
+            ledger.commit(one)
+        assert replay(ledger, editor).problems == []
+        (place,) = each[0].parts
+        part = only_part(each[0])
+        name = first_of(part.neurons)
+        halved = replace(part.neurons[name], out=part.neurons[name].out * 0.5)
+        ledger.commit(replace(each[0], parts={place: replace(part, neurons={**part.neurons, name: halved})}))
+        assert [text.partition(":")[0] for text in replay(ledger, editor).problems] == ["edit 3"]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+import torch
+
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import IBKEError
@@ -15,7 +17,8 @@ from ibke.session import set_aside
 
 Progress = Callable[[int, int], None]
 
-SAME = 1e-3  # of its length a tensor may differ that is made again, perhaps on another machine
+# Of its length a tensor may differ that is made again, perhaps on another machine or in a batch of another size.
+SAME = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}
 GRACE = 3600.0  # seconds for which a file that nothing names may belong to an edit that is just being written down
 
 
@@ -68,6 +71,8 @@ class Replayed(NamedTuple):
 def replay(ledger: Ledger, editor: Editor, progress: Progress | None = None) -> Replayed:
     """Make every edit again from its request and its code, and compare.
 
+    Rounding decides how near they come, so the model should be of the type of numbers that they were made in.
+
     Raises:
         LedgerError: a file is missing or has changed; see :func:`verify`.
     """
@@ -91,14 +96,14 @@ def replay(ledger: Ledger, editor: Editor, progress: Progress | None = None) -> 
 
 
 def _changed(ledger: Ledger, number: int, edit: Edit, again: Edit, editor: Editor) -> list[str]:
-    found = differences(edit, again)
+    found = differences(edit, again, SAME.get(editor.lm.dtype, max(SAME.values())))
     mark = ledger.entry(number).editor
     other = found and mark not in ("", editor.mark)
     return [f"{found[0]} It is by another editor or settings ({mark}, here {editor.mark})."] if other else found
 
 
-def differences(kept: Edit, again: Edit) -> list[str]:
-    """Where two edits' tensors are not the same but for rounding, in words."""
+def differences(kept: Edit, again: Edit, same: float) -> list[str]:
+    """Where two edits' tensors are not the same but for rounding, up to ``same`` of their length, in words."""
     mine, theirs = kept.tensors(), again.tensors()
     if mine.keys() != theirs.keys():
         return [f"made again it has {', '.join(theirs) or 'nothing'}."]
@@ -109,7 +114,7 @@ def differences(kept: Edit, again: Edit) -> list[str]:
             found.append(f"made again, {name} is {list(other.shape)} instead of {list(one.shape)}.")
             continue
         far = float((one - other).norm() / one.norm().clamp_min(1e-12))
-        if not far <= SAME:
+        if not far <= same:
             found.append(f"made again, {name} differs by {far:.1e} of its length.")
     return found
 
