@@ -323,6 +323,13 @@ def _parameters(
     return nn.Parameter(stored, requires_grad=learns), bias_O
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a model's answers end with."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in known if token is not None))
+
+
 def finished_logits(model: Any, logits_NV: Tensor) -> Tensor:
     """What a model makes of its head's output: some scale it, some cap it (float32)."""
     config, logits_NV = model.config.get_text_config(), logits_NV.float()

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ibke.batch import Batch, Pair, by_length, collate
+from ibke.modules import end_tokens
 from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import PartialModel, Past, join
 from ibke.prefixes import Prefixes
@@ -284,9 +285,7 @@ def _cut(pairs: Sequence[Pair], hidden_RTD: Tensor, whole: Past, pad_id: int) ->
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The base's own greedy answers (up to ``CONTINUATION`` tokens), which edits must leave alone."""
     device = next(model.parameters()).device
-    own = getattr(model.generation_config, "eos_token_id", None)
-    known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    ends = list(dict.fromkeys(token for token in known if token is not None))
+    ends = end_tokens(model, tokenizer)
     out: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for begin in range(0, len(order), 96):
@@ -306,11 +305,11 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> l
 
 
 @contextmanager
-def _plainly(model: Any, ends: Sequence[int], pad_id: int) -> Iterator[None]:
+def _plainly(model: Any, ends: list[int], pad_id: int) -> Iterator[None]:
     """Generate greedily, whatever a model's own settings hold (repetition penalties, suppressed tokens)."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=CONTINUATION, do_sample=False, eos_token_id=list(ends), pad_token_id=pad_id
+        max_new_tokens=CONTINUATION, do_sample=False, eos_token_id=ends, pad_token_id=pad_id
     )
     try:
         yield

@@ -96,10 +96,8 @@ def evaluate(
     config |= account(skipped)
     asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
     report = _measure(lm, editing, chosen, how, besides, asking)
-    if out and out != "-":  # first of all: nothing that goes wrong with a screen loses it
-        write_json(report, Path(out))
+    _hand_over(report, out, console)  # first of all: nothing that goes wrong with a screen loses it
     _show(report, console)
-    _hand_over(report, out, console)
 
 
 def _measure(
@@ -132,6 +130,7 @@ def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> Non
     if out == "-":
         print_json(report)
     elif out:
+        write_json(report, Path(out))
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.models import LanguageModel
-from ibke.modules import resolve
+from ibke.modules import end_tokens, resolve
 from ibke.neurons import Neurons, Site, filled, row_neurons
 from ibke.partial import row_updates
 from ibke.parts import row_parts
@@ -176,10 +176,8 @@ class Stops:
     """Knows which tokens end an answer: the model's end tokens, and any that holds a newline."""
 
     def __init__(self, lm: LanguageModel):
-        ends = getattr(lm.model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
         self.tokenizer = lm.tokenizer
-        self.known = {token: True for token in [*ends, lm.tokenizer.eos_token_id] if token is not None}
+        self.known = dict.fromkeys(end_tokens(lm.model, lm.tokenizer), True)
 
     def __contains__(self, token: int) -> bool:
         if token not in self.known:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ibke.errors import FingerprintMismatchError, FormatError
@@ -87,14 +87,14 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                     found["events"] += 1
             except (ValueError, KeyError, TypeError, RecursionError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
-        _supersede(ledger, numbers.values())
+        _supersede(ledger, set(numbers.values()))
         if found != told:
             counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
             raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
     return len(numbers)
 
 
-def _supersede(ledger: Ledger, new: Collection[int]) -> None:
+def _supersede(ledger: Ledger, new: set[int]) -> None:
     """What was taken in takes the place of all that was there and has the same prompt, in force or not.
 
     For what is not in force may be, once something is taken back.

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ibke.data.fact_table import equal
 from ibke.errors import RequestError
 from ibke.files import data_folder
 from ibke.request import Probe
@@ -167,3 +168,12 @@ def easyedit_portability(record: Record) -> tuple[Probe, ...]:
     added = mapping(record, "portability")
     question, answer = text(added, "New Question", "portability"), text(added, "New Answer", "portability")
     return (Probe(question, answer, "one_hop"),)
+
+
+def other_answer(old: str, new: str) -> str | None:
+    """The old answer, where it is another one.
+
+    Some records (18 of the 998 of ``zsre_mend_train-1k.json``) are edited to the answer they have. They count as edits,
+    as in published figures, but between two answers that are one there is nothing to compare.
+    """
+    return None if equal(old, new) else old

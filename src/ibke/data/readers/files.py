@@ -14,7 +14,7 @@ from ibke.data.readers.fields import Fault
 from ibke.errors import RequestError
 
 CHUNK = 1 << 20  # characters
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of what is read in a folder; the rest is copies and leftovers
+SUFFIXES = (".json", ".jsonl")  # of what is read in a folder; the rest is copies and leftovers
 DECODER = json.JSONDecoder()
 
 

@@ -16,6 +16,7 @@ from ibke.data.readers.fields import (
     name_of,
     objects,
     optional_text,
+    other_answer,
     subject_in,
     text,
 )
@@ -51,7 +52,7 @@ def knowedit(record: Record) -> Iterator[EditRequest | Fault]:
         prompt=prompt,
         target_new=target,
         subject=subject_in(prompt, record),
-        target_true=old if old and not equal(old, target) else None,
+        target_true=other_answer(old, target) if old else None,
         rephrase_prompts=(given,) if given else other_wordings(prompt, target, portability),
         locality=tuple(_kept(probe, target) for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
         portability=tuple(portability),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ibke.data.fact_table import equal
 from ibke.data.readers.fields import (
     Fault,
     Record,
@@ -13,6 +12,7 @@ from ibke.data.readers.fields import (
     has_any,
     nq_question,
     objects,
+    other_answer,
     subject_in,
     text,
     text_list,
@@ -42,7 +42,7 @@ def _mend(record: Record) -> EditRequest:
         prompt=prompt,
         target_new=target,
         subject=subject_in(prompt, record),
-        target_true=_other(first_text(record.get("answers")) or text(record, "pred"), target),
+        target_true=other_answer(first_text(record.get("answers")) or text(record, "pred"), target),
         rephrase_prompts=(text(record, "rephrase"),),
         locality=(Probe(nq_question(text(record, "loc")), text(record, "loc_ans"), "unrelated"),),
         portability=easyedit_portability(record),
@@ -58,15 +58,6 @@ def _mend_training(record: Record) -> EditRequest:
     return EditRequest(
         prompt=prompt,
         target_new=alternatives[0],
-        target_true=_other(next(filter(None, answers), None) or text(record, "prediction"), alternatives[0]),
+        target_true=other_answer(next(filter(None, answers), None) or text(record, "prediction"), alternatives[0]),
         rephrase_prompts=tuple(other for other in others if other != prompt),
     )
-
-
-def _other(old: str, new: str) -> str | None:
-    """The old answer, where it is another one.
-
-    Some records (18 of the 998 of ``zsre_mend_train-1k.json``) are edited to the answer they have. They count as edits,
-    as in published figures, but between two answers that are one there is nothing to compare.
-    """
-    return None if equal(old, new) else old

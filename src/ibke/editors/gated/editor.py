@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from ibke.edit import Edit
-from ibke.editors.gated.memory import GatedNeurons, first_of
+from ibke.editors.gated.memory import GatedNeurons
 from ibke.editors.gated.question import QuestionGate, load_gate, prompt_states
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
@@ -64,14 +64,12 @@ class GatedIBKE(IBKEEditor):
         """The edits with their neurons behind a gate at the prompt's end."""
         place, found = self.gate.place(self.lm), []
         for edit, (key_K, level) in zip(edits, self._questions([edit.requests[0] for edit in edits]), strict=True):
-            first = first_of(edit.neurons)
-            neurons = {name: some if name == first else replace(some, told=None) for name, some in edit.neurons.items()}
             part = GatedNeurons(
                 self.gate.name,
                 key_K[None],
                 level[None],
-                neurons,
-                {name: torch.zeros(some.count, dtype=torch.long) for name, some in neurons.items()},
+                edit.neurons,
+                {name: torch.zeros(some.count, dtype=torch.long) for name, some in edit.neurons.items()},
             )
             found.append(replace(edit, neurons={}, parts={place: part}))
         return found

@@ -58,6 +58,11 @@ class GatedNeurons(Part):
     kind: ClassVar[str] = "gated-neurons"
     told: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        first = first_of(self.neurons)  # the only ones to be told apart
+        alone = {name: some if name == first else replace(some, told=None) for name, some in self.neurons.items()}
+        object.__setattr__(self, "neurons", alone)
+
     @property
     def own_neurons(self) -> Mapping[str, Neurons]:
         """Its neurons."""
@@ -128,8 +133,6 @@ class GatedNeurons(Part):
                 for part, n in zip(parts, before, strict=True)
                 if name in part.neurons
             ]
-            if name != first_of(parts[0].neurons):
-                some = [(replace(one, told=None), owner_N) for one, owner_N in some]
             neurons[name] = Neurons.join([one for one, _ in some])
             heard = [2 * one.told.count if one.told else 0 for one, _ in some]
             # In the order of :meth:`Neurons.join`: those that are told apart come first.
@@ -190,9 +193,11 @@ class _Asking:
         # As they are now: methods that run a model in parts put others in their place.
         layers = sorted({layer for gate in self.gates.values() for layer in gate.config.layers})
         self.entrances = {layer: entrance(lm, layer) for layer in layers}
+        # Of passes whose keys and values are kept: what was decided, and which edits' first neurons have spoken.
         self.kept: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self.open_RE: Tensor | None = None
-        self.spoken_RTE: Tensor | None = None  # which edits' first neurons have spoken up to each token
+        self.spoken_RE: Tensor | None = None
+        self.since_RE: Tensor | None = None  # the token of this pass from which on they have
 
     def neurons(self) -> dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]]:
         """By MLP its neurons (one set for all rows, or R × N × D), and what of what they say counts."""
@@ -223,40 +228,42 @@ class _Asking:
 
     def _first(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
         """All of it; whose it is is noted, for the tokens after it too."""
-        assert self.spoken_RTE is not None
-        row, token, neuron = (said_RTN.detach() > SPOKEN).nonzero().unbind(1)
-        spoken_RTE = self.spoken_RTE[:, -1:].repeat(1, said_RTN.shape[1], 1)
-        spoken_RTE[row, token, owners_RN[row, neuron]] = 1
-        self.spoken_RTE = spoken_RTE.cummax(1).values
+        assert self.spoken_RE is not None
+        loud_RTN, length = said_RTN.detach() > SPOKEN, said_RTN.shape[1]
+        since_RN = torch.where(loud_RTN.any(1), loud_RTN.byte().argmax(1), length)
+        since_RE = torch.full_like(self.spoken_RE, length, dtype=torch.long).masked_fill(self.spoken_RE, 0)
+        self.since_RE = since_RE.scatter_reduce(1, owners_RN, since_RN, "amin")
+        self.spoken_RE = self.since_RE < length
         return said_RTN
 
     def _later(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
         """What is said by edits whose first neurons have spoken."""
-        assert self.spoken_RTE is not None
-        return said_RTN * self.spoken_RTE.gather(2, owners_RN[:, None].expand_as(said_RTN))
+        assert self.since_RE is not None
+        columns_T1 = torch.arange(said_RTN.shape[1], device=said_RTN.device)[:, None]
+        return said_RTN * (columns_T1 >= self.since_RE.gather(1, owners_RN)[:, None])
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the questions of a first pass, or recall what was decided before it."""
-        self.open_RE = self.spoken_RTE = None  # questions are read by the model without these edits
+        self.open_RE = None  # questions are read by the model without these edits
         cache = kwargs.get("past_key_values")
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         # Several tokens at once are a question again, as the next turn of a chat is.
         known = self.kept.get(cache) if cache is not None and cache.get_seq_length() else None
         if known and _given(given).shape[1] == 1:
-            self.open_RE, self.spoken_RTE = known
+            self.open_RE, self.spoken_RE = known
             return
         # What is read leaves no trace in keys and values that are kept.
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
         # What was written in an earlier turn is still there.
-        self.spoken_RTE = known[1] if known else self.open_RE.new_zeros(self.open_RE.shape, dtype=torch.uint8)[:, None]
+        self.spoken_RE = known[1] if known else torch.zeros_like(self.open_RE, dtype=torch.bool)
 
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""
         cache = getattr(out, "past_key_values", None)
-        if cache is not None and self.open_RE is not None and self.spoken_RTE is not None:
-            self.kept[cache] = self.open_RE, self.spoken_RTE[:, -1:]
-        self.open_RE = self.spoken_RTE = None
+        if cache is not None and self.open_RE is not None and self.spoken_RE is not None:
+            self.kept[cache] = self.open_RE, self.spoken_RE
+        self.open_RE = None
 
     def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
         """Which edits are asked about in each row (R × E, 0 or 1)."""
