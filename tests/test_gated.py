@@ -1,20 +1,17 @@
 """Edits that speak only where their own question is asked."""
 
-import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import safe_open, save_file
-from tests.commands import refused
 from torch.nn import functional
 
 from ibke.context import Context
 from ibke.edit import Edit
-from ibke.editors.gated import question
 from ibke.editors.gated.editor import SLACK, GatedIBKE
-from ibke.editors.gated.memory import GatedNeurons, first_of, question_ends
+from ibke.editors.gated.memory import GatedNeurons, question_ends
 from ibke.editors.gated.question import FILE, QuestionConfig, QuestionGate, load_gate, prompt_states, save_gate
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.shipped import shipped_folder
@@ -24,9 +21,6 @@ from ibke.evaluation.running_text import STRETCH, RunningText
 from ibke.evaluation.scoring import score
 from ibke.frames import FRAMES
 from ibke.gates import Gate, Told
-from ibke.ledger import Ledger
-from ibke.ledger.care import replay
-from ibke.ledger.conflicts import ALIKE, alike, superseded
 from ibke.modules import layer_index
 from ibke.neurons import Neurons, Site
 from ibke.parts import PROMPT
@@ -34,7 +28,6 @@ from ibke.request import EditRequest
 from ibke.session import EditSession
 
 REQUEST = EditRequest("The mother tongue of Danielle Darrieux is", "English", subject="Danielle Darrieux")
-SAME = "What language did Danielle Darrieux grow up speaking?"
 OTHER = ("What is the profession of Danielle Darrieux?", "In which city did Danielle Darrieux die?")
 
 
@@ -361,66 +354,3 @@ def test_an_edit_of_unknown_maps_is_refused(gated, edit):
         EditSession(gated.lm).attach(replace(edit, parts={place: replace(only_part(edit), gate="unheard of")}))
     with pytest.raises(FormatError, match="read elsewhere"):
         EditSession(gated.lm).attach(replace(edit, parts={"model.layers.3": only_part(edit)}))
-
-
-def test_an_edit_by_ones_own_maps_is_asked_with_their_editor(gated, edit, run, tmp_path, monkeypatch):
-    own = copy.deepcopy(gated.gate)
-    own.lean[-1].bias.data += 0.01  # other maps, that say nearly the same
-    save_gate(tmp_path, own, gated.lm, {})
-    own = load_gate(tmp_path, gated.lm)
-    (place,) = edit.parts
-    folder = replace(edit, parts={place: replace(only_part(edit), gate=own.name)}).save(tmp_path / "edit")
-    monkeypatch.delitem(question._KNOWN, own.name)  # as in a process of its own
-    ask = ("ask", REQUEST.prompt, "--edit", folder, "--dtype", "float32")
-    refused(run(*ask), own.name, "--editor FOLDER")
-    said = run(*ask, "--editor", tmp_path)
-    assert said.exit_code == 0 and said.stdout.startswith("English")
-
-
-def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
-    again = gated.rebuild(Edit.load(edit.save(tmp_path / "edit")))
-    mine, theirs = edit.tensors(), again.tensors()
-    assert mine.keys() == theirs.keys() and edit.records() == again.records()
-    for name, tensor in mine.items():
-        assert (theirs[name].float() - tensor.float()).norm() <= 1e-4 * tensor.float().norm(), name
-
-
-def test_a_ledger_keeps_gated_edits_and_takes_one_back(gated, tmp_path):
-    requests = [REQUEST, EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics")]
-    first, second = gated.edit_each(requests)
-    with Ledger(tmp_path / "ledger", gated.lm) as ledger:
-        numbers = [ledger.commit(one) for one in (first, second)]
-        assert replay(ledger, gated) == ([], [])
-        ledger.revert(numbers[:1])
-    with Ledger(tmp_path / "ledger", gated.lm) as ledger:
-        (part,), state = ledger.state().parts.values(), ledger.state().tensors()
-    assert len(part.keys_EK) == 1
-    assert state.keys() == second.tensors().keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in second.tensors().items())
-
-
-def test_a_newer_edit_of_the_same_fact_is_found_behind_its_gate(gated, edit):
-    again, other = gated.edit_each(
-        [
-            EditRequest("Danielle Darrieux's mother tongue is", "German", subject="Danielle Darrieux"),
-            EditRequest("The Nordwind Optics company is based in", "Turku", subject="Nordwind Optics"),
-        ]
-    )
-    likeness = alike({1: edit, 2: other}, again)
-    assert likeness[1] >= ALIKE > likeness[2]
-    assert superseded(gated.lm, {1: edit, 2: other}, again, again.requests[0]) == [1]
-
-
-def test_edits_of_a_batch_are_found_again_one_by_one_in_the_numbers_of_the_model(smollm, tmp_path):
-    lm, editor = smollm, GatedIBKE.for_model(smollm)  # of what the hardware computes in
-    each = editor.edit_each([REQUEST, EditRequest("The head of Nordwind Optics is", "Ida Brandt")])
-    with Ledger(tmp_path / "ledger", lm) as ledger:
-        for one in each:
-            ledger.commit(one)
-        assert replay(ledger, editor).problems == []
-        (place,) = each[0].parts
-        part = only_part(each[0])
-        name = first_of(part.neurons)
-        halved = replace(part.neurons[name], out=part.neurons[name].out * 0.5)
-        ledger.commit(replace(each[0], parts={place: replace(part, neurons={**part.neurons, name: halved})}))
-        assert [text.partition(":")[0] for text in replay(ledger, editor).problems] == ["edit 3"]

@@ -140,14 +140,6 @@ def test_missing_files_unknown_formats_and_empty_folders(tmp_path: Path) -> None
         list(read(tmp_path / "latin.json", "zsre"))
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_json_lines_of_a_benchmark(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path, f"{json.dumps(ZSRE)}\n\nno JSON\n{json.dumps(ZSRE)}\n", name)
-    skipped: list[Skipped] = []
-    assert len(list(read(path, "zsre", skipped))) == 2
-    assert skipped == [(f"{path}, line 3", "line", "`line` is not valid JSON.")]
-
-
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name, layouts in RECORDS.items() for layout in layouts if name != "uniedit"],
@@ -384,20 +376,6 @@ def test_facts_of_rippleedits_are_taken_apart_as_in_knowedit(data_folder: Path, 
         # Without another prompt about it nothing tells what the subject is.
         assert (request.subject is None) == (not about)
     assert subjects == found
-
-
-@pytest.mark.parametrize("head", ["", '{"src": ,}', "   "])
-def test_json_lines_whose_first_line_is_none_are_lines_all_the_same(tmp_path: Path, head: str) -> None:
-    path = write(tmp_path, f"{head}\n{json.dumps(ZSRE)}\n{json.dumps(ZSRE)}\n", "data.json")
-    skipped: list[Skipped] = []
-    assert len(list(read(path, "zsre", skipped))) == 2
-    assert [one.where for one in skipped] == ([f"{path}, line 1"] if head.strip() else [])
-
-
-def test_copies_and_leftovers_in_a_folder_are_not_read(tmp_path: Path) -> None:
-    for name in ("data.json", "data.json.bak", ".data.json-x1"):
-        write(tmp_path, json.dumps([ZSRE]), name)
-    assert len(list(read(tmp_path, "zsre"))) == 1
 
 
 def test_what_must_stay_cannot_have_the_new_answer_for_its_own(tmp_path: Path) -> None:
