@@ -1,16 +1,18 @@
 """Prompts of edits, of the same question in other words and of other questions, and the states they leave behind.
 
-What benchmarks/question_gate.py learns from and is measured on. Training sees no relation, subject or prompt that an
-edit of the evaluation sets is about; our own relations that are only asked about (`asked.json`) ask about names alone.
+What benchmarks/question_gate.py learns from and is measured on. No subject or prompt that an edit of the evaluation
+sets is about is among what is learned from; the held-out relations are a part of their own, which a gate that is
+measured on them must not see. Our own relations that are only asked about (`asked.json`) ask about names alone.
 """
 
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rivals import DATA, DATASETS, EXCLUDED, HARD_SPLIT, TEXT  # the script beside this one
+from rivals import DATA, DATASETS, EXCLUDED, HARD_SPLIT, TEXT, UNREAD  # the script beside this one
 from safetensors.torch import load_file, save
 
 from ibke.data.mixture import Source, Split, requests, triples
@@ -32,11 +34,15 @@ SEED = 5
 HELD_OUT_SHARE = 0.2
 TABLES = {"facts": 1, "pararel": 2, "lre": 1, "entityquestions": 3}  # shares, as in training
 OWN, OTHERS = 4, 4  # of an edit: other wordings, other questions
-CONTEXTS = 0.3  # how often running text stands before a bare one
+CONTEXTS = 0.3  # how often running text stands before a bare one; two in five of them come out blank
 SETS: dict[str, Frame] = {"heldout": "chat", "knowedit": "bare", "counterfact": "bare", "zsre": "chat"}
 """Evaluation sets, and how their other wordings are put."""
 SHARD = 512
 EVERYTHING = 10**6
+RUNNING = "running text"  # what a place in the middle of a text is marked as: nothing is asked there
+LONGEST = 100  # words before such a place
+MID_WORD = 0.5  # how often a place is in the middle of a word
+PASSAGES = "text/squad_val.json"
 
 EXCEPTION = "exception"  # what a prompt asks that leaves out one answer, whatever it asks otherwise
 EXCEPTED = {
@@ -123,9 +129,12 @@ class Drawn:
         self.rng = random.Random(seed)
         self.asked: list[Asked] = []
         self.cases = 0
-        text = find_file(TEXT).read_text(encoding="utf-8")
-        parts = (part.strip() for line in text.splitlines() for part in line.split(" . "))
-        self.sentences = [f"{part}." for part in parts if 20 < len(part) < 120 and "=" not in part]
+        self.sentences = [
+            sentence if seen else ""
+            for seen, line in wikitext()
+            for sentence in (f"{part.strip()}." for part in line.split(" . "))
+            if 20 < len(sentence) - 1 < 120 and "=" not in sentence
+        ]
 
     def add(self, source: str, edit: Wording, own: Sequence[Wording], others: Sequence[Wording]) -> None:
         """An edit in every frame, and some of what else can be asked."""
@@ -144,6 +153,12 @@ class Drawn:
         return [self.rng.choice(filled(relation, subject)) for relation in relations]
 
 
+def wikitext() -> list[tuple[bool, str]]:
+    """Lines of WikiText's validation text, and whether they may be seen: perplexity is measured on the last ones."""
+    lines = find_file(TEXT).read_text(encoding="utf-8").splitlines()
+    return [(row < len(lines) - UNREAD, line) for row, line in enumerate(lines)]
+
+
 def canonical(relation: str) -> str:
     """One name for what several tables ask alike."""
     return SAME_AS.get(relation, relation)
@@ -155,10 +170,14 @@ def filled(relation: Relation, subject: str) -> list[Wording]:
     return [(name, relation.fill(text, subject), kind) for kind in KINDS for text in relation.templates(kind)]
 
 
-def known_relations() -> dict[str, Relation]:
-    """Relations in training that there are facts of, with the tables' own templates."""
-    wordings = load_wordings(templates_from=DATA)
-    return {name: one for name, one in wordings.items() if not held_out(name, HELD_OUT_SHARE)}
+def relations_of_facts() -> dict[str, Relation]:
+    """Relations that there are facts of, with the tables' own templates."""
+    return load_wordings(templates_from=DATA)
+
+
+def kept_out(relation: str) -> bool:
+    """Whether it is one of the held-out relations."""
+    return held_out(relation, HELD_OUT_SHARE)
 
 
 def said(relation: Relation) -> set[str]:
@@ -166,9 +185,17 @@ def said(relation: Relation) -> set[str]:
     return {relation.label.casefold(), *(text.casefold() for kind in KINDS for text in relation.templates(kind))}
 
 
-def of_facts(drawn: Drawn, facts: int, counterfact: int) -> None:
-    """Edits of tables of facts, relation by relation in turn, and some of CounterFact's."""
-    relations = known_relations()
+def of_facts(drawn: Drawn, facts: int, counterfact: int, of_held_out: bool) -> None:
+    """Edits of tables of facts, relation by relation in turn, and some of CounterFact's.
+
+    Args:
+        drawn: what is added to.
+        facts: edits of the tables.
+        counterfact: edits of CounterFact.
+        of_held_out: edits of the held-out relations, beside questions of all; otherwise those are in neither.
+    """
+    relations = {name: one for name, one in relations_of_facts().items() if of_held_out or not kept_out(name)}
+    wanted = {name for name in relations if kept_out(name) == of_held_out}
     texts = {name: said(one) for name, one in relations.items()}
 
     def others(name: str, subject: str) -> list[Wording]:
@@ -183,32 +210,33 @@ def of_facts(drawn: Drawn, facts: int, counterfact: int) -> None:
         return drawn.one_each(drawn.rng.sample(rest, min(OTHERS, len(rest))), subject)
 
     for table, share in TABLES.items():
-        for fact in in_turn(drawn, table, relations, round(facts * share / sum(TABLES.values()))):
+        for fact in in_turn(drawn, table, wanted, round(facts * share / sum(TABLES.values()))):
             told = filled(relations[fact.relation], fact.subject)
             drawn.rng.shuffle(told)
             drawn.add(table, told[0], told[1:], others(fact.relation, fact.subject))
-    for name, request in of_counterfact(drawn, relations, counterfact):
+    for name, request in of_counterfact(drawn, wanted, counterfact):
         subject = request.subject or ""
         own = [(canonical(name), text, "statement") for text in request.rephrase_prompts]
         own += drawn.rng.sample(filled(relations[name], subject), 2)
         drawn.add("counterfact", (canonical(name), request.prompt, "statement"), own, others(name, subject))
 
 
-def of_counterfact(drawn: Drawn, relations: dict[str, Relation], count: int) -> Iterator[tuple[str, EditRequest]]:
+def of_counterfact(drawn: Drawn, wanted: set[str], count: int) -> Iterator[tuple[str, EditRequest]]:
     """Requests that are of one relation for certain, with it."""
     source = Source.parse(f"counterfact:{DATASETS['counterfact'][2]}")
-    for request, _ in requests(source, drawn.seed, EVERYTHING, drawn.split):
+    # Which relations they are of is decided here.
+    for request, _ in requests(source, drawn.seed, EVERYTHING, Split(0.0, EXCLUDED.split(","))):
         names = drawn.split.relations_of(request)
-        if count and len(names) == 1 and names <= set(relations):
+        if count and len(names) == 1 and names <= wanted:
             yield min(names), request
             count -= 1
 
 
-def in_turn(drawn: Drawn, table: str, relations: dict[str, Relation], count: int) -> Iterator[Triple]:
+def in_turn(drawn: Drawn, table: str, wanted: set[str], count: int) -> Iterator[Triple]:
     """Facts of a table, of one relation after the other; fewer where it has no more."""
     by_relation: dict[str, list[Triple]] = {}
-    for fact in triples(Source.parse(table), HELD_OUT_SHARE):
-        if fact.relation in relations and not drawn.split.excludes(fact.subject):
+    for fact in triples(Source.parse(table), 0.0):
+        if fact.relation in wanted and not drawn.split.excludes(fact.subject):
             by_relation.setdefault(fact.relation, []).append(fact)
     for facts in by_relation.values():
         drawn.rng.shuffle(facts)
@@ -217,6 +245,23 @@ def in_turn(drawn: Drawn, table: str, relations: dict[str, Relation], count: int
             yield by_relation[name].pop()
             count -= 1
         by_relation = {name: facts for name, facts in by_relation.items() if facts}
+
+
+def of_text(drawn: Drawn, places: int) -> None:
+    """Places in running text, where nothing is asked."""
+    passages = json.loads(find_file(PASSAGES).read_text(encoding="utf-8"))
+    texts = [
+        "\n".join(line for seen, line in wikitext() if seen).split(" "),
+        "\n".join(one["context"] for one in passages).split(" "),
+    ]
+    while len(drawn.asked) < places:
+        words = drawn.rng.choice(texts)
+        begin, count = drawn.rng.randrange(len(words) - LONGEST), drawn.rng.randint(1, LONGEST)
+        text = " ".join(words[begin : begin + count]).strip()
+        if drawn.rng.random() < MID_WORD:
+            text = text[: -drawn.rng.randint(1, 3)].strip() or text
+        if text:
+            drawn.asked.append(Asked(RUNNING, 0, "other", RUNNING, text, "bare"))
 
 
 def of_names(drawn: Drawn, each: int) -> None:
@@ -305,20 +350,33 @@ def states(asked: Sequence[Asked], layers: tuple[int, ...], folder: Path) -> tor
 
 
 def collected(
-    counts: tuple[int, int, int, int], layers: tuple[int, ...], folder: Path
-) -> list[tuple[list[Asked], torch.Tensor]]:
-    """Prompts and states: relations with facts, our own, evaluation sets, and exceptions to the first two.
+    counts: dict[str, int], layers: tuple[int, ...], folder: Path
+) -> dict[str, tuple[list[Asked], torch.Tensor]]:
+    """Prompts and states by part.
 
     Args:
-        counts: edits of tables of facts, of CounterFact, of each of our own relations and of each evaluation set.
+        counts: edits of tables of ``facts``, of ``counterfact``, of each of our own relations (``names``) and of each
+            set for ``evaluation``; places in running ``text``. Of the held-out relations there are as many edits as
+            their share of all relations.
         layers: that are read.
         folder: where states are kept.
+
+    Returns:
+        ``facts`` (relations that there are facts of, but for the held-out ones), ``held-out`` (those, beside questions
+        of all), ``own``, ``evaluation``, ``exceptions`` and ``held-out exceptions`` to the former, and ``text``.
     """
-    facts, counterfact, names, evaluation = counts
     split = Split(HELD_OUT_SHARE, EXCLUDED.split(","))
-    parts = [Drawn(SEED, split) for _ in range(4)]
-    of_facts(parts[0], facts, counterfact)
-    of_names(parts[1], names)
-    of_evaluation(parts[2], evaluation)
-    of_exceptions(parts[3], parts[0].asked + parts[1].asked)
-    return [(part.asked, states(part.asked, layers, folder)) for part in parts]
+    parts = {
+        name: Drawn(SEED, split)
+        for name in ("facts", "own", "evaluation", "exceptions", "held-out", "held-out exceptions", "text")
+    }
+    more = HELD_OUT_SHARE / (1 - HELD_OUT_SHARE)
+    of_facts(parts["facts"], counts["facts"], counts["counterfact"], of_held_out=False)
+    parts["held-out"].cases = parts["facts"].cases  # edits of one source are told apart by number
+    of_facts(parts["held-out"], round(more * counts["facts"]), round(more * counts["counterfact"]), of_held_out=True)
+    of_names(parts["own"], counts["names"])
+    of_evaluation(parts["evaluation"], counts["evaluation"])
+    of_exceptions(parts["exceptions"], parts["facts"].asked + parts["own"].asked)
+    of_exceptions(parts["held-out exceptions"], parts["held-out"].asked)
+    of_text(parts["text"], counts["text"])
+    return {name: (part.asked, states(part.asked, layers, folder)) for name, part in parts.items()}

@@ -3,8 +3,9 @@
 At the subject nothing yet says what is asked of it; at the prompt's end it can be told. Two maps send what some MLPs
 are fed at a prompt's last token to unit vectors: one makes the key of an edit, of its own prompt in every frame, the
 other the query of a prompt that is asked. A prompt asks what the edit does where their cosine, with a little that
-either side adds, is above a threshold. The maps are learned on questions about subjects of all kinds
-(``benchmarks/question_gate.py``); of the relations that the editor is tested on they know none.
+either side adds, is above a threshold. The maps are learned on questions about subjects of all kinds, and on places in
+running text, where nothing is asked (``benchmarks/question_gate.py``). Those that ship have met every relation that
+there are facts of; how they do on one they have not met is measured by the same maps without the held-out ones.
 
 Shape suffixes: R rows, T tokens, F frames, S state (all layers that are read, side by side), K key.
 """
