@@ -16,7 +16,7 @@ from ibke.editors.gated.question import FILE, QuestionConfig, QuestionGate, load
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.shipped import shipped_folder
 from ibke.errors import FingerprintMismatchError, FormatError
-from ibke.evaluation.generate import generate
+from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.running_text import STRETCH, RunningText
 from ibke.evaluation.scoring import score
 from ibke.frames import FRAMES
@@ -169,6 +169,14 @@ def test_many_edits_at_once_and_one_a_row_say_the_same(gated):
     with EditSession(gated.lm).attach(each[0]).attach(each[1]):
         attached = generate(gated.lm, prompts)
     assert [said.text for said in together] == [said.text for said in alone] == [said.text for said in attached]
+
+
+def test_whether_a_batch_holds_is_asked_of_edits_behind_their_gates(gated):
+    requests = [REQUEST, EditRequest("Danielle Darrieux died in the city of", "Lisbon", subject=REQUEST.subject)]
+    whole = gated.edit(requests)
+    pairs = [gated.pair(one.prompt, one.target_new, frame) for one in requests for frame in FRAMES]
+    nll = torch.tensor([sum(one.nll) for one in score(gated.lm, pairs, Together((whole,)))])
+    assert whole.info.achieved and whole.info.nll_after == pytest.approx(nll.mean().item(), rel=1e-4)
 
 
 def test_later_neurons_are_as_they_are_alone_whatever_stands_beside_them(gated):

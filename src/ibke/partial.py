@@ -222,6 +222,13 @@ class PartialModel:
         return finished_logits(self.model, self.head(padded_ND)[:count])
 
 
+def answer_states(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states at the answer positions (N × D) of a pass of the model as it is, attached edits and all."""
+    with asking(batch.question_ends_R):
+        out = model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+    return out.last_hidden_state[batch.predicts_RT]
+
+
 def _refuse_longer(states_RTD: Tensor, batch: Batch) -> None:
     if states_RTD.shape[1] != batch.ids_RT.shape[1]:
         raise CaptureError(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ibke.batch import Batch, Pair, collate
+from ibke.batch import Pair, collate
 from ibke.evaluation.generate import BATCH_SIZE, InForce, in_force, plan
 from ibke.models import LanguageModel
 from ibke.modules import finished_logits
-from ibke.parts import asking
+from ibke.partial import answer_states
 
 # Positions whose logits are held at once; a vocabulary of 256k makes 256 of them a quarter of a gigabyte.
 POSITIONS = 256
@@ -52,7 +52,7 @@ def score(
         for rows in plan([len(pair) for pair in pairs], batch_size):
             batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
             with on_rows(rows):
-                states_ND = _answer_states(lm, batch)
+                states_ND = answer_states(lm.model, batch)
             predicted, nll = [], []
             for part in _parts(len(states_ND)):
                 logp_NV = _log_probs(lm, states_ND[part])
@@ -88,9 +88,9 @@ def divergence(
     found: dict[int, Moved] = {}
     for rows in plan([len(pair) for pair in pairs], batch_size):
         batch = collate([pairs[row] for row in rows], lm.tokenizer.pad_token_id, lm.device)
-        base_ND = _answer_states(lm, batch)
+        base_ND = answer_states(lm.model, batch)
         with in_force(lm, edits) as on_rows, on_rows(rows):
-            edited_ND = _answer_states(lm, batch)
+            edited_ND = answer_states(lm.model, batch)
         parts = []
         for part in _parts(len(base_ND)):
             base_NV, edited_NV = _log_probs(lm, base_ND[part]), _log_probs(lm, edited_ND[part])
@@ -104,13 +104,6 @@ def divergence(
         for row, *one in zip(rows, *(mean.tolist() for mean in means), strict=True):
             found[row] = Moved(*one)
     return [found[row] for row in range(len(pairs))]
-
-
-def _answer_states(lm: LanguageModel, batch: Batch) -> Tensor:
-    """Last hidden states at the answer's positions (N × D)."""
-    with asking(batch.question_ends_R):
-        out = lm.model.base_model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT, use_cache=False)
-    return out.last_hidden_state[batch.predicts_RT]
 
 
 def _log_probs(lm: LanguageModel, states_ND: Tensor) -> Tensor:

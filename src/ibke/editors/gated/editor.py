@@ -15,16 +15,20 @@ from typing import Any, ClassVar
 
 import torch
 
+from ibke.batch import by_length, collate
 from ibke.edit import Edit
 from ibke.editors.gated.memory import GatedNeurons
 from ibke.editors.gated.question import QuestionGate, load_gate, prompt_states
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
+from ibke.editors.ibke.refine import mean_by_owner
 from ibke.editors.ibke.shipped import shipped_folder
 from ibke.fingerprint import mark
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
+from ibke.partial import answer_states
 from ibke.request import EditRequest
+from ibke.session import EditSession
 
 THRESHOLD = 0.52  # of gates at the subject
 SLACK = 0.02  # cosine by which an edit's own prompt is above its level, so that no rounding shuts it
@@ -35,6 +39,7 @@ class GatedIBKE(IBKEEditor):
 
     name: ClassVar[str] = "ibke-gated"
     trained_by = ""
+    again: ClassVar[int] = 0  # models that these edits are attached to cannot be run in parts, as making one does
     gate: QuestionGate
 
     @classmethod
@@ -59,6 +64,19 @@ class GatedIBKE(IBKEEditor):
     def mark(self) -> str:
         """See :attr:`Editor.mark`; the maps count too."""
         return mark(repr((super().mark, self.gate.name)), {})
+
+    @torch.no_grad()
+    def _together(self, edits: Sequence[Edit]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As IBKE's, but of passes of the whole model, where it is decided what is asked."""
+        asked, owners = self._asked([edit.requests[0] for edit in edits])
+        nll_R, right_R = torch.empty(len(asked)), torch.empty(len(asked))
+        with EditSession(self.lm).attach(self._joined(edits)):
+            for rows in by_length([len(pair) for pair in asked]):
+                batch = collate([asked[row] for row in rows], self.lm.tokenizer.pad_token_id, self.lm.device)
+                nll, right = batch.score(self.part.logits(answer_states(self.lm.model, batch)))
+                nll_R[rows], right_R[rows] = nll.cpu(), right.float().cpu()
+        owner_R = torch.tensor(owners)
+        return mean_by_owner(nll_R, owner_R, len(edits)), mean_by_owner(right_R, owner_R, len(edits)) == 1.0
 
     def _finished(self, edits: list[Edit]) -> list[Edit]:
         """The edits with their neurons behind a gate at the prompt's end."""

@@ -40,7 +40,6 @@ from ibke.session import EditSession, set_aside
 from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
-AGAIN = 2  # times that requests are made again which do not hold beside others
 
 
 class IBKEEditor(Editor):
@@ -56,6 +55,7 @@ class IBKEEditor(Editor):
     name: ClassVar[str] = "ibke"
     Settings: ClassVar[type | None] = RefineSettings
     Config: ClassVar[type | None] = IBKEConfig
+    again: ClassVar[int] = 2  # times that requests are made again which do not hold beside others
     trained_by = "ibke.training.trainer"
 
     def __init__(
@@ -152,23 +152,24 @@ class IBKEEditor(Editor):
 
     def _edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit of all requests, on the model as it is."""
-        edits = self._each(requests)
+        edits = self._finished(self._each(requests))
         if len(edits) == 1:
-            return self._finished(edits)[0]
+            return edits[0]
         if not self.settings.steps:  # the bare network: nobody asks whether the targets come
-            return self._joined(self._finished(edits))
+            return self._joined(edits)
         nll_B, achieved_B = self._together(edits)
-        for _ in range(AGAIN):
+        for _ in range(self.again):
             missed = (~achieved_B).nonzero().flatten().tolist()
             if not missed:
                 break
             with EditSession(self.lm) as session:
                 if rest := [edit for row, edit in enumerate(edits) if row not in missed]:
                     session.attach(self._joined(rest))
-                for row, edit in zip(missed, self._each([requests[row] for row in missed]), strict=True):
-                    edits[row] = edit
+                made = self._finished(self._each([requests[row] for row in missed]))
+            for row, edit in zip(missed, made, strict=True):
+                edits[row] = edit
             nll_B, achieved_B = self._together(edits)
-        whole = self._joined(self._finished(edits))
+        whole = self._joined(edits)
         whole.info.nll_after = float(nll_B.mean())
         whole.info.achieved = bool(achieved_B.all())
         return whole
@@ -363,20 +364,26 @@ class IBKEEditor(Editor):
 
     def _targets(self, requests: Sequence[EditRequest], opened: Opened) -> list[RowGroup]:
         """The target in several frames of the request and in the wordings given with it."""
-        asked: list[Pair] = []
-        about: list[int] = []
-        for owner, request in enumerate(requests):
-            subject = subject_of(request.prompt, request.subject)
-            # An address is silent before the subject's last token of its own request, in every frame.
-            asked += [self.pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
-            about += [owner] * len(FRAMES)
-        worded = [(owner, text) for owner, request in enumerate(requests) for text in request.rephrase_prompts]
-        pairs = [self.pair(text, requests[owner].target_new, "bare") for owner, text in worded]
-        if pairs:
-            places = opened(pairs, [owner for owner, _ in worded])
-            asked += [pair.reached(place) for pair, place in zip(pairs, places, strict=True)]
-            about += [owner for owner, _ in worded]
+        asked, about = self._asked(requests)
+        # An address is silent before the subject's last token of its own request, in every frame.
+        worded = range(len(FRAMES) * len(requests), len(asked))
+        places = opened([asked[row] for row in worded], [about[row] for row in worded])
+        for row, place in zip(worded, places, strict=True):
+            asked[row] = asked[row].reached(place)
         if self.network.config.keys == "code":
             asked = [pair.reached(0) for pair in asked]
         pad_id = self.lm.tokenizer.pad_token_id
         return build_groups(self.part, asked, [EDIT] * len(asked), about, pad_id, prefixes=self.prefixes)
+
+    def _asked(self, requests: Sequence[EditRequest]) -> tuple[list[Pair], list[int]]:
+        """Every request in all frames, then the wordings given with them, each with its target; and whose they are."""
+        asked: list[Pair] = []
+        about: list[int] = []
+        for owner, request in enumerate(requests):
+            subject = subject_of(request.prompt, request.subject)
+            asked += [self.pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
+            about += [owner] * len(FRAMES)
+        for owner, request in enumerate(requests):
+            asked += [self.pair(text, request.target_new, "bare") for text in request.rephrase_prompts]
+            about += [owner] * len(request.rephrase_prompts)
+        return asked, about
