@@ -90,18 +90,23 @@ def speed() -> str:
         ("capture_to_edit", "capture to factors"),
         ("bare", "`edit` without refining"),
         ("refined", "`edit` with refining"),
+        ("gated bare", "`ibke-gated` without refining"),
+        ("gated", "`ibke-gated` with refining"),
     ):
-        found = report[key]
+        if not (found := report.get(key)):
+            continue
         lines.append(
             f"| {title} | {found['seconds_median']:.2f} | {found['ratio_median']:.2f} | {found['ratio_p95']:.2f} |"
         )
     if many := report.get("together"):
         bare, refined = many["bare"], many["refined"]
+        gated = many.get("gated")
         lines += [
             "",
             f"{many['n']} edits by one call, beside passes of their prompts ({many['unit_seconds']:.3f} s each): "
             f"{bare['seconds']:.2f} s an edit without refining, {bare['rate']:.2f} of the passes' rate; "
-            f"{refined['seconds']:.2f} s and {refined['rate']:.2f} with it.",
+            f"{refined['seconds']:.2f} s and {refined['rate']:.2f} with it"
+            + (f"; `ibke-gated` {gated['seconds']:.2f} s and {gated['rate']:.2f}." if gated else "."),
         ]
     return "\n".join(lines)
 

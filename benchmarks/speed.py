@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ibke.batch import Batch, by_length, collate
 from ibke.data.readers import read
 from ibke.editors.base import Editor
+from ibke.editors.gated.editor import GatedIBKE
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.evaluation.machine import describe
 from ibke.evaluation.protocols import sample
@@ -83,28 +84,35 @@ def main() -> None:
         [request.for_editor() for request in sample(everything, limit, 0)] for limit in (args.limit, args.together)
     )
     lm = load_model("smollm2-135m", dtype=args.dtype)
-    bare, refined = (IBKEEditor.for_model(lm, args.editor, refine=refine) for refine in (False, True))
-    for editor in (bare, refined):  # warm up: lazy initialisation, base answers of the probes
+    bare = IBKEEditor.for_model(lm, args.editor, refine=False)
+    editors: dict[str, Editor] = {
+        "bare": bare,
+        "refined": IBKEEditor.for_model(lm, args.editor),
+        "gated bare": GatedIBKE.for_model(lm, args.editor, refine=False),
+        "gated": GatedIBKE.for_model(lm, args.editor),
+    }
+    for editor in editors.values():  # warm up: lazy initialisation, base answers of the probes
         editor.edit(requests[:1])
     units: list[float] = []
-    times: dict[str, list[float]] = {"capture_to_edit": [], "bare": [], "refined": []}
+    times: dict[str, list[float]] = {"capture_to_edit": [], **{name: [] for name in editors}}
     steps: list[int] = []
     for request in requests:
         pair = encode_pair(request.prompt, request.target_new, "bare", lm.tokenizer)
         batch = collate([pair], lm.tokenizer.pad_token_id)
         units.append(min(pass_seconds(lm.model, batch) for _ in range(3)))
         times["capture_to_edit"].append(taken(partial(encoded, bare, request)))
-        for name, editor in (("bare", bare), ("refined", refined)):
+        for name, editor in editors.items():
             began = time.perf_counter()
             edit = editor.edit([request])
             times[name].append(time.perf_counter() - began)
-        steps.append(edit.info.refine_steps)
+            if name == "refined":
+                steps.append(edit.info.refine_steps)
     report = {
         "n": len(units),
         "unit_seconds": median(units),
         "steps_median": median(steps),
         "machine": describe(lm.device),
-        "together": together(lm, {"bare": bare, "refined": refined}, many),
+        "together": together(lm, editors, many),
     }
     for name, values in times.items():
         ratios = sorted(value / unit for value, unit in zip(values, units, strict=True))
