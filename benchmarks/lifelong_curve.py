@@ -15,7 +15,7 @@ from matplotlib.ticker import ScalarFormatter
 
 PICTURE = Path("docs/lifelong.svg")
 COLOURS = {"reliability": "tab:gray", "generality": "tab:blue", "locality": "tab:orange"}
-MARKS = "o^sDv"
+MARKS = "o^sDvP*X"
 
 
 def main() -> None:
@@ -45,7 +45,9 @@ def main() -> None:
 def title(name: str) -> str:
     """A stream's name for people."""
     stream, method, *how = name.split(".")
-    return f"{stream}, {method}" + (", first guesses" if "steps=0" in how else "")
+    order = how[-1].removeprefix("order-")
+    more = [*(["first guesses"] if "steps=0" in how else []), *([f"order {order}"] if order != "0" else [])]
+    return ", ".join([stream, method, *more])
 
 
 def over_edits(axis: Any, rows: list[dict[str, Any]], mark: str) -> None:

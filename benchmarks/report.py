@@ -258,7 +258,7 @@ def lifelong() -> str:
             lines.append(
                 f"| {how['kind']}, order {how['order']} | {named} "
                 f"| {how['group']} | {row['edits']} | {sum(block['n'] for block in row['by_block'])} | {scores} "
-                f"| {100 * (row['perplexity_ratio'] - 1):+.1f} % | {fmean(row['kept'].values()):.3f} "
+                f"| {round(100 * (row['perplexity_ratio'] - 1), 1) + 0.0:+.1f} % | {fmean(row['kept'].values()):.3f} "
                 f"| {row['relative_norm']:.1f} | {row['seconds_per_edit']:.2f} |"
             )
     return "\n".join(lines)
