@@ -27,7 +27,8 @@ CELLS = {
 
 VARIANTS = {"refined": [], "gated": ["--method", "ibke-gated"], "network": ["--no-refine"]}
 # The gate that ships knows the held-out relations; the same without them is measured there.
-EDITORS = {("heldout-relations", "gated"): Path("build/gate-without-held-out")}
+LEFT_OUT = "build/gate-without-held-out"
+EDITORS = {("heldout-relations", "gated"): LEFT_OUT}
 
 
 def main() -> None:
@@ -42,9 +43,6 @@ def main() -> None:
     args = parser.parse_args()
     if not HELD_OUT.exists():
         subprocess.run([sys.executable, "benchmarks/heldout_relations.py", "--out", str(HELD_OUT)], check=True)
-    for editor in EDITORS.values():
-        if not args.editor and not editor.exists():
-            raise SystemExit(f"{editor} is not there: `python benchmarks/question_gate.py ship --leave-out` makes it.")
     args.out.mkdir(parents=True, exist_ok=True)
     for variant in args.variants.split(","):
         for name in args.cells.split(","):
@@ -53,11 +51,15 @@ def main() -> None:
             if target.exists():
                 print(f"{target} is there")
                 continue
+            editor = args.editor or EDITORS.get((name, variant), "")
+            if editor and not Path(editor).exists():
+                raise SystemExit(
+                    f"{editor} is not there; `benchmarks/question_gate.py ship --leave-out` makes {LEFT_OUT}."
+                )
             limit = min(count, args.limit) if args.limit else count
             command = ["ibke", "eval", "--data", str(data), "--format", form, "--frames", frames]
             command += ["--limit", str(limit), "--seed", str(args.seed), "--json", str(target)]
-            if editor := args.editor or EDITORS.get((name, variant)):
-                command += ["--editor", str(editor)]
+            command += ["--editor", editor] if editor else []
             command += VARIANTS[variant]
             print(" ".join(command), flush=True)
             subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
