@@ -53,9 +53,7 @@ def main() -> None:
                 continue
             editor = args.editor or EDITORS.get((name, variant), "")
             if editor and not Path(editor).exists():
-                raise SystemExit(
-                    f"{editor} is not there; `benchmarks/question_gate.py ship --leave-out` makes {LEFT_OUT}."
-                )
+                raise SystemExit(f"{editor} is not there ({LEFT_OUT}: `benchmarks/question_gate.py ship --leave-out`).")
             limit = min(count, args.limit) if args.limit else count
             command = ["ibke", "eval", "--data", str(data), "--format", form, "--frames", frames]
             command += ["--limit", str(limit), "--seed", str(args.seed), "--json", str(target)]
