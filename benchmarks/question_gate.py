@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from question_prompts import EXCEPTION, MODEL, SEED, collected  # beside this, as the next one
 from question_training import Case, Known, Prompts, Recipe, train
+from single_edits import LEFT_OUT
 from torch import Tensor
 
 from ibke.editors.gated.question import QuestionGate, save_gate
@@ -41,7 +42,6 @@ LAYERS = (12, 16, 20, 24, 29)
 FEWEST = 20  # values that a share is made of
 APART, PLACES = "exceptions", "places"  # counted apart: prompts that ask the same but for one answer; running text
 KEPT_PLACES = 4  # one place of running text in so many is not learned of
-LEFT_OUT = Path("build/gate-without-held-out")
 EXCEPTIONS = (EXCEPTION, "forgetfulness")  # how our own and KnowEdit's are marked
 
 

@@ -119,7 +119,9 @@ class Known:
                 for i, one in enumerate(self.names)
             ]
         )
-        self.apart_NT = functional.pad(apart_NN, (0, 1), value=True)  # the last column is of exceptions
+        self.apart_NT = functional.pad(
+            apart_NN, (0, 1), value=True
+        )  # the last column, number -1, is of exceptions and text
 
 
 class Step(NamedTuple):

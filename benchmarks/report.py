@@ -93,20 +93,18 @@ def speed() -> str:
         ("gated bare", "`ibke-gated` without refining"),
         ("gated", "`ibke-gated` with refining"),
     ):
-        if not (found := report.get(key)):
-            continue
+        found = report[key]
         lines.append(
             f"| {title} | {found['seconds_median']:.2f} | {found['ratio_median']:.2f} | {found['ratio_p95']:.2f} |"
         )
     if many := report.get("together"):
-        bare, refined = many["bare"], many["refined"]
-        gated = many.get("gated")
+        bare, refined, gated = many["bare"], many["refined"], many["gated"]
         lines += [
             "",
             f"{many['n']} edits by one call, beside passes of their prompts ({many['unit_seconds']:.3f} s each): "
             f"{bare['seconds']:.2f} s an edit without refining, {bare['rate']:.2f} of the passes' rate; "
-            f"{refined['seconds']:.2f} s and {refined['rate']:.2f} with it"
-            + (f"; `ibke-gated` {gated['seconds']:.2f} s and {gated['rate']:.2f}." if gated else "."),
+            f"{refined['seconds']:.2f} s and {refined['rate']:.2f} with it; "
+            f"`ibke-gated` {gated['seconds']:.2f} s and {gated['rate']:.2f}.",
         ]
     return "\n".join(lines)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import make_tiny
 from random_editor import random_edit
 
@@ -33,15 +32,6 @@ def edits(lm: LanguageModel) -> list[Edit]:
 def ledger(lm: LanguageModel, tmp_path: Path):
     with Ledger(tmp_path / "ledger", lm) as opened:
         yield opened
-
-
-def deltas(edit: Edit | None) -> dict[str, torch.Tensor]:
-    return {name: edit.delta(name) for name in edit.factors} if edit else {}
-
-
-def same(one: Edit | None, other: Edit | None) -> bool:
-    left, right = deltas(one), deltas(other)
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def about(edit: Edit, prompt: str, target: str = "x") -> Edit:
