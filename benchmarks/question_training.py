@@ -119,9 +119,8 @@ class Known:
                 for i, one in enumerate(self.names)
             ]
         )
-        self.apart_NT = functional.pad(
-            apart_NN, (0, 1), value=True
-        )  # the last column, number -1, is of exceptions and text
+        # The last column, which is number -1 too, is of exceptions and text.
+        self.apart_NT = functional.pad(apart_NN, (0, 1), value=True)
 
 
 class Step(NamedTuple):
