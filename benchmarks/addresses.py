@@ -122,8 +122,8 @@ def phrase(relation: Relation, subject: str) -> str:
 def opens(editor: IBKEEditor, gates_ED: torch.Tensor, asked: Sequence[tuple[int, str, Frame, str]]) -> list[bool]:
     """Whether an edit is in force at any token of each prompt but the first, which belongs to no word."""
     rows = [Row((), tuple(encode_pair(text, "-", frame, editor.lm.tokenizer).prompt)) for _, text, frame, _ in asked]
-    read = editor.addresser.prefixes.read(editor.site.entrance, rows)
-    return [bool((one.fed_TI.cpu()[1:] @ gates_ED[row] > 0).any()) for (row, *_), one in zip(asked, read, strict=True)]
+    read = editor.addresser.prefixes.read([editor.site.entrance], rows)
+    return [bool((one.fed[-1].cpu()[1:] @ gates_ED[row] > 0).any()) for (row, *_), one in zip(asked, read, strict=True)]
 
 
 def shares(kinds: Sequence[tuple[str, Frame]], opened: Sequence[bool]) -> dict[str, Any]:

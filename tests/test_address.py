@@ -27,9 +27,9 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
     address = editor.addresser([about])[0]
     rows = contexts_of(about, editor.lm.tokenizer)
     assert sum(row.kind == REQUEST for row in rows) == 6  # three frames, the phrase as a question twice, one wording
-    read = editor.addresser.prefixes.read(editor.site.entrance, [Row(row.prefix, row.tail) for row in rows])
+    read = editor.addresser.prefixes.read([editor.site.entrance], [Row(row.prefix, row.tail) for row in rows])
     own, threshold = [], editor.network.config.threshold
-    for row, (_, keys_TD) in zip(rows, read, strict=True):
+    for row, (_, (keys_TD,)) in zip(rows, read, strict=True):
         *before, last = (keys_TD @ address).tolist()
         assert (last < threshold - 0.1) if row.kind in (OTHER, ENDING) else (last > threshold + 0.1)
         if row.kind == REQUEST:
@@ -49,8 +49,8 @@ def test_an_address_stays_shut_in_running_text(smollm32):
     text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
     tokens = editor.lm.tokenizer(text).input_ids
     rows = [Row((), tuple(tokens[at : at + 128])) for at in range(0, 4096, 128)]
-    read = editor.addresser.prefixes.read(editor.site.entrance, rows)
-    keys_TD = torch.cat([reading.fed_TI[1:] for reading in read])  # a first position belongs to no word
+    read = editor.addresser.prefixes.read([editor.site.entrance], rows)
+    keys_TD = torch.cat([reading.fed[-1][1:] for reading in read])  # a first position belongs to no word
     opened = (keys_TD @ addresses.T > editor.network.config.threshold).float().mean(0)
     assert len(keys_TD) > 4000 and float(opened.max()) < 1e-3
 
@@ -70,9 +70,9 @@ def test_an_address_is_told_of_its_subjects_last_word_alone(smollm32):
         "I saw the Tarn Mosswick Bridge",
     )
     read = editor.addresser.prefixes.read(
-        editor.site.entrance, [Row((), tuple(editor.lm.tokenizer(text).input_ids)) for text in texts]
+        [editor.site.entrance], [Row((), tuple(editor.lm.tokenizer(text).input_ids)) for text in texts]
     )
-    assert [bool(one.fed_TI[-1] @ address > 0) for one in read] == [False, False, False, True]
+    assert [bool(one.fed[-1][-1] @ address > 0) for one in read] == [False, False, False, True]
     # A name of one word is its own last word.
     assert not any(row.kind == ENDING for row in contexts_of(About("Poland is in", "Poland"), editor.lm.tokenizer))
 

@@ -151,13 +151,13 @@ def test_a_prefix_run_once_changes_nothing(architecture):
     prefixes = Prefixes(part, [row.prefix for row in rows])
     # One that another begins with, one that is there twice, and one whose prefix was never run.
     rows += [Row((), (5, 9)), Row((12,), (8,)), Row((9, 9), (4, 5))]
-    got = prefixes.read(module, rows)
+    got = prefixes.read([module], rows)
     pairs = [Pair([*prefix, *tail], [2], (0, 1)) for prefix, tail in rows]
     batch = collate(pairs, lm.tokenizer.pad_token_id)
     whole, entering = part.inputs_of(module, batch), part.prefix(batch)
     for row, (prefix, tail) in enumerate(rows):
         here = slice(len(prefix), len(prefix) + len(tail))
-        torch.testing.assert_close(got[row].fed_TI, whole[row, here], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[row].fed[0], whole[row, here], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(got[row].entering_TD, entering[row, here], rtol=1e-4, atol=1e-4)
 
 

@@ -225,6 +225,24 @@ def test_its_own_prompt_and_the_wordings_given_are_never_shut_out(gated):
     assert only_part(gated.edit_each([REQUEST])[0]).levels_E[0] > part.levels_E[0]
 
 
+def test_without_refining_the_question_is_read_in_the_pass_that_makes_the_code(gated, monkeypatch):
+    requests = [REQUEST, EditRequest("Nordwind Optics is based in", "Turku", subject="Nordwind Optics")]
+    layers = gated.gate.config.layers
+    for frame in FRAMES:
+        bare = GatedIBKE.for_model(gated.lm, refine=False, frame=frame)
+        pairs = [bare.pair(one.prompt, "-", frame) for one in requests]
+        states = prompt_states(gated.lm, layers, pairs, bare.prefixes)
+        with monkeypatch.context() as patch:
+            patch.setattr("ibke.editors.gated.editor.prompt_states", None)  # no pass of its own
+            edits = bare.edit_each(requests)
+        keys, levels = bare.gate.keys(states[:, None].expand(-1, len(FRAMES), -1, -1))
+        queries, leans = bare.gate.queries(states)
+        for row, part in enumerate(map(only_part, edits)):
+            assert torch.allclose(part.keys_EK[0], keys[row], atol=1e-4)
+            own = queries[row] @ keys[row] + leans[row] - SLACK
+            assert part.levels_E[0] == pytest.approx(min(levels[row].item(), own.item()), abs=1e-4)
+
+
 def test_states_do_not_depend_on_what_is_known_of_a_prompt(gated):
     pairs = [gated.pair(text, "-", frame) for text in OTHER for frame in FRAMES]
     layers = gated.gate.config.layers

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,6 +265,19 @@ def taking_input(module: nn.Module, *, last: bool = False) -> Iterator[list[Tens
 
     with _taking(module.register_forward_pre_hook, given, last) as taken:
         yield taken
+
+
+@contextmanager
+def taking_inputs(modules: Sequence[nn.Module], *, last: bool = True) -> Iterator[list[list[Tensor]]]:
+    """As :func:`taking_input`, of several modules.
+
+    Args:
+        modules: in the order in which they are run.
+        last: end a pass in the last one.
+    """
+    with ExitStack() as stack:
+        # The last one's block, which a pass may end, is the innermost.
+        yield [stack.enter_context(taking_input(one, last=last and one is modules[-1])) for one in modules]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ibke.batch import Pair, by_length, collate
 from ibke.frames import FRAMES, encode_pair
-from ibke.partial import PartialModel, Past, taking_input
+from ibke.partial import PartialModel, Past, taking_input, taking_inputs
 
 
 class Row(NamedTuple):
@@ -28,11 +28,11 @@ class Reading(NamedTuple):
 
     Args:
         entering_TD: states entering the first layer that an edit may change.
-        fed_TI: what a module of that layer is fed (float32).
+        fed: what each module is fed (T × I, float32).
     """
 
     entering_TD: Tensor
-    fed_TI: Tensor
+    fed: tuple[Tensor, ...]
 
 
 class Prefixes:
@@ -100,13 +100,13 @@ class Prefixes:
         return Row(prefix, tuple(tokens[at:])) if prefix in self.index else Row((), tuple(tokens))
 
     @torch.no_grad()
-    def read(self, module: nn.Module, rows: Sequence[Row]) -> list[Reading]:
-        """What a module is fed at the tokens of each row, and what enters its layer; nothing after it is run.
+    def read(self, modules: Sequence[nn.Module], rows: Sequence[Row]) -> list[Reading]:
+        """What some modules are fed at the tokens of each row, and what enters the last one's layer, where a pass ends.
 
         A row that another one begins with is read there. A row whose prefix is not known is run as a whole.
 
         Args:
-            module: a module of the first layer that an edit may change.
+            modules: in the order in which they are run, the last one in the first layer that an edit may change.
             rows: a beginning and the tokens after it.
         """
         split = [self.split(row.prefix + row.tail, len(row.prefix)) for row in rows]
@@ -115,25 +115,24 @@ class Prefixes:
         got: dict[int, Reading] = {}
         for chosen in by_length([len(split[row].tail) for row in run]):
             numbers = [run[place] for place in chosen]
-            got |= dict(zip(numbers, self._read(module, [split[row] for row in numbers]), strict=True))
+            got |= dict(zip(numbers, self._read(modules, [split[row] for row in numbers]), strict=True))
         found = []
         for row, known, place in zip(rows, split, source, strict=True):
             # What is read of a row ends with it, and begins where its own tail does.
-            begin, end = len(known.tail) - len(row.tail), len(known.tail)
-            found.append(Reading(*(values[begin:end] for values in got[place])))
+            here, (entering_TD, fed) = slice(len(known.tail) - len(row.tail), len(known.tail)), got[place]
+            found.append(Reading(entering_TD[here], tuple(fed_TI[here] for fed_TI in fed)))
         return found
 
-    def _read(self, module: nn.Module, rows: Sequence[Row]) -> list[Reading]:
+    def _read(self, modules: Sequence[nn.Module], rows: Sequence[Row]) -> list[Reading]:
         part, past = self.part, self.past([row.prefix for row in rows], self.part.first + 1)
         batch = collate([Pair(list(row.tail), [0], (0, 1)) for row in rows], 0, self.real_RT.device)
-        with taking_input(part.layers[part.first]) as entering, taking_input(module, last=True) as fed:
+        with taking_input(part.layers[part.first]) as entering, taking_inputs(modules) as taken:
             part.decoder(input_ids=batch.ids_RT, **part.after(past, batch))
         shape = (*batch.ids_RT.shape, -1)  # some models flatten rows and tokens before a linear module
+        fed = [one[0].float().reshape(shape) for one in taken]
         return [
-            Reading(entering_TD[: len(row.tail)], fed_TI[: len(row.tail)])
-            for row, entering_TD, fed_TI in zip(
-                rows, entering[0].reshape(shape), fed[0].float().reshape(shape), strict=True
-            )
+            Reading(entering_TD[: len(row.tail)], tuple(fed_RTI[at, : len(row.tail)] for fed_RTI in fed))
+            for at, (row, entering_TD) in enumerate(zip(rows, entering[0].reshape(shape), strict=True))
         ]
 
 

@@ -8,7 +8,7 @@ may change too. Here an edit keeps beside its neurons what its own question look
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +18,10 @@ import torch
 from ibke.batch import by_length, collate
 from ibke.edit import Edit
 from ibke.editors.gated.memory import GatedNeurons
-from ibke.editors.gated.question import QuestionGate, load_gate, prompt_states
+from ibke.editors.gated.question import QuestionGate, entrance, load_gate, prompt_states
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
+from ibke.editors.ibke.encoding import Encoded
 from ibke.editors.ibke.refine import mean_by_owner
 from ibke.editors.ibke.shipped import shipped_folder
 from ibke.fingerprint import mark
@@ -78,10 +79,18 @@ class GatedIBKE(IBKEEditor):
         owner_R = torch.tensor(owners)
         return mean_by_owner(nll_R, owner_R, len(edits)), mean_by_owner(right_R, owner_R, len(edits)) == 1.0
 
-    def _finished(self, edits: list[Edit]) -> list[Edit]:
+    def _noted(self) -> Mapping[int, torch.nn.Module]:
+        """Without refining no pass is made for the question; it is what the edit's own pass leaves behind."""
+        return {} if self.settings.steps else {layer: entrance(self.lm, layer) for layer in self.gate.config.layers}
+
+    def _finished(self, edits: list[Edit], encoded: Encoded) -> list[Edit]:
         """The edits with their neurons behind a gate at the prompt's end."""
         place, found = self.gate.place(self.lm), []
-        for edit, (key_K, level) in zip(edits, self._questions([edit.requests[0] for edit in edits]), strict=True):
+        if encoded.ends_BLD is not None:
+            questions = self._questions_as_asked(encoded.ends_BLD)
+        else:
+            questions = self._questions([edit.requests[0] for edit in edits])
+        for edit, key_K, level in zip(edits, *questions, strict=True):
             part = GatedNeurons(
                 self.gate.name,
                 key_K[None],
@@ -92,8 +101,8 @@ class GatedIBKE(IBKEEditor):
             found.append(replace(edit, neurons={}, parts={place: part}))
         return found
 
-    def _questions(self, requests: Sequence[EditRequest]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What each request's question looks like (K), and the cosine above which it counts as asked.
+    def _questions(self, requests: Sequence[EditRequest]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each request's question looks like (B × K), and the cosine above which it counts as asked (B).
 
         An edit is asked about by its own prompt and the wordings given with it, in every frame, whatever the level of
         all others.
@@ -104,10 +113,21 @@ class GatedIBKE(IBKEEditor):
         pairs = [self.pair(text, "-", frame) for text, frame in asked]
         states_RLD = prompt_states(self.lm, self.gate.config.layers, pairs, self.prefixes)
         own = len(FRAMES) * len(requests)
-        keys_BK, level_B = self.gate.keys(states_RLD[:own].unflatten(0, (-1, len(FRAMES))))
-        query_RK, lean_R = self.gate.queries(states_RLD)
         rows = [*range(len(requests)), *(row for row, _ in worded)]
         owner_R = torch.tensor(rows).repeat_interleave(len(FRAMES))
-        cosine_R = (query_RK * keys_BK[owner_R.to(keys_BK.device)]).sum(-1) + lean_R
-        level_B = level_B.scatter_reduce(0, owner_R.to(level_B.device), cosine_R - SLACK, "amin")
-        return list(zip(keys_BK.cpu(), level_B.cpu(), strict=True))
+        return self._keys(states_RLD[:own].unflatten(0, (-1, len(FRAMES))), states_RLD, owner_R)
+
+    @torch.no_grad()
+    def _questions_as_asked(self, ends_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_questions`, of each request in the one frame it was captured in, which stands for the others."""
+        return self._keys(ends_BLD[:, None].expand(-1, len(FRAMES), -1, -1), ends_BLD, torch.arange(len(ends_BLD)))
+
+    def _keys(
+        self, states_BFLD: torch.Tensor, asked_RLD: torch.Tensor, owner_R: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, and levels under which none of what must count as asked falls."""
+        keys_BK, level_B = self.gate.keys(states_BFLD)
+        query_RK, lean_R = self.gate.queries(asked_RLD)
+        owner_R = owner_R.to(keys_BK.device)
+        cosine_R = (query_RK * keys_BK[owner_R]).sum(-1) + lean_R
+        return keys_BK.cpu(), level_B.scatter_reduce(0, owner_R, cosine_R - SLACK, "amin").cpu()

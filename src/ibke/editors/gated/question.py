@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from ibke.files import write_atomically
 from ibke.fingerprint import check_fingerprint, mark
 from ibke.models import LanguageModel
 from ibke.neurons import Site
-from ibke.partial import taking_input
+from ibke.partial import taking_inputs
 from ibke.prefixes import Prefixes
 
 FILE, FORMAT = "question.safetensors", "ibke-question-gate-1"
@@ -265,9 +265,7 @@ def states_at(entrances: Sequence[nn.Module], run: Callable[[], Any], ends_R: Te
     Raises:
         CaptureError: the pass leaves one of them out.
     """
-    with ExitStack() as stack:
-        # The pass ends in the last one, and with it its block, which is the innermost.
-        taken = [stack.enter_context(taking_input(one, last=one is entrances[-1])) for one in entrances]
+    with taking_inputs(entrances) as taken:
         run()
     if not all(taken):
         raise CaptureError(

@@ -219,18 +219,19 @@ class Addresser:
         """Addresses (B × D, float32)."""
         return self.beside((), requests).address_BD
 
-    def beside(self, pairs: Sequence[Pair], requests: Sequence[About]) -> Addressed:
+    def beside(self, pairs: Sequence[Pair], requests: Sequence[About], earlier: Sequence[nn.Module] = ()) -> Addressed:
         """Addresses, made in the same passes in which some pairs are read.
 
         Args:
             pairs: the requests themselves, say: contexts that they begin with are not run again.
             requests: what addresses are made for.
+            earlier: modules before the entrance whose inputs are read, too.
         """
         made = [contexts_of(about, self.tokenizer) for about in requests]
         rows = [Row((), tuple(pair.fed)) for pair in pairs]
         rows += [Row(context.prefix, context.tail) for contexts in made for context in contexts]
-        found = self.prefixes.read(self.entrance, rows)
-        keys = iter(reading.fed_TI.cpu() for reading in found[len(pairs) :])
+        found = self.prefixes.read((*earlier, self.entrance), rows)
+        keys = iter(reading.fed[-1].cpu() for reading in found[len(pairs) :])
         taken = [list(islice(keys, len(contexts))) for contexts in made]
         addresses = [self._address(contexts, keys) for contexts, keys in zip(made, taken, strict=True)]
         # The request as it is in every frame, of which an edit is sure; other contexts are guesses.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -12,16 +12,15 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 
-from ibke.batch import Pair, coded_positions, collate
-from ibke.capture import capture
+from ibke.batch import Pair
 from ibke.edit import Edit, EditInfo
 from ibke.editors.base import Editor, Progress
-from ibke.editors.ibke.address import About, Addresser, first_open
-from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
+from ibke.editors.ibke.address import Addresser, first_open
+from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.encoding import Encoded, RequestEncoder
 from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_owner
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
@@ -89,6 +88,11 @@ class IBKEEditor(Editor):
         return Listening(self.network.relay, PartialModel(self.lm.model, self.lm.architecture.layers, layer), site)
 
     @cached_property
+    def encoder(self) -> RequestEncoder:
+        """What makes codes of requests."""
+        return RequestEncoder(self.lm, self.network, self.addresser, self.site)
+
+    @cached_property
     def prefixes(self) -> Prefixes:
         """What stands before a prompt in each frame, run once."""
         return frame_prefixes(self.part, self.lm.tokenizer)
@@ -152,7 +156,7 @@ class IBKEEditor(Editor):
 
     def _edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit of all requests, on the model as it is."""
-        edits = self._finished(self._each(requests))
+        edits = self._each(requests)
         if len(edits) == 1:
             return edits[0]
         if not self.settings.steps:  # the bare network: nobody asks whether the targets come
@@ -165,7 +169,7 @@ class IBKEEditor(Editor):
             with EditSession(self.lm) as session:
                 if rest := [edit for row, edit in enumerate(edits) if row not in missed]:
                     session.attach(self._joined(rest))
-                made = self._finished(self._each([requests[row] for row in missed]))
+                made = self._each([requests[row] for row in missed])
             for row, edit in zip(missed, made, strict=True):
                 edits[row] = edit
             nll_B, achieved_B = self._together(edits)
@@ -177,7 +181,7 @@ class IBKEEditor(Editor):
     def edit_each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         """Independent Edits, one a request, made in batches; each alone. On what model: see :meth:`edit`."""
         with self._base():
-            return self._finished(self._each(requests, progress))
+            return self._each(requests, progress)
 
     def _each(self, requests: Sequence[EditRequest], progress: Progress | None = None) -> list[Edit]:
         edits: list[Edit] = []
@@ -187,8 +191,9 @@ class IBKEEditor(Editor):
                 progress(len(edits), len(requests))
         return edits
 
-    def _finished(self, edits: list[Edit]) -> list[Edit]:
+    def _finished(self, edits: list[Edit], encoded: Encoded) -> list[Edit]:
         """Independent Edits as they are handed over; a variant may change what puts their neurons in force."""
+        del encoded
         return edits
 
     def encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor]:
@@ -201,41 +206,27 @@ class IBKEEditor(Editor):
             RequestError: no request, or one longer than the model's window.
             CaptureError: a gradient is not finite.
         """
-        return self._encode(requests)[:2]
+        encoded = self._encode(requests)
+        return encoded.code, encoded.nll_B
 
-    def _encode(self, requests: Sequence[EditRequest]) -> tuple[Code, Tensor, tuple[Tensor, ...]]:
-        """As :meth:`encode`, and the keys at which each request is in its own words (T × D)."""
-        pairs = self.pairs(requests, self.frame)
-        device = self.lm.device
-        batch = collate(pairs, self.lm.tokenizer.pad_token_id, device)
-        asked = [
-            About(request.prompt, subject_of(request.prompt, request.subject), request.rephrase_prompts)
-            for request in requests
-        ]
-        address_BD, own, read = self.addresser.beside(pairs, asked)
-        hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
-        taken = capture(self.part, self.site.ends, hidden_BTD, batch)
-        with torch.no_grad():
-            position, role, real = (tensor.to(device) for tensor in coded_positions(pairs))
-            written = select(
-                taken,
-                self.site,
-                (position, role, real),
-                address_BD.to(device),
-                answer_embedding(self.lm.model.get_input_embeddings(), batch.labels_N, batch.row_N, batch.rows),
-            )
-            return self.network.encode(written), taken.nll_B, own
+    def _encode(self, requests: Sequence[EditRequest]) -> Encoded:
+        return self.encoder(self.pairs(requests, self.frame), requests, self._noted())
+
+    def _noted(self) -> Mapping[int, nn.Module]:
+        """By layer, modules whose inputs where questions end a variant wants to know."""
+        return {}
 
     def _make(self, requests: Sequence[EditRequest]) -> list[Edit]:
         """An Edit a request, each as if alone."""
         began = time.perf_counter()
-        code, nll_B, own = self._encode(requests)
+        encoded = self._encode(requests)
+        code = encoded.code
         refined = self._refine(code, requests)
         z_BZ = refined.z_BZ if refined else code.mean
         relay = None
         if refined and refined.relay_BD is not None and refined.listens_BD is not None:
             relay = (refined.relay_BD, refined.listens_BD, refined.told_B)
-        sets, rate_B, whole_BZ = self._written(code, own, z_BZ, relay)
+        sets, rate_B, whole_BZ = self._written(code, encoded.own, z_BZ, relay)
         seconds = (time.perf_counter() - began) / len(requests)
         edits = []
         for row, request in enumerate(requests):
@@ -247,12 +238,12 @@ class IBKEEditor(Editor):
                 rate_nats=float(rate_B[row]),
                 achieved=bool(refined.achieved_B[row]) if refined else None,
                 seconds=seconds,
-                nll_before=float(nll_B[row]),
+                nll_before=float(encoded.nll_B[row]),
                 nll_after=float(refined.nll_B[row]) if refined else None,
                 latent={"z": whole_BZ[row : row + 1]},
             )
             edits.append(Edit({}, (request,), info, {name: some[row] for name, some in sets.items()}))
-        return edits
+        return self._finished(edits, encoded)
 
     @torch.no_grad()
     def _written(
@@ -294,7 +285,8 @@ class IBKEEditor(Editor):
         where = f"edit by {edit.info.method}"
         if len(edit.requests) != 1 or z_BZ is None:
             raise FormatError("it has not one request and a code.", where, "Make it again.")
-        code, _, own = self._encode(edit.requests)
+        encoded = self._encode(edit.requests)
+        code = encoded.code
         z_BZ, relayed_BD = z_BZ.to(code.mean.device).tensor_split([code.mean.shape[-1]], dim=-1)
         relay = None
         if self.listening and relayed_BD.shape[-1]:
@@ -305,8 +297,9 @@ class IBKEEditor(Editor):
             relay = (relayed_BD, self.listening.relay.addresses(told_B), told_B)
         if z_BZ.shape != code.mean.shape or relayed_BD.shape[-1] not in (0, self.network.d_out):
             raise FormatError("its code is not of this editor's size.", where, "Use the editor that made it.")
-        sets, _, _ = self._written(code, own, z_BZ, relay)
-        return self._finished([Edit({}, edit.requests, edit.info, {name: some[0] for name, some in sets.items()})])[0]
+        sets, _, _ = self._written(code, encoded.own, z_BZ, relay)
+        rebuilt = Edit({}, edit.requests, edit.info, {name: some[0] for name, some in sets.items()})
+        return self._finished([rebuilt], encoded)[0]
 
     @torch.no_grad()
     def _together(self, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
