@@ -2,15 +2,16 @@
 
     IBKE_DATA=... python benchmarks/question_gate.py collect
     IBKE_DATA=... python benchmarks/question_gate.py compare [--layers 24,29] [--hidden 0,512] [--shares 0,1]
-    IBKE_DATA=... python benchmarks/question_gate.py ship [--leave-out]
+    IBKE_DATA=... python benchmarks/question_gate.py ship [--leave-out --editor runs/shipped]
 
 An edit's key is made of its own prompt's states in three frames; the gate tells of another prompt's states whether the
 same is asked (:mod:`ibke.editors.gated.question`). It learns of the relations that there are facts of and of a share of
 our own that are only asked about. A sixth of the former is kept for validation, with whatever of ours may ask the same;
 thresholds are chosen there, and the evaluation sets only report. Prompts that leave out one answer ("Apart from X, …")
 are other questions too, and so are places in running text. `compare` knows none of the held-out relations, and
-`ship --leave-out` puts such a gate with the editor that ships into LEFT_OUT, to be measured on them; what `ship` puts
-beside the editor itself has learned of them, too, by the same recipe. Either has in the end learned of validation's.
+`ship --leave-out` puts such a gate with an editor that has not met them either (`train_shipped.sh`) into LEFT_OUT, to
+be measured on them; what `ship` puts beside the editor itself has learned of them, too, by the same recipe. Either has
+in the end learned of validation's.
 
 `collect` can be stopped and gone on with; points that are there, of the same prompts, are not run again. `compare`
 reads fewer layers than were collected where it is told to.
@@ -138,8 +139,8 @@ def measured(one: Trained) -> dict[str, Any]:
     }
 
 
-def ship(parts: dict[str, Prompts], recipe: Recipe, kept: float, command: str) -> None:
-    """Make a gate that ships, or without the held-out relations one beside a copy of the editor in LEFT_OUT.
+def ship(parts: dict[str, Prompts], recipe: Recipe, kept: float, editor: Path | None, command: str) -> None:
+    """Make a gate that ships, or without the held-out relations one beside a copy of an editor in LEFT_OUT.
 
     How far the threshold is from the one that was learned is chosen by a gate that has not learned of validation's
     relations; the one that is kept has.
@@ -148,12 +149,13 @@ def ship(parts: dict[str, Prompts], recipe: Recipe, kept: float, command: str) -
         parts: all prompts.
         recipe: how it is made.
         kept: share of validation's other questions that are kept out (ratio 0–1).
+        editor: that is copied; None is the one that ships.
         command: that this is made by.
     """
     lm = load_model(MODEL)
     folder = shipped_folder(lm)
     if recipe.leave_out:
-        folder = Path(shutil.copytree(folder, LEFT_OUT, dirs_exist_ok=True))
+        folder = Path(shutil.copytree(editor or folder, LEFT_OUT, dirs_exist_ok=True))
     chooser = trained(parts, recipe._replace(validate=True))
     threshold = torch.quantile(chooser.scores["validation"]["other"], kept).item()
     one = trained(parts, recipe)
@@ -195,6 +197,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shares", default="1", help="of our own relations")
     parser.add_argument("--kept", type=float, default=0.75, help="share of validation's other questions kept out: ship")
     parser.add_argument("--leave-out", action="store_true", help="the held-out relations: ship")
+    parser.add_argument("--editor", type=Path, help="folder of the one that a gate without them goes with: ship")
     parser.add_argument("--seeds", type=numbers, default=(0,))
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
@@ -218,7 +221,7 @@ def main() -> None:
         recipe = Recipe(
             args.layers, args.hidden[0], float(args.shares), args.leave_out, False, args.seeds[0], args.steps
         )
-        ship(parts, recipe, args.kept, command)
+        ship(parts, recipe, args.kept, args.editor, command)
     elif args.stage == "compare":
         compare(parts, args, command)
 

@@ -12,6 +12,7 @@ from statistics import fmean
 
 from costs import COSTS
 from rivals import CANDIDATES, PUBLISHED, TRAINED, TUNED, trained
+from single_edits import VARIANTS
 
 from ibke.editors.ibke.shipped import SHIPPED
 
@@ -48,7 +49,8 @@ def single() -> str:
     names = ("reliability", "generality", "locality")
     for path in sorted((RESULTS / "single").glob("*.json")):
         report = json.loads(path.read_text())
-        name, _, variant = path.stem.rpartition("-")
+        variant = max((one for one in VARIANTS if path.stem.endswith(f"-{one}")), key=len)
+        name = path.stem.removesuffix(f"-{variant}")
         for frame, blocks in report["by_frame"].items():
             blocks = blocks.get("metrics", blocks)
             row = [name, frame, variant, str(report["n"])]
