@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -227,25 +226,22 @@ def test_training_time_has_caching_in_it_whoever_did_it(facts, tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_exactly(facts, on_disk, tmp_path):
     kind = RLEdit  # which has all the others have, and turns
     script = (
-        "import sys; from pathlib import Path; from ibke.editors.base import method_class; "
+        "import sys, time; from pathlib import Path; from ibke.editors.base import method_class; "
         "from ibke.training.hypernetwork.trainer import train; from tests.hypernetworks import training; "
         "kind = method_class(sys.argv[1]); "
         "s = training(kind, Path(sys.argv[2]), Path(sys.argv[4]), {'step_size': 1e-3}, model=sys.argv[3], steps=8, "
         "threads=1, dtype='float32'); "
-        "train(s, lambda e: print(e['stage'], e.get('step'), flush=True), resume=len(sys.argv) > 5)"
+        "here = lambda e: len(sys.argv) == 5 and (e['stage'], e.get('step')) == ('validation', 6); "
+        "train(s, lambda e: here(e) and (print('here', flush=True), time.sleep(600)), resume=len(sys.argv) > 5)"
     )
 
     def command(out, *more):
         return [sys.executable, "-c", script, kind.name, str(facts), str(on_disk), str(tmp_path / out), *more]
 
     process = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("validation 4"):
-            break
-    time.sleep(0.02)
+    assert process.stdout is not None and process.stdout.readline() == "here\n"  # logged, but no checkpoint yet
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     done = subprocess.run(command("killed", "resume"), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     config = {"step_size": 1e-3}

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -101,11 +100,6 @@ def settings(ground, out, **changes):
     return TrainSettings(**(values | changes))
 
 
-def losses(out):
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["stage"] == "training"]
-
-
 def test_training_time_has_caching_in_it_whoever_did_it(ground, tmp_path):
     """A run that finds everything computed says that it took what computing it had taken."""
     run = settings(ground, tmp_path / "one", cache=str(tmp_path / "cache"), steps=4)
@@ -155,32 +149,53 @@ def test_the_objective_falls_and_the_editor_loads(ground, tmp_path):
         load_editor(folder, make_tiny("llama", seed=1))
 
 
-def test_the_same_seed_gives_the_same_bytes(ground, tmp_path):
-    one, two = (train(settings(ground, tmp_path / name)) for name in ("one", "two"))
-    assert (one / "editor.safetensors").read_bytes() == (two / "editor.safetensors").read_bytes()
+def checkpoint(out):
+    """All that a run goes on from: weights, their average, the optimiser's moments, the state of the noise."""
+    return load_file(out / "checkpoint.safetensors")
 
 
-def test_a_run_killed_at_any_moment_goes_on_exactly(ground, tmp_path):
-    whole = train(settings(ground, tmp_path / "whole"))
+def logged(out):
+    """The log but for what is of the clock and the machine."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    passing = ("seconds", "edits_per_second", "peak_memory_mb")
+    return [{name: value for name, value in entry.items() if name not in passing} for entry in entries]
+
+
+def assert_same_run(one, two):
+    mine, theirs = checkpoint(one), checkpoint(two)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert logged(one) == logged(two)
+    assert (one / "editor/editor.safetensors").read_bytes() == (two / "editor/editor.safetensors").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(ground, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(settings(ground, tmp_path / name, seed=seed))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    mine, theirs = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "three")
+    trained = [name for name in mine if name.startswith("network/") and name.endswith("weight")]
+    assert trained and not any(torch.equal(mine[name], theirs[name]) for name in trained)
+
+
+def test_a_run_killed_between_two_checkpoints_goes_on_exactly(ground, tmp_path):
+    train(settings(ground, tmp_path / "whole"))
     script = (
-        "import sys; from tests.test_training import settings; from ibke.training.trainer import train; "
-        "from pathlib import Path; s = settings(Path(sys.argv[1]), Path(sys.argv[2])); "
-        "train(s, lambda e: print(e['stage'], e.get('step'), flush=True), resume=len(sys.argv) > 3)"
+        "import sys, time; from tests.test_training import settings; from ibke.training.trainer import train; "
+        "from pathlib import Path; s = settings(Path(sys.argv[1]), Path(sys.argv[2])); resume = len(sys.argv) > 3; "
+        "here = lambda e: not resume and (e['stage'], e.get('step')) == ('training', 10); "
+        "train(s, lambda e: here(e) and (print('here', flush=True), time.sleep(600)), resume=resume)"
     )
     arguments = [sys.executable, "-c", script, str(ground), str(tmp_path / "killed")]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("validation 8"):
-            break
-    time.sleep(0.05)
+    assert process.stdout is not None and process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert len(logged(tmp_path / "killed")) == 3  # validation at 4 and 8, and step 10, which is taken again
+    with (tmp_path / "killed/log.jsonl").open("a") as log:
+        log.write('{"stage": "training", "st')  # as a kill may cut a line
     finished = subprocess.run([*arguments, "resume"], capture_output=True, text=True, env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
-    mine, theirs = (load_file(folder / "editor.safetensors") for folder in (whole, tmp_path / "killed" / "editor"))
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert [e["step"] for e in losses(tmp_path / "killed")] == [e["step"] for e in losses(tmp_path / "whole")]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_rows_cut_where_an_edit_begins_are_worth_what_whole_rows_are(ground, tmp_path, monkeypatch):

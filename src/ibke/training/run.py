@@ -9,7 +9,8 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import nn
 from ibke.data.mixture import Source, Split
 from ibke.errors import TrainingError
 from ibke.evaluation.machine import peak_memory_mb
+from ibke.files import write_atomically
 from ibke.training.building import RowBuilder, build
 from ibke.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from ibke.training.clock import Found, unnoticed
@@ -27,6 +29,7 @@ from ibke.training.mixture import mixture
 from ibke.training.settings import RunSettings
 
 OnProgress = Callable[[dict[str, Any]], None]
+SETTINGS = "settings.json"
 
 
 def draw_episodes(settings: RunSettings) -> tuple[list[Episode], list[Episode]]:
@@ -172,9 +175,10 @@ class Run(ABC):
             log.unlink(missing_ok=True)
             return
         self.restore(load_checkpoint(self.checkpoint, self.network, self.averaged, self.optimizer))
-        lines = log.read_text().splitlines() if log.exists() else []
+        # A line that a kill cut short is of a step after the checkpoint.
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(line + "\n" for line in kept))
+        write_atomically(log, "".join(line + "\n" for line in kept).encode())
 
     def run(self) -> Path:
         """Train to the end, or until validation stops improving; returns the folder of the best editor."""
@@ -269,23 +273,55 @@ def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
 
 
 def open_run(settings: RunSettings, resume: bool) -> None:
-    """Make the folder of a run, or see that the run there may go on.
+    """See that a run may begin in its folder, or that the one there may go on; nothing is written.
 
     Raises:
-        TrainingError: nothing to resume, a run is here already, or settings that do not fit the one found there.
+        TrainingError: nothing to resume, a run or something else is here already, or settings that do not fit the run.
     """
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    known = out / "settings.json"
-    if resume and not known.exists():
+    before = _settings_there(out)
+    if resume and before is None:
         raise TrainingError("there is no run to resume.", str(out), "Leave out --resume to start one.")
     if not resume and (out / "checkpoint.safetensors").exists():
         raise TrainingError("a run is here already.", str(out), "Add --resume to go on, or choose another folder.")
-    if resume:
-        check_same(json.loads(known.read_text(encoding="utf-8")), settings.to_dict(), known)
-    write_json(known, settings.to_dict())
+    if resume and before is not None:
+        check_same(before, settings.to_dict(), out / SETTINGS)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+
+
+def begin_run(settings: RunSettings) -> None:
+    """Make the folder of a run, once its model and data are known to be good."""
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, settings.to_dict())
+
+
+@contextmanager
+def files_of_run(settings: RunSettings) -> Iterator[None]:
+    """Says what to do where a file of a run cannot be read or written meanwhile.
+
+    Raises:
+        TrainingError: one cannot, as on a full disk; what was written before is whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        todo = "Make room or choose another folder; a run that has a checkpoint goes on with --resume."
+        raise TrainingError(f"a file cannot be read or written ({error}).", settings.out, todo) from None
+
+
+def _settings_there(out: Path) -> dict[str, Any] | None:
+    known = out / SETTINGS
+    try:
+        found = json.loads(known.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"no run can be kept here ({error}).", str(known), "Choose another folder.") from None
+    if not isinstance(found, dict) or not {"data", "episodes", "steps"} <= found.keys():
+        raise TrainingError("these are not the settings of a run.", str(known), "Choose another folder.")
+    return found
 
 
 LENGTHS = ("threads", "steps", "minutes")

@@ -30,7 +30,17 @@ from ibke.training.building import Builder
 from ibke.training.cache import EpisodeCache
 from ibke.training.clock import Clock, Found, unnoticed
 from ibke.training.episodes import Episode
-from ibke.training.run import OnProgress, Run, batch_of, cached_shards, draw_episodes, open_run, schedule
+from ibke.training.run import (
+    OnProgress,
+    Run,
+    batch_of,
+    begin_run,
+    cached_shards,
+    draw_episodes,
+    files_of_run,
+    open_run,
+    schedule,
+)
 from ibke.training.settings import TrainSettings
 from ibke.training.statistics import LayerStatistics, layer_statistics
 from ibke.training.step import terms
@@ -279,17 +289,19 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     """Train an editor; returns the folder of the best one.
 
     Raises:
-        TrainingError: nothing to resume, or settings that do not fit the run found there.
+        TrainingError: nothing to resume, settings that do not fit the run found there, or files that cannot be written.
     """
     report, clock = on_progress or (lambda _: None), Clock()
     open_run(settings, resume)
     ground = prepare_ground(settings)
     drawn = draw_episodes(settings)
-    taken = take_statistics(settings, ground, drawn[0])
-    statistics = with_words(settings, ground, taken, drawn[0], report, clock.found)
-    caches = prepare_episodes(settings, ground, statistics, drawn, report, clock.found)
-    network = start_network(settings, ground, statistics, caches[0])
-    ground_relay(network, settings, ground.lm, drawn[0])
-    trainer = Trainer(settings, ground, network, caches, report, clock.seconds)
-    trainer.start(resume)
-    return trainer.run()
+    with files_of_run(settings):
+        begin_run(settings)
+        taken = take_statistics(settings, ground, drawn[0])
+        statistics = with_words(settings, ground, taken, drawn[0], report, clock.found)
+        caches = prepare_episodes(settings, ground, statistics, drawn, report, clock.found)
+        network = start_network(settings, ground, statistics, caches[0])
+        ground_relay(network, settings, ground.lm, drawn[0])
+        trainer = Trainer(settings, ground, network, caches, report, clock.seconds)
+        trainer.start(resume)
+        return trainer.run()

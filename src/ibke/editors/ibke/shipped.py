@@ -71,9 +71,13 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
         ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != "ibke-editor" or manifest.get("version") != VERSION:
         raise FormatError("this is not an editor of this version.", str(folder / MANIFEST), "Train it again.")
-    check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")
-    config = IBKEConfig.from_dict(manifest["config"])
-    network = Bottleneck(config, manifest["module"], manifest["d_out"])
+    try:
+        check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")
+        network = Bottleneck(IBKEConfig.from_dict(manifest["config"]), manifest["module"], manifest["d_out"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"the manifest is damaged ({type(error).__name__}: {error}).", str(folder / MANIFEST), "Train it again."
+        ) from None
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
         network.know(Common(unpacked(network.common_SD, network.spectrum), network.common_ids_S2))

@@ -19,7 +19,16 @@ from ibke.training.cache import RowCache
 from ibke.training.clock import Clock
 from ibke.training.hypernetwork.lessons import Lessons
 from ibke.training.hypernetwork.settings import HypernetworkSettings
-from ibke.training.run import OnProgress, Run, batch_of, cached_shards, draw_episodes, open_run
+from ibke.training.run import (
+    OnProgress,
+    Run,
+    batch_of,
+    begin_run,
+    cached_shards,
+    draw_episodes,
+    files_of_run,
+    open_run,
+)
 
 Settings = HypernetworkSettings
 LAYOUT = 1  # of cached shards; a new one makes old caches unseen, never misread
@@ -127,8 +136,10 @@ def train_for(
     drawn = draw_episodes(settings)
     builder = RowBuilder(lm.model, lm.tokenizer, editor.part)
     identity = ("rows", LAYOUT, lm.fingerprint, str(lm.dtype), editor.part.first)
-    folders = cached_shards(settings, builder, drawn, identity, report, clock.found)
-    caches = [RowCache(folder) for folder in folders]
-    trainer = HypernetworkTrainer(settings, editor, caches, clock.seconds, report)
-    trainer.start(resume)
-    return trainer.run()
+    with files_of_run(settings):
+        begin_run(settings)
+        folders = cached_shards(settings, builder, drawn, identity, report, clock.found)
+        caches = [RowCache(folder) for folder in folders]
+        trainer = HypernetworkTrainer(settings, editor, caches, clock.seconds, report)
+        trainer.start(resume)
+        return trainer.run()
