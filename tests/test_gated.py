@@ -243,6 +243,14 @@ def test_without_refining_the_question_is_read_in_the_pass_that_makes_the_code(g
             assert part.levels_E[0] == pytest.approx(min(levels[row].item(), own.item()), abs=1e-4)
 
 
+def test_without_refining_the_wordings_given_are_read_all_the_same(gated):
+    odd = replace(REQUEST, rephrase_prompts=("Complete this: the fish sings at noon, and",))
+    bare = GatedIBKE.for_model(gated.lm, refine=False)
+    mine, theirs = (only_part(one.edit_each([odd])[0]) for one in (bare, gated))
+    assert torch.allclose(mine.keys_EK, theirs.keys_EK, atol=1e-4)
+    assert torch.allclose(mine.levels_E, theirs.levels_E, atol=1e-4)
+
+
 def test_states_do_not_depend_on_what_is_known_of_a_prompt(gated):
     pairs = [gated.pair(text, "-", frame) for text in OTHER for frame in FRAMES]
     layers = gated.gate.config.layers

@@ -5,13 +5,15 @@ Prompts and targets are tokenised separately, so that a byte-pair merge across t
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from ibke.batch import Pair
+from ibke.subjects import place_of
 
 Frame = Literal["bare", "question", "chat"]
 FRAMES: tuple[Frame, ...] = get_args(Frame)
+WORD = "qzx"  # stands for a prompt, where only what is around it matters
 
 
 def render(prompt: str, frame: Frame, tokenizer: Any) -> tuple[str, str]:
@@ -34,13 +36,12 @@ def opening(tokenizer: Any) -> list[list[int]]:
 
     They are those of the chat template with all that comes before the user's turn, and those that begin any text.
     """
-    word = "qzx"
-    marked, plain = (tokenizer(word, add_special_tokens=special).input_ids for special in (True, False))
+    marked, plain = (tokenizer(WORD, add_special_tokens=special).input_ids for special in (True, False))
     begin = next((at for at in range(len(marked)) if marked[at : at + len(plain)] == plain), 0)
     heads = [marked[:begin]]
     if _is_template("chat", tokenizer):
-        text = render(word, "chat", tokenizer)[0]
-        heads.append(tokenizer(text[: text.index(word)], add_special_tokens=False).input_ids)
+        text = render(WORD, "chat", tokenizer)[0]
+        heads.append(tokenizer(text[: text.index(WORD)], add_special_tokens=False).input_ids)
     return sorted(heads, key=len, reverse=True)
 
 
@@ -61,13 +62,20 @@ def encode_pair(
     text = f"{context} {text}" if context else text
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]
-    begin = text.rfind(prompt.strip())
+    end = len(text) - len(_tail(frame, tokenizer, getattr(tokenizer, "chat_template", None)))
+    begin = text.rindex(prompt.strip(), 0, end)
     span = _covering(offsets, begin, begin + len(prompt.strip()))
-    # In the text as it is: letters may become more of them in lower case.
-    place = re.compile(re.escape(subject), re.IGNORECASE).search(text, begin) if subject else None
-    about = _covering(offsets, *place.span()) if place else None
+    place = place_of(subject, text[:end], begin) if subject else None
+    about = _covering(offsets, *place) if place else None
     answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
     return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], span, about)
+
+
+@lru_cache(maxsize=16)
+def _tail(frame: Frame, tokenizer: Any, template: str | None) -> str:
+    """What stands after a prompt in a frame, of a tokenizer with a certain template."""
+    del template  # it is the tokenizer's own; a changed one has another tail
+    return render(WORD, frame, tokenizer)[0].rpartition(WORD)[2]
 
 
 def _covering(offsets: list[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:

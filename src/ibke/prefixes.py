@@ -5,6 +5,7 @@ Shape suffixes: R rows, T tokens, H heads, D size; I a module's d_in.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -140,12 +141,13 @@ def _longest_of_same_beginning(rows: Sequence[Row]) -> list[int]:
     """For each row the number of the longest one that begins with it, which it is read from."""
     source = list(range(len(rows)))
     order = sorted(source, key=lambda row: len(rows[row].tail), reverse=True)
+    lengths = sorted({len(row.tail) for row in rows})
     begun: dict[Row, int] = {}
     for row in order:
         prefix, tail = rows[row]
         source[row] = begun.get(rows[row], row)
         if source[row] == row:
-            for end in range(1, len(tail) + 1):
+            for end in lengths[: bisect_right(lengths, len(tail))]:
                 begun.setdefault(Row(prefix, tail[:end]), row)
     return source
 

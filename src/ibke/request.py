@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ibke.errors import RequestError
+from ibke.subjects import place_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class EditRequest:
         # What is blank says nothing, and a space at a subject's end would move where it ends.
         object.__setattr__(self, "subject", (self.subject or "").strip() or None)
         object.__setattr__(self, "target_true", self.target_true if (self.target_true or "").strip() else None)
-        if self.subject is not None and self.subject.lower() not in self.prompt.lower():
+        if self.subject is not None and not place_of(self.subject, self.prompt):
             raise RequestError(
                 f"the subject {self.subject!r} does not occur in the prompt {self.prompt!r}.",
                 "edit request",

@@ -30,8 +30,22 @@ def guess_subject(prompt: str) -> str | None:
     return max(named, key=len, default=None) or None
 
 
+def place_of(subject: str, text: str, begin: int = 0) -> tuple[int, int] | None:
+    """First and last-plus-one character at which a subject stands in a text; None where it does not.
+
+    Whole words come before parts of one, as "US" of "populous", and the same letters before others' case.
+    """
+    name = re.escape(subject)
+    for pattern in (rf"(?<!\w){name}(?!\w)", name):
+        for flags in (0, re.IGNORECASE):
+            # In the text as it is: letters may become more of them in lower case.
+            if found := re.compile(pattern, flags).search(text, begin):
+                return found.span()
+    return None
+
+
 def subject_of(prompt: str, subject: str | None) -> str:
     """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt."""
-    if subject and subject.lower() in prompt.lower():
+    if subject and place_of(subject, prompt):
         return subject
     return guess_subject(prompt) or prompt.strip().rstrip("?!. ")

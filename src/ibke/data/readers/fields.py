@@ -15,6 +15,7 @@ from ibke.data.fact_table import equal
 from ibke.errors import RequestError
 from ibke.files import data_folder
 from ibke.request import Probe
+from ibke.subjects import place_of
 
 Record = dict[str, Any]
 NAMED = 100  # records left out that a report names
@@ -142,7 +143,7 @@ def first_text(value: Any) -> str | None:
 def subject_in(prompt: str, record: Record, field: str = "subject", inside: str = "") -> str:
     """The subject, which must stand in the prompt."""
     subject = text(record, field, inside)
-    if subject.lower() not in prompt.lower():
+    if not place_of(subject, prompt):
         raise Fault(name_of(field, inside), "does not occur in the prompt")
     return subject
 

@@ -79,9 +79,14 @@ class GatedIBKE(IBKEEditor):
         owner_R = torch.tensor(owners)
         return mean_by_owner(nll_R, owner_R, len(edits)), mean_by_owner(right_R, owner_R, len(edits)) == 1.0
 
-    def _noted(self) -> Mapping[int, torch.nn.Module]:
-        """Without refining no pass is made for the question; it is what the edit's own pass leaves behind."""
-        return {} if self.settings.steps else {layer: entrance(self.lm, layer) for layer in self.gate.config.layers}
+    def _noted(self, requests: Sequence[EditRequest]) -> Mapping[int, torch.nn.Module]:
+        """Without refining no pass is made for the question; it is what the edit's own pass leaves behind.
+
+        Other wordings given with a request have to be read all the same.
+        """
+        if self.settings.steps or any(request.rephrase_prompts for request in requests):
+            return {}
+        return {layer: entrance(self.lm, layer) for layer in self.gate.config.layers}
 
     def _finished(self, edits: list[Edit], encoded: Encoded) -> list[Edit]:
         """The edits with their neurons behind a gate at the prompt's end."""

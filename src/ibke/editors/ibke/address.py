@@ -43,6 +43,7 @@ from ibke.editors.ibke.statistics import ANY, Common, KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
+from ibke.subjects import place_of
 
 REQUEST, NEUTRAL, OTHER, ENDING = range(4)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
@@ -75,7 +76,8 @@ def contexts() -> dict[str, list[tuple[str, Frame]]]:
 
 def names_the_question(prompt: str, subject: str) -> str | None:
     """The words before the subject where they are a noun phrase that says what is asked, as in "The capital of"."""
-    before = prompt[: max(0, prompt.lower().find(subject.lower()))]
+    begin, _ = place_of(subject, prompt) or (0, 0)
+    before = prompt[:begin]
     match = re.fullmatch(_PHRASE, before, re.IGNORECASE)
     return match[1] if match else None
 
@@ -151,7 +153,7 @@ def contexts_of(about: About, tokenizer: Any) -> list[Context]:
     prompt, subject, wordings = about
     *first, last = subject.split() or [""]
     asked = [(REQUEST, prompt, frame) for frame in FRAMES]
-    asked += [(REQUEST, text, "bare") for text in wordings if subject.lower() in text.lower()]
+    asked += [(REQUEST, text, "bare") for text in wordings if place_of(subject, text)]
     asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
     if phrase := names_the_question(prompt, subject):
         # "The national currency of" is also asked for as "the currency of".

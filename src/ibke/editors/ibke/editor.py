@@ -210,10 +210,11 @@ class IBKEEditor(Editor):
         return encoded.code, encoded.nll_B
 
     def _encode(self, requests: Sequence[EditRequest]) -> Encoded:
-        return self.encoder(self.pairs(requests, self.frame), requests, self._noted())
+        return self.encoder(self.pairs(requests, self.frame), requests, self._noted(requests))
 
-    def _noted(self) -> Mapping[int, nn.Module]:
+    def _noted(self, requests: Sequence[EditRequest]) -> Mapping[int, nn.Module]:
         """By layer, modules whose inputs where questions end a variant wants to know."""
+        del requests
         return {}
 
     def _make(self, requests: Sequence[EditRequest]) -> list[Edit]:
