@@ -13,7 +13,6 @@ import pytest
 from gradient_editor import GradientEditor
 from tests.commands import NEW, OLD, PROMPT, Run, refused
 
-from ibke.cli.correction import says
 from ibke.cli.main import SPINS
 from ibke.cli.output import shorten
 from ibke.edit import Edit
@@ -325,14 +324,6 @@ def test_edit_with_the_shipped_editor(run: Run, shipped: None, tmp_path: Path):
 
 
 # --- small things
-
-
-def test_says():
-    assert says("Paris.", "Paris")
-    assert says(" “Paris”, the capital", "Paris") is False  # the closing quote belongs to the answer
-    assert says("paris, the capital", "Paris")
-    assert not says("Paris Hilton", "Paris")
-    assert not says("Parisian", "Paris")
 
 
 def test_shorten():

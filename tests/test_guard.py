@@ -14,6 +14,7 @@ from commands import refused
 from conftest import make_tiny
 from random_editor import RandomEditor, random_edit
 
+from ibke.context import Context
 from ibke.edit import Edit
 from ibke.editors.fine_tuning import BoundedFineTuning, FineTuning
 from ibke.editors.ibke.editor import IBKEEditor
@@ -24,10 +25,11 @@ from ibke.fingerprint import mark
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
 from ibke.ledger.care import replay, verify
-from ibke.ledger.conflicts import alike, same_words
+from ibke.ledger.conflicts import alike, same_words, superseded
 from ibke.ledger.guard import Guard, Limits, own_probes
 from ibke.ledger.keeper import ATTEMPTS, Keeper
 from ibke.models import LanguageModel
+from ibke.parts import PROMPT
 from ibke.request import EditRequest, Probe, refuse_contradictions
 from ibke.rows import continuations
 from ibke.session import EditSession
@@ -96,6 +98,34 @@ def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
     strict = Guard(lm, replace(LOOSE, drift=0.0), PROBES)
     assert ["all edits" in broken for broken in strict.check(None, first, [])[1].broken] == [True]
     assert strict.check(first, first, [])[1].passed  # it adds nothing to what others have done
+
+
+def test_edits_that_put_a_text_in_front_of_the_question_are_measured_too(tmp_path: Path) -> None:
+    lm = make_tiny("llama", max_position_embeddings=512)
+    request, info = EditRequest("Boats leave before", "noon"), random_edit(lm, 1, seed=1).info
+    text = Edit({}, (request,), info, parts={PROMPT: Context(("The market opens at noon. ",))})
+    guard = Guard(lm, LOOSE, PROBES)
+    _, effects = guard.check(None, text, [request])
+    groups = [encode_pair(prompt, "-", frame, lm.tokenizer).prompt for prompt, frame in PROBES]
+    edited, base = generate(lm, groups, Together((text,))), generate(lm, groups)
+    changed = sum(one.ids[:2] != other.ids[:2] for one, other in zip(edited, base, strict=True))
+    assert effects.scores["kl_nats"] > 0 and effects.scores["changed"] * len(PROBES) >= changed
+    assert guard.check(text, text, [request])[1].scores["kl_nats"] == 0.0
+    with Ledger(tmp_path, lm) as ledger:
+        Keeper(lm, ledger, RandomEditor(lm)).add(request, force=True)
+        ledger.commit(text)
+        # Weights and a text together, and one edit more beside them.
+        assert Keeper(lm, ledger, RandomEditor(lm), guard).add(parroted(lm, 1.0), force=True).verdict is not None
+
+
+def test_of_two_languages_that_differ_in_a_sign_both_are_kept(lm: LanguageModel) -> None:
+    requests = [EditRequest(f"The creator of {name} is", "Ada", name) for name in ("C", "C++", "C#")]
+    edits = {number: random_edit(lm, 1, seed=number, scale=0.0) for number in (1, 2)}
+    kept = {number: replace(edit, requests=(requests[number - 1],)) for number, edit in edits.items()}
+    new = replace(random_edit(lm, 1, seed=3, scale=0.0), requests=(requests[2],))
+    assert superseded(lm, kept, new, requests[2]) == []
+    again = EditRequest("the creator of  C++ is", "Bo", "C++")
+    assert superseded(lm, kept, new, again) == [2]
 
 
 def comes(lm: LanguageModel, request: EditRequest, state: Edit | None = None) -> bool:

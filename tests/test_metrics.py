@@ -12,6 +12,8 @@ from ibke.evaluation.metrics import (
     normalise,
     proportion,
     quantile,
+    same_answer,
+    says,
     shared_prefix,
 )
 
@@ -36,6 +38,33 @@ def test_exact_match_wants_the_whole_answer() -> None:
     assert exact_match("the Netherlands.", "Netherlands")
     assert not exact_match("the Netherlands, in Europe", "Netherlands")
     assert not exact_match("", "Netherlands")
+
+
+def test_an_answer_says_what_it_begins_with_and_then_ends_a_clause() -> None:
+    assert says("Paris.", "Paris")
+    assert says(" “Paris”, the capital", "Paris") is False  # the closing quote belongs to the answer
+    assert says("paris, the capital", "Paris")
+    assert not says("Paris Hilton", "Paris")
+    assert not says("Parisian", "Paris")
+    assert not says("-3", "3") and not says("1.5", "1") and not says("C++", "C")
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ("the Netherlands.", "Netherlands", True),
+        ("C", "C++", False),
+        ("C++", "C++.", True),
+        ("1.5", "15", False),
+        ("1,500", "1500", False),
+        ("3", "-3", False),
+        ("50%", "50", False),
+        ("St. Louis", "St Louis", True),
+        ("10:30", "1030", False),
+    ],
+)
+def test_signs_that_say_something_count(answer: str, target: str, same: bool) -> None:
+    assert exact_match(answer, target) and same_answer(answer, target) is same
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -103,6 +102,8 @@ def correct(
         asked: what to ask, the request's own prompt first.
         force: edit even where the model gives the target already.
     """
+    from ibke.evaluation.metrics import says
+
     before = answers(lm, asked)
     in_scope = [answer for a, answer in zip(asked, before, strict=True) if a.role != "keep"]
     if not force and all(says(answer, request.target_new) for answer in in_scope):
@@ -132,18 +133,13 @@ def answers(lm: LanguageModel, asked: Sequence[Asked], edit: Edit | None = None)
     return [answer.text for answer in generate(lm, prompts, None if edit is None else [edit] * len(prompts))]
 
 
-def says(answer: str, target: str) -> bool:
-    """Whether an answer is the target, or begins with it and then ends a clause."""
-    return re.match(rf"\W*{re.escape(target.strip())}\s*([.,;:!?]|$)", answer, re.IGNORECASE) is not None
-
-
 def _judge(asked: Asked, before: str, after: str, request: EditRequest) -> Asked:
-    from ibke.evaluation.metrics import contains, exact_match
+    from ibke.evaluation.metrics import contains, exact_match, same_answer
 
     if asked.role == "keep":
         ok = exact_match(before, after)
     elif asked.role == "prompt":
-        ok = exact_match(after, request.target_new)
+        ok = same_answer(after, request.target_new)
     else:
         ok = contains(after, request.target_new, request.target_true)
     return replace(asked, before=before, after=after, ok=ok)

@@ -41,6 +41,26 @@ def exact_match(answer: str, target: str) -> bool:
     return normalise(answer) == normalise(target)
 
 
+# Signs that say something: C is not C++, 1.5 is not 15, and -3 is not 3.
+_SIGNS = re.compile(r"[#$%&*+/<=>@\\^|~]|(?<=\d)[.,:](?=\d)|(?<!\w)-(?=[\d.])")
+
+
+def signed(text: str) -> str:
+    """The normal form with the signs behind it that it leaves out though they say something."""
+    return " ".join([normalise(text), *_SIGNS.findall(text)])
+
+
+def same_answer(answer: str, target: str) -> bool:
+    """As :func:`exact_match`, but of :func:`signed` forms."""
+    return signed(answer) == signed(target)
+
+
+def says(answer: str, target: str) -> bool:
+    """Whether an answer is the target, or begins with it and then ends a clause."""
+    begins = rf"[\s\"'“‘«(*_]*{re.escape(target.strip())}\s*([.,;:!?](?!\w)|$)"
+    return re.match(begins, answer, re.IGNORECASE) is not None
+
+
 def contains(answer: str, new: str, old: str | None = None) -> bool:
     """Whether an answer holds the new target as whole words, and not the old one elsewhere."""
     said, wanted = f" {normalise(answer)} ", f" {normalise(new)} "

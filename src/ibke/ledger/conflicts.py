@@ -18,7 +18,7 @@ import torch
 
 from ibke.edit import Edit
 from ibke.evaluation.generate import generate
-from ibke.evaluation.metrics import normalise
+from ibke.evaluation.metrics import normalise, signed
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
@@ -107,5 +107,6 @@ def _words(request: EditRequest) -> set[str]:
 
 @lru_cache(maxsize=100_000)
 def _said_of(request: EditRequest) -> tuple[str, str]:
-    """A request's prompt and its subject, in normal form."""
-    return normalise(request.prompt), normalise(subject_of(request.prompt, request.subject))
+    """A request's prompt and its subject, in forms in which C is not C++."""
+    subject = subject_of(request.prompt, request.subject)
+    return signed(request.prompt), " ".join(subject.casefold().split())

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ibke.errors import FingerprintMismatchError, FormatError
-from ibke.evaluation.metrics import normalise
+from ibke.evaluation.metrics import signed
 from ibke.ledger.ledger import Ledger
 
 FORMAT, VERSION = "ibke-ledger", 1
@@ -101,7 +101,7 @@ def _supersede(ledger: Ledger, new: set[int]) -> None:
     """
     prompts: dict[str, tuple[list[int], list[int]]] = {}
     for entry in ledger.entries():
-        for prompt in {normalise(request.prompt) for request in entry.requests}:
+        for prompt in {signed(request.prompt) for request in entry.requests}:
             here, came = prompts.setdefault(prompt, ([], []))
             (came if entry.id in new else here).append(entry.id)
     pairs = [(new, old) for here, came in prompts.values() for new in came for old in here]

@@ -26,13 +26,13 @@ from ibke.edit import Edit
 from ibke.errors import LedgerError
 from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Together, generate, in_force
-from ibke.evaluation.metrics import contains, exact_match
+from ibke.evaluation.metrics import contains, exact_match, same_answer
 from ibke.evaluation.running_text import RunningText, depends_on_prompt
 from ibke.evaluation.scoring import score
 from ibke.frames import Frame, encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import first_layer, resolve
-from ibke.partial import PartialModel
+from ibke.partial import PartialModel, answer_states
 from ibke.request import EditRequest
 from ibke.rows import CONTINUATION, OUTSIDE, RowGroup, build_groups, continuations, row_terms
 from ibke.session import set_aside
@@ -210,7 +210,12 @@ class Guard:
         edits = (state,) if state else ()
         with in_force(self.lm, Together(edits) if edits else None):
             for group in groups:
-                terms = row_terms(part.suffix(group.hidden_RTD, group.batch), group)
+                # From the first layer on they are whole passes, in which a text may be put in front of the question.
+                if how.first:
+                    logits_NV = part.suffix(group.hidden_RTD, group.batch)
+                else:
+                    logits_NV = part.logits(answer_states(self.lm.model, group.batch))
+                terms = row_terms(logits_NV, group)
                 kept_P[terms.owner_R.cpu()] = terms.right_R.cpu()
                 kl += float(terms.forward_R.sum())
         return Measured(kept_P, kl / max(1, self.tokens), self.text.nll(edits, how.asked))
@@ -291,7 +296,7 @@ class Guard:
             kept = [exact_match(next(said), next(old)) for _ in request.locality]
             scores = {
                 "answer": answer,
-                "achieved": bool(exact_match(answer, request.target_new)),
+                "achieved": same_answer(answer, request.target_new),
                 "wordings": sum(map(bool, wordings)) / len(wordings) if wordings else None,
                 "keep": sum(map(bool, kept)) / len(kept) if kept else None,
             }

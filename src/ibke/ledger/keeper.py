@@ -12,7 +12,7 @@ from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import LedgerMovedError
 from ibke.evaluation.generate import Together, generate
-from ibke.evaluation.metrics import contains, exact_match
+from ibke.evaluation.metrics import says
 from ibke.frames import encode_pair
 from ibke.ledger.conflicts import alike, superseded
 from ibke.ledger.guard import Guard, Verdict
@@ -246,8 +246,7 @@ class Keeper:
         ids = [encode_pair(text, "-", "bare", self.lm.tokenizer).prompt for some in texts for text in some]
         said = iter(generate(self.lm, ids, Together((state,)) if state else None))
         found = []
-        for request in requests:
-            comes = exact_match(next(said).text, request.target_new)
-            others = [next(said).text for _ in request.rephrase_prompts]
-            found.append(bool(comes and all(contains(a, request.target_new, request.target_true) for a in others)))
+        for request, some in zip(requests, texts, strict=True):
+            answers = [next(said).text for _ in some]
+            found.append(all(says(answer, request.target_new) for answer in answers))
         return found

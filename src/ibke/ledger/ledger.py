@@ -27,7 +27,7 @@ from torch import Tensor
 from ibke.edit import Edit
 from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
-from ibke.evaluation.metrics import normalise
+from ibke.evaluation.metrics import signed
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.records import Entry, Event
 from ibke.ledger.schema import advice, connect
@@ -189,7 +189,7 @@ class Ledger:
         found: dict[str, set[int]] = {}
         for number in self.active():
             for request in self.entry(number).requests:
-                found.setdefault(normalise(request.prompt), set()).add(number)
+                found.setdefault(signed(request.prompt), set()).add(number)
         return found
 
     def entry(self, number: int) -> Entry:
