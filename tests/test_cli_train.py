@@ -19,7 +19,30 @@ def test_train_settings(run: Run, tmp_path: Path):
     refused(run(*command, "--set", "beta=nan"), "'nan'", "'beta'")
     refused(run(*command, "--set", "beta=inf"), "`beta` is inf, no finite number")
     refused(run(*command, "--learning-rate", "nan"), "`learning_rate` is nan, no finite number")
+    refused(run(*command, "--set", "steps=9"), "`steps` has an option of its own", "Use --steps")
+    refused(run(*command, "--set", "width=30"), "`width` is 30", "multiple of 4")
+    refused(run(*command, "--set", "content_dim=-3"), "`content_dim` is not positive")
+    refused(run("train", "--data", "facts=1.2.3", "--out", tmp_path / "run"), "unknown data source 'facts=1.2.3'")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_be_is_refused_before_anything_is_written(run: Run, tiny_folder: Path, tmp_path: Path):
+    data = f"jsonl:{tiny_folder / 'requests.jsonl'}"
+    small = {"content_dim": 8, "context_dim": 4, "width": 16, "layer": 1, "relay_layer": 2}
+
+    def command(data: str, out: Path, **sizes: int) -> list[object]:
+        chosen = {**small, **sizes, "validation": 4, "hold_out_relations": 0}
+        given = [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
+        return ["train", "--model", tiny_folder, "--data", data, "--out", out, "--episodes", 12, *given]
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"')
+    refused(run(*command(data, tmp_path / "file")), "no run can be kept here", str(tmp_path / "file"))
+    refused(run(*command(data, Path("/proc/nowhere/run"))), "cannot be read or written", "/proc/nowhere")
+    refused(run(*command(data, tmp_path / "run", content_dim=33)), "may not exceed the model's width 32")
+    refused(run(*command(f"jsonl:{tmp_path / 'bad.jsonl'}", tmp_path / "run")), "bad.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_train_overrides_reach_the_settings():

@@ -1,6 +1,9 @@
 """The bottleneck's parts: priors, addresses, keys through the code, refining."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +21,11 @@ from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.refine import RELAY_MOST, Refiner, RefineSettings
+from ibke.editors.ibke.shipped import MANIFEST, load_editor, shipped_folder
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
 from ibke.editors.key_statistics import text_batches
-from ibke.errors import FormatError
+from ibke.errors import FormatError, IBKEError
 from ibke.evaluation.generate import generate
 from ibke.frames import encode_pair
 from ibke.gates import Told
@@ -318,6 +322,34 @@ def test_beta_is_fixed_annealed_or_steered():
     up = [steered.at(step, 200.0) for step in range(50)]
     down = [steered.at(step, 50.0) for step in range(50)]
     assert up == sorted(up) and up[-1] > up[0] > 0 and down == sorted(down, reverse=True)
+
+
+def test_settings_that_it_has_not_and_frames_that_are_none_are_named(smollm32):
+    with pytest.raises(IBKEError, match="no setting 'step'.*Did you mean 'steps'"):
+        IBKEEditor.for_model(smollm32, step=3)
+    with pytest.raises(IBKEError, match="no frame 'poem'.*bare, question, chat"):
+        IBKEEditor.for_model(smollm32, frame="poem")
+    with pytest.raises(IBKEError, match="`steps` is below 0"):
+        IBKEEditor.for_model(smollm32, steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"fingerprint": None}, "the manifest is damaged"),
+        ({"module": None}, "the manifest is damaged"),
+        ({"config": 7}, "the manifest is damaged"),
+        ({"config": {"layer": "one"}}, "the manifest is damaged"),
+        ({"version": 1}, "not an editor of this version"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(smollm32, tmp_path, change, what):
+    folder = Path(shutil.copytree(shipped_folder(smollm32), tmp_path / "editor"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    changed = {name: value for name, value in {**manifest, **change}.items() if value is not None}
+    (folder / MANIFEST).write_text(json.dumps(changed))
+    with pytest.raises(FormatError, match=what):
+        load_editor(folder, smollm32)
 
 
 def test_impossible_settings_are_named():

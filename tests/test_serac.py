@@ -186,6 +186,10 @@ def test_a_classifier_is_trained_once_and_found_again(tiny_model, no_cache, data
     monkeypatch.setenv("IBKE_DATA", str(no_cache))
     again = SERAC(lm, settings)
     assert again.scope.same(first.scope)
+    assert again.mark == first.mark
+    other = SERAC.__new__(SERAC)
+    other.lm, other.settings, other.scope = lm, settings, replace(first.scope, bias=first.scope.bias + 1)
+    assert other.mark != first.mark  # another classifier's edits are others
     assert again.training_seconds == first.training_seconds and first.training_seconds and first.training_seconds > 0
     edit = first.edit([ONE, ONE])
     assert edit.parts[PLACE].prompts == (ONE.prompt,)

@@ -154,6 +154,18 @@ def test_a_text_in_front_counts_as_words_whichever_came_first(tiny_model):
     assert answers[0] not in [generate(lm, prompts, [edit] * 2, max_new_tokens=4) for edit in (told, learnt)]
 
 
+def test_a_question_of_one_word_is_kept_apart_by_that_word(tiny_model, tmp_path):
+    lm = tiny_model("llama")
+    editor = WISE(lm, WISESettings(iterations=3, layer=2))
+    edit = editor.edit([EditRequest("a", "Rome")])
+    assert len(editor.pair("a", "Rome").prompt) == 1
+    (memory,) = edit.parts[editor.place].memories
+    (x_I,) = fed(lm, editor.module, editor.pair("a", "Rome").prompt)
+    wanted = editor.settings.ratio * (memory.delta_OI @ x_I).norm().item()
+    assert memory.threshold == pytest.approx(wanted, rel=1e-4)
+    assert Edit.load(edit.save(tmp_path / "edit")).parts
+
+
 def test_ties_trims_elects_and_averages():
     one = torch.tensor([[4.0, -3.0, 0.5, 0.0]])
     two = torch.tensor([[2.0, 5.0, -0.1, 0.0]])

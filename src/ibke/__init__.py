@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ibke.edit import Edit, EditInfo
+    from ibke.editors.base import editor_for
     from ibke.errors import IBKEError
     from ibke.models import LanguageModel, load_model
     from ibke.request import EditRequest, Probe, read_requests
@@ -25,6 +26,7 @@ _HOMES = {
     "IBKEError": "ibke.errors",
     "LanguageModel": "ibke.models",
     "Probe": "ibke.request",
+    "editor_for": "ibke.editors.base",
     "load_model": "ibke.models",
     "read_requests": "ibke.request",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "IBKEError",
     "LanguageModel",
     "Probe",
+    "editor_for",
     "load_model",
     "read_requests",
 ]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import Batch
@@ -29,11 +28,13 @@ class Capture:
         keys: by module name, inputs (B × T × I, float32).
         value_grads: by module name, gradients of the summed answer NLL at the outputs (B × T × O, float32, nats).
         nll_B: the answers' summed NLL on the base (nats).
+        right_B: whether the base's greedy answers are these already.
     """
 
     keys: dict[str, Tensor]
     value_grads: dict[str, Tensor]
     nll_B: Tensor
+    right_B: Tensor
 
 
 def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Tensor, batch: Batch) -> Capture:
@@ -63,7 +64,7 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
     try:
         with torch.enable_grad():
             logits_NV = part.suffix(hidden_RTD.detach(), batch)
-            nll_B = batch.per_row(F.cross_entropy(logits_NV, batch.labels_N, reduction="none"))
+            nll_B, right_B = batch.score(logits_NV)
             grads = torch.autograd.grad(nll_B.sum(), [taken[name][1] for name in modules])
     finally:
         for handle in handles:
@@ -77,4 +78,4 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
                 "the gradient of the answer is not finite.", name, "Load the model with dtype='float32' and try again."
             )
     keys = {name: taken[name][0].float().reshape(shape) for name in modules}
-    return Capture(keys, value_grads, nll_B.detach())
+    return Capture(keys, value_grads, nll_B.detach(), right_B)

@@ -44,6 +44,7 @@ class EditInfo:
         refine_steps: steps taken to refine the code after the first guess, or to find what is to be written.
         rate_nats: nats the code carries, summed over the requests; None where the method has no code.
         achieved: whether the edited model generates every target; None where nobody asked.
+        already: whether the base generated every target before; None where nobody asked.
         seconds: wall-clock time it took.
         nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
         nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
@@ -56,6 +57,7 @@ class EditInfo:
     refine_steps: int = 0
     rate_nats: float | None = None
     achieved: bool | None = None
+    already: bool | None = None
     seconds: float = 0.0
     nll_before: float | None = None
     nll_after: float | None = None
@@ -200,7 +202,7 @@ class Edit:
         """The nearest edit of at most this rank in each linear module (Eckart–Young, through QR of the factors).
 
         Added neurons stay as they are: a gate is not linear, so leaving one out gives no nearby edit but another one.
-        So do parts.
+        So do parts. They do not count in the error.
 
         Args:
             rank: the largest rank allowed, at least 1.
@@ -209,10 +211,17 @@ class Edit:
             (edit, error): the error is ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm over all modules (ratio 0–1).
 
         Raises:
-            FormatError: rank below 1.
+            FormatError: rank below 1, or an edit that changes no linear module.
         """
         if rank < 1:
             raise FormatError(f"an edit cannot have rank {rank}.", "compress", "Ask for at least 1.")
+        if not self.factors:
+            held = sum(some.count for some in self.all_neurons.values())
+            raise FormatError(
+                f"this edit by {self.info.method} changes no linear module; its {held} neurons stay as they are.",
+                "compress",
+                "Leave out edits that are needed no more instead.",
+            )
         factors, lost, total = {}, 0.0, 0.0
         for name, (a_RI, b_OR) in self.factors.items():
             q_a, r_a = torch.linalg.qr(a_RI.double().T)

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ibke.bundled import BUNDLED, MANIFEST, Progress, ensure
 from ibke.errors import IBKEError, ModelError
 from ibke.fingerprint import check_fingerprint, fingerprint
+from ibke.frames import Frame, encode_pair
 from ibke.gguf import complete, read_gguf
 from ibke.linear import speed_up
 from ibke.modules import Architecture, architecture_of
@@ -54,6 +55,21 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return next(self.model.parameters()).dtype
+
+    def answer(self, prompt: str, frame: Frame = "bare", max_new_tokens: int = 40) -> str:
+        """The model's greedy answer, edits that are attached included, up to its end token or a new line.
+
+        Args:
+            prompt: what is asked.
+            frame: how it is put to the model.
+            max_new_tokens: the longest answer (tokens).
+        """
+        ids = torch.tensor([encode_pair(prompt, "-", frame, self.tokenizer).prompt], device=self.device)
+        made = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        text: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        return text.strip().partition("\n")[0].strip()
 
 
 def load_model(

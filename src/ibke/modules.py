@@ -85,7 +85,7 @@ def architecture_of(model: nn.Module, modules: Iterable[str] | None = None) -> A
     """
     config: Any = model.config
     known = ARCHITECTURES.get(config.model_type, Architecture(config.model_type))
-    if modules is None:
+    if not modules:
         return known
     names = tuple(modules)
     resolve(model, names)

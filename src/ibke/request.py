@@ -86,6 +86,12 @@ class EditRequest:
                 "edit request",
                 "Write it as it stands in the prompt, or leave `subject` out.",
             )
+        if isinstance(self.rephrase_prompts, str):
+            raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
+        object.__setattr__(self, "rephrase_prompts", tuple(self.rephrase_prompts))
+        for name in ("locality", "portability"):
+            probes = tuple(_probe(item, name) for item in _as_list(getattr(self, name), name))
+            object.__setattr__(self, name, probes)
         if any(not isinstance(text, str) or not text.strip() for text in self.rephrase_prompts):
             raise RequestError("`rephrase_prompts` holds an empty text.", "edit request", "Remove it.")
         texts = (self.prompt, self.target_new, self.subject, self.target_true, self.case, *self.rephrase_prompts)
@@ -121,10 +127,7 @@ class EditRequest:
         rephrases = values.get("rephrase_prompts") or ()
         if isinstance(rephrases, str) or not isinstance(rephrases, list | tuple):
             raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
-        values["rephrase_prompts"] = tuple(rephrases)
-        for name in ("locality", "portability"):
-            values[name] = tuple(_probe(item, name) for item in _as_list(values.get(name), name))
-        return cls(**values)
+        return cls(**values | {"rephrase_prompts": tuple(rephrases)})
 
 
 EXPECTED = (

@@ -37,7 +37,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
         IBKEError: whatever keeps the method from it.
     """
     from ibke.data.readers import Skipped, account, read
-    from ibke.editors.base import method_class
+    from ibke.editors.base import editor_for
     from ibke.evaluation.baseline import Baseline
     from ibke.evaluation.protocols import evaluate, sample
     from ibke.evaluation.side_effects import Battery
@@ -49,7 +49,7 @@ def evaluate_cell(cell: Cell, progress: Progress) -> dict[str, Any]:
     skipped: list[Skipped] = []
     requests = sample(list(read(find_file(data.path), data.format, skipped)), cell.stage.limit, cell.seed, "random")
     lm = load_model(given.model, device=given.device, dtype=given.dtype, modules=given.modules or None)
-    editor = method_class(contender.method).for_model(lm, path=contender.editor, **contender.settings)
+    editor = editor_for(lm, contender.method, contender.editor, **contender.settings)
     baseline = Baseline.in_cache(lm)
     return evaluate(
         lm,

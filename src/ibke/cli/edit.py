@@ -29,7 +29,7 @@ from ibke.cli.correction import Correction, asked_by, correct, figures, render
 from ibke.cli.keep import HOME, Keeping, keep_all, numbered, refuse_unused
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
-from ibke.errors import CaptureError, IBKEError, RequestError
+from ibke.errors import IBKEError, RequestError
 from ibke.request import EditRequest, Probe, read_requests, refuse_contradictions
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
     with Bars() as tick:
         for index, outcome in enumerate(_corrections(lm, editor, path, force), start=1):
             name = f"{index:0{digits}d}"
-            if isinstance(outcome, IBKEError):
+            if isinstance(outcome, Exception):
                 tick.print(console, Text.assemble(f"{name} ", ("✗ ", "red"), (str(outcome), "red")))
                 unusable += 1
                 document = {"error": str(outcome), "achieved": False}
@@ -157,12 +157,14 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
     return DONE if achieved == count else NOT_ACHIEVED
 
 
-def _corrections(lm: LanguageModel, editor: Editor, path: Path, force: bool) -> Iterator[Correction | IBKEError]:
+def _corrections(lm: LanguageModel, editor: Editor, path: Path, force: bool) -> Iterator[Correction | Exception]:
     """One outcome a request; one that does not fit the model does not keep the others from theirs."""
+    from ibke.evaluation.costs import OF_ONE
+
     for request in read_requests(path):
         try:
             yield correct(lm, editor, request, asked_by(request), force=force)
-        except (RequestError, CaptureError) as error:
+        except OF_ONE as error:
             yield error
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
 from ibke.cli.output import print_json, screen, shorten
-from ibke.errors import CaptureError, IBKEError, RequestError
+from ibke.errors import IBKEError, RequestError
 from ibke.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
@@ -160,15 +160,17 @@ def _there(ledger: Ledger) -> set[tuple[str, str, str]]:
 
 def _outcomes(
     keeper: Keeper, some: list[tuple[EditRequest, str]], note: str, force: bool
-) -> Iterator[Kept | tuple[EditRequest, IBKEError]]:
+) -> Iterator[Kept | tuple[EditRequest, Exception]]:
     """What became of some requests; one that cannot be used does not keep the others from theirs."""
+    from ibke.evaluation.costs import OF_ONE
+
     if not some:
         return
     requests = [request for request, _ in some]
     notes = [PLACE_AND_NOTE.join(filter(None, (place, note))) for _, place in some]
     try:
         yield from keeper.add_all(requests, notes=notes, force=force)
-    except (RequestError, CaptureError) as error:
+    except OF_ONE as error:
         if len(some) == 1:
             yield requests[0], error
         else:
@@ -205,7 +207,7 @@ def _line(kept: Kept) -> Text:
     return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
 
 
-def _document(kept: Kept | tuple[EditRequest, IBKEError]) -> dict[str, Any]:
+def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
     if isinstance(kept, tuple):
         return {"prompt": kept[0].prompt, "outcome": "unusable", "error": str(kept[1])}
     outcome = "already" if kept.already else "refused" if kept.number is None else "kept"

@@ -61,6 +61,8 @@ def train(
         kind, trainer = _trainer(method)
         chosen, config = _overrides(settings or [], kind, trainer)
         named = {"model": model, "data": tuple(data), "out": str(out or ""), "method": method, "config": config}
+        if clash := next((name for name in chosen if name in given or name in named), None):
+            raise IBKEError(f"`{clash}` has an option of its own.", "--set", f"Use --{clash.replace('_', '-')}.")
         wanted = trainer.Settings(**{**named, **options, **chosen})
         last: dict[str, Any] = {}
 

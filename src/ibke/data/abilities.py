@@ -51,7 +51,7 @@ def read_abilities(path: Path, limit: int | None = None, seed: int = 0) -> list[
             first = file.readline()
             file.seek(0)
             found = list(_reader(path, first)(path, file))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FormatError(f"it cannot be read ({error}).", str(path), "Give a text file in UTF-8.") from None
     if not found:
         raise FormatError("there is no question in it.", str(path), "Give a file that holds some.")
@@ -76,6 +76,8 @@ def _reader(path: Path, first: str) -> Callable[[Path, Iterable[str]], Iterator[
 
 def _boolq(path: Path, lines: Iterable[str]) -> Iterator[Choice]:
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             prompt = f"{_text(record['passage'])}\nQuestion: {_text(record['question'])}?\nAnswer:"

@@ -42,7 +42,7 @@ class Source:
         Raises:
             TrainingError: unknown source or a share that is not a positive number.
         """
-        match = re.fullmatch(r"([a-z]+)(?::(.+?))?(?:=([0-9.]+))?", text)
+        match = re.fullmatch(r"([a-z]+)(?::(.+?))?(?:=(\d+\.?\d*|\.\d+))?", text)
         if not match or match[1] not in (*TABLES, *READERS):
             known = ", ".join(dict.fromkeys((*TABLES, *READERS)))
             raise TrainingError(f"unknown data source {text!r}.", "training data", f"Known: {known}.")

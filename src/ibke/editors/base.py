@@ -149,10 +149,13 @@ class Editor(ABC):
         """Tokenise the prompts and new targets of some requests; each pair knows where its subject is.
 
         Raises:
-            RequestError: no request, or one that does not fit the model's window.
+            RequestError: no request, or one that does not fit the model's window, its wordings and probes included.
         """
         if not requests:
             raise RequestError("there is no request.", "edit", "Pass at least one EditRequest.")
+        for request in requests:  # what may be asked beside it has to fit, too
+            for text in (*request.rephrase_prompts, *(probe.prompt for probe in request.locality)):
+                self.pair(text, "-", frame)
         return [
             self.pair(request.prompt, request.target_new, frame, subject_of(request.prompt, request.subject))
             for request in requests
@@ -177,6 +180,21 @@ class Editor(ABC):
                 "Shorten the prompt.",
             )
         return pair
+
+
+def editor_for(lm: LanguageModel, method: str = "ibke", path: str | None = None, **settings: Any) -> Editor:
+    """An editor for a model, by the method's name.
+
+    Args:
+        lm: the model.
+        method: as `ibke ls methods` has it.
+        path: folder of trained weights; None takes what ships for this model.
+        settings: that differ from the method's defaults.
+
+    Raises:
+        IBKEError: no such method or setting, with the nearest one, or nothing trained for this model.
+    """
+    return method_class(method).for_model(lm, path, **settings)
 
 
 def method_class(name: str) -> type[Editor]:

@@ -65,7 +65,8 @@ class LocateSettings(ValueSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.bare_share <= 1:
-            raise IBKEError("`bare_share` is not between 0 and 1.", "settings", "It is 0.5 if left out.")
+            left_out = f"It is {type(self).bare_share:.3g} if left out."
+            raise IBKEError("`bare_share` is not between 0 and 1.", "settings", left_out)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import (
+    CaptureError,
     FingerprintMismatchError,
     IBKEError,
     MissingPackageError,
@@ -28,6 +29,8 @@ from ibke.request import EditRequest
 
 FAILURES = (IBKEError, torch.linalg.LinAlgError)
 """How a method says that it cannot compute an edit: a loss or factors that are not finite, an unsolvable system."""
+OF_ONE = (RequestError, CaptureError, torch.linalg.LinAlgError)
+"""Those that concern one request alone, so that others of a file need not wait for it."""
 FAULTS = (
     FingerprintMismatchError,
     MissingPackageError,

@@ -83,11 +83,24 @@ def prepare_ground(settings: TrainSettings) -> Ground:
     Raises:
         TrainingError: modules were named, but none in the edited layer or in the relay's.
         ModuleNotEditableError: the model has no such layer.
+        FormatError: the network's sizes do not suit the model.
     """
     lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
+    # What cannot be is said now, not after an hour of caching.
     if settings.config.relay_layer:
-        ground_at(lm, settings.config.relay_layer)  # said now if it cannot be, not after an hour of caching
-    return ground_at(lm, settings.config.layer)
+        ground_at(lm, settings.config.relay_layer)
+    ground = ground_at(lm, settings.config.layer)
+    empty_network(settings, ground)
+    return ground
+
+
+def empty_network(settings: TrainSettings, ground: Ground) -> Bottleneck:
+    """A network of a run's sizes.
+
+    Raises:
+        FormatError: they do not suit the model.
+    """
+    return Bottleneck(settings.config, ground.site.out, in_out(ground.site.modules[ground.site.out])[1])
 
 
 def take_statistics(settings: TrainSettings, ground: Ground, episodes: Sequence[Episode]) -> LayerStatistics:
@@ -175,7 +188,7 @@ def start_network(
             started.know(statistics.common)
         return started
     torch.manual_seed(settings.seed)
-    network = Bottleneck(settings.config, ground.site.out, in_out(ground.site.modules[ground.site.out])[1])
+    network = empty_network(settings, ground)
     network.ground(statistics.spectrum, statistics.constant_D, statistics.output_scale)
     network.know(statistics.common)
     network.initialise(*episodes.initial(4000))

@@ -52,6 +52,8 @@ def read_folder(folder: Path, lm: LanguageModel, method: str) -> tuple[dict[str,
         raise FormatError(f"there is no trained editor here ({error}).", str(folder), todo) from None
     if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise FormatError("this is not a hypernetwork of this version.", str(folder / MANIFEST), todo)
+    if missing := {"method", "fingerprint"} - manifest.keys():
+        raise FormatError(f"the manifest is damaged: it has no {min(missing)!r}.", str(folder / MANIFEST), todo)
     if manifest["method"] != method:
         raise FormatError(f"this editor is of the method {manifest['method']!r}.", str(folder), todo)
     check_fingerprint(manifest["fingerprint"], lm, f"the editor in {folder}")

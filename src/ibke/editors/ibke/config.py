@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from ibke.editors.settings import refuse_not_finite
+from ibke.editors.settings import refuse_below, refuse_not_finite, refuse_not_positive
 from ibke.errors import FormatError
+
+HEADS = 4  # of attention over an edit's tokens
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class IBKEConfig:
                 f"the relay's layer {self.relay_layer} is not after the edited layer {self.layer}.",
                 "IBKE config",
                 "Choose a later one, or 0 for no relay.",
+            )
+        refuse_not_positive(self, "content_dim", "width", "gamma", "ridge", "relay_gamma", "target_rate")
+        refuse_below(self, 0, "context_dim", "depth", "relay_layer", "beta", "lambda_il")
+        if self.width % HEADS:
+            raise FormatError(
+                f"`width` is {self.width}, which {HEADS} attention heads cannot share.",
+                "IBKE config",
+                f"Choose a multiple of {HEADS}.",
             )
         if not (0 < self.threshold < 1 and 0 < self.relay_threshold < 1) or self.sharpness <= 0 or self.ramp <= 0:
             raise FormatError(

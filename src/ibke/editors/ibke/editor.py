@@ -25,7 +25,7 @@ from ibke.editors.ibke.refine import Refined, Refiner, RefineSettings, mean_by_o
 from ibke.editors.ibke.relay import Listening, relay_rate
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.watch import Opened, watched_rows
-from ibke.errors import FormatError
+from ibke.errors import FormatError, IBKEError
 from ibke.fingerprint import mark
 from ibke.frames import FRAMES, Frame
 from ibke.gates import Told
@@ -119,15 +119,17 @@ class IBKEEditor(Editor):
         Raises:
             FormatError: none ships for this model, or the folder holds none.
             FingerprintMismatchError: it was trained for other weights.
+            IBKEError: a setting that there is not, with the nearest one, or a value that it cannot have.
         """
         folder = Path(path) if path else shipped_folder(lm)
         network, manifest = load_editor(folder, lm)
         network.config = cls.adapted(network.config)
         frame = settings.pop("frame", "bare")
-        refine = RefineSettings(**manifest.get("refine", {}))
+        if frame not in FRAMES:
+            raise IBKEError(f"there is no frame {frame!r}.", cls.name, f"Known: {', '.join(FRAMES)}.")
         if not settings.pop("refine", True):
             settings["steps"] = 0
-        editor = cls(lm, network, replace(refine, **settings), frame)
+        editor = cls(lm, network, cls._settings({**manifest.get("refine", {}), **settings}), frame)
         editor.training_seconds = manifest.get("seconds")
         return editor
 
@@ -239,6 +241,7 @@ class IBKEEditor(Editor):
                 rate_nats=float(rate_B[row]),
                 achieved=bool(refined.achieved_B[row]) if refined else None,
                 seconds=seconds,
+                already=bool(encoded.already_B[row]),
                 nll_before=float(encoded.nll_B[row]),
                 nll_after=float(refined.nll_B[row]) if refined else None,
                 latent={"z": whole_BZ[row : row + 1]},
@@ -323,6 +326,7 @@ class IBKEEditor(Editor):
             model=self.lm.name,
             refine_steps=max(info.refine_steps for info in infos),
             rate_nats=sum(info.rate_nats or 0.0 for info in infos),
+            already=all(info.already for info in infos),
             nll_before=fmean(info.nll_before or 0.0 for info in infos),
             latent={"z": torch.cat([info.latent["z"] for info in infos])},
         )

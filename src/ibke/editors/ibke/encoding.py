@@ -30,12 +30,14 @@ class Encoded(NamedTuple):
     Args:
         code: as the encoder gives it.
         nll_B: the targets' NLL on the base (nats).
+        already_B: whether the base's greedy answers are the targets.
         own: by request, keys at which it is in its own words (T × D).
         ends_BLD: what the noted modules are fed at the prompts' last tokens (float32), in the order of their layers.
     """
 
     code: Code
     nll_B: Tensor
+    already_B: Tensor
     own: tuple[Tensor, ...]
     ends_BLD: Tensor | None
 
@@ -79,7 +81,7 @@ class RequestEncoder:
         with taking_inputs(late, last=False) as taken:
             seen = capture(part, self.site.ends, hidden_BTD, batch)
         code = self._code(seen, pairs, address_BD, batch)
-        return Encoded(code, seen.nll_B, own, _ends(read, [one[0] for one in taken], batch))
+        return Encoded(code, seen.nll_B, seen.right_B, own, _ends(read, [one[0] for one in taken], batch))
 
     @torch.no_grad()
     def _code(self, seen: Capture, pairs: Sequence[Pair], address_BD: Tensor, batch: Batch) -> Code:

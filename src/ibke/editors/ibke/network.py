@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibke.batch import ROLES
-from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.config import HEADS, IBKEConfig
 
 CLAMP = 6.0
 
@@ -25,7 +25,7 @@ CLAMP = 6.0
 class Block(nn.Module):
     """Pre-norm attention over one edit's tokens, then an MLP."""
 
-    def __init__(self, width: int, heads: int = 4):
+    def __init__(self, width: int, heads: int = HEADS):
         super().__init__()
         self.norm_a, self.norm_m = nn.LayerNorm(width), nn.LayerNorm(width)
         self.heads = heads

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck, Code
 from ibke.editors.ibke.relay import Listening, relay_rate
-from ibke.editors.settings import refuse_not_finite
+from ibke.editors.settings import refuse_below, refuse_not_finite, refuse_not_positive
 from ibke.errors import IBKEError
 from ibke.gates import Told
 from ibke.neurons import Neurons, Site
@@ -37,7 +37,7 @@ class RefineSettings:
     """How far and how the code may move.
 
     Args:
-        steps: most Adam steps (J); 0 shows the bare network.
+        steps: most Adam steps of the first write (J); 0 shows the bare network. The relay takes up to RELAY_MOST more.
         learning_rate: of Adam, in code units (the code is whitened, so 1 is one standard deviation).
         lambda_il: weight of KL(base‖edited) on the prompts watched.
         beta: weight of the code's rate.
@@ -61,6 +61,8 @@ class RefineSettings:
         if self.base not in get_args(Base):
             raise IBKEError(f"an edit cannot be made on {self.base!r}.", "base", "Choose pristine or live.")
         refuse_not_finite(self)
+        refuse_below(self, 0, "steps", "lambda_il", "beta", "extra", "relay_steps")
+        refuse_not_positive(self, "learning_rate", "relay_learning_rate")
 
 
 @dataclass

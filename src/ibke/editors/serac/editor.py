@@ -32,6 +32,7 @@ from ibke.editors.base import Editor
 from ibke.editors.ike import LEAD, fact
 from ibke.editors.serac.scope import Scope, ScopeSettings, layer_of, represent, scope_for
 from ibke.errors import FormatError
+from ibke.fingerprint import mark
 from ibke.parts import Part, of_question
 from ibke.request import EditRequest
 
@@ -177,8 +178,14 @@ class SERAC(Editor):
 
     def __init__(self, lm: LanguageModel, settings: ScopeSettings | None = None):
         super().__init__(lm)
-        self.scope = scope_for(lm, settings or ScopeSettings())
+        self.settings = settings or ScopeSettings()
+        self.scope = scope_for(lm, self.settings)
         self.training_seconds = self.scope.seconds
+
+    @property
+    def mark(self) -> str:
+        """See :attr:`Editor.mark`; its trained weights are the classifier's."""
+        return mark(repr((self.name, self.settings)), self.scope.tensors())
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit that holds all new facts; earlier ones that are in force stay beside them.

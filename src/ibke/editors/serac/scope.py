@@ -246,7 +246,7 @@ def training_requests(settings: ScopeSettings) -> list[EditRequest]:
     except (FormatError, OSError) as error:
         names = list(dict.fromkeys(source.name for source in sources if source.name in load_sources()))
         raise TrainingError(
-            f"its scope classifier has not been trained for this model, and there are no facts to do so ({error})",
+            f"its scope classifier has not been trained for this model, and there are no facts to do so ({error}).",
             "serac",
             f"Run `ibke data fetch {' '.join(names)}` and try again." if names else "Name other `sources`.",
         ) from None

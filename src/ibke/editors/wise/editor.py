@@ -40,7 +40,7 @@ from ibke.editors.descent import Lessons
 from ibke.editors.key_statistics import words_of
 from ibke.editors.settings import refuse_below, refuse_not_positive
 from ibke.editors.value_optimisation import CONTEXTS
-from ibke.editors.wise.memory import Memory, Routing, SideMemory, apart
+from ibke.editors.wise.memory import Memory, Routing, SideMemory, apart, words
 from ibke.errors import CaptureError, IBKEError
 from ibke.models import LanguageModel
 from ibke.modules import chosen_module, first_layer, in_out, resolve
@@ -228,8 +228,9 @@ class WISE(Editor):
                 delta_OI -= settings.learning_rate * slope_OI * mask_OI
                 delta_OI.clamp_(-settings.bound, settings.bound)
         delta_OI = delta_OI.detach()
-        # A question comes without its answer.
-        asked_NI = x_RTI[0][words_RT[0]][: len(pairs[0].prompt) - 1]
+        # A question comes without its answer, and may be a single word.
+        asked_T = torch.arange(x_RTI.shape[1], device=x_RTI.device) < len(pairs[0].prompt)
+        asked_NI = x_RTI[0][words(asked_T[None])[0]]
         least = min(memory.threshold, settings.ratio * F.linear(asked_NI, delta_OI).norm(dim=-1).mean().item())
         return replace(memory, delta_OI=delta_OI.cpu(), threshold=least, edits=memory.edits + 1), steps
 
