@@ -15,6 +15,7 @@ import torch
 
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
+from ibke.files import write_atomically
 from ibke.models import load_model
 from ibke.training.settings import TrainSettings
 from ibke.training.trainer import (
@@ -92,7 +93,7 @@ def main() -> None:
 def write(path: Path, report: dict) -> None:
     """Write the report after every point, so that nothing is lost."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ibke.data.facts import FactRequest, generate
 from ibke.data.mixture import Source, triples
 from ibke.data.relations import load_wordings
 from ibke.data.triples import Skips
+from ibke.files import write_atomically
 
 
 def statement_first(item: FactRequest) -> dict | None:
@@ -42,7 +43,7 @@ def main() -> None:
     made = generate(facts, load_wordings(), seed=args.seed, limit=4 * args.limit, skips=Skips())
     records = [record for item in made if (record := statement_first(item)) is not None][: args.limit]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    write_atomically(args.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     print(f"{len(records)} requests in {args.out}")
 
 

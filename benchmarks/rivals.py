@@ -21,7 +21,7 @@ from ibke.cli.settings import parse
 from ibke.data.readers import read
 from ibke.editors.base import Editor, method_class
 from ibke.evaluation.protocols import sample
-from ibke.files import data_folder
+from ibke.files import data_folder, write_atomically
 from ibke.models import LanguageModel
 from ibke.training.hypernetwork.settings import HypernetworkSettings
 
@@ -179,7 +179,7 @@ def tune(method: str) -> None:
         "tried": [{"settings": candidates[label], "score": round(score, 4)} for label, score in scores.items()],
     }
     TUNED.parent.mkdir(parents=True, exist_ok=True)
-    TUNED.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    write_atomically(TUNED, (json.dumps(dict(sorted(known.items())), indent=1) + "\n").encode())
     print(method, candidates[best], scores[best])
 
 
@@ -194,7 +194,7 @@ def validation_edits(name: str, source: str) -> Path:
         usable = [request for request in requests if request.prompt not in drawn and request.rephrase_prompts]
         chosen = random.Random(SEED).sample(usable, EDITS)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("".join(json.dumps(request.to_dict()) + "\n" for request in chosen))
+        write_atomically(target, "".join(json.dumps(request.to_dict()) + "\n" for request in chosen).encode())
     return target
 
 
@@ -269,7 +269,7 @@ def running_text() -> Path:
     if not target.exists():
         lines = (DATA / "text/wikitext2_valid.txt").read_text().splitlines(keepends=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("".join(lines[-UNREAD:]))
+        write_atomically(target, "".join(lines[-UNREAD:]).encode())
     return target
 
 

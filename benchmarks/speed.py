@@ -25,7 +25,7 @@ from ibke.editors.gated.editor import GatedIBKE
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.evaluation.machine import describe
 from ibke.evaluation.protocols import sample
-from ibke.files import data_folder
+from ibke.files import data_folder, write_atomically
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
 from ibke.request import EditRequest
@@ -124,7 +124,7 @@ def main() -> None:
     how = f"--limit {args.limit} --together {args.together} --dtype {args.dtype}"
     report["command"] = f"python benchmarks/speed.py {how}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(args.out, (json.dumps(report, indent=2) + "\n").encode())
     print(json.dumps(report, indent=2))
 
 

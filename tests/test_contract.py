@@ -142,6 +142,9 @@ def test_no_request_is_an_error(editor):
 def test_a_prompt_beyond_the_window_is_named(editor):
     with pytest.raises(RequestError, match="window"):
         editor.edit([EditRequest("word " * 9000, "x")])
+    for beside in ({"rephrase_prompts": ("word " * 9000,)}, {"locality": ("word " * 9000,)}):
+        with pytest.raises(RequestError, match="window"):
+            editor.edit([EditRequest("Canberra is", "x", **beside)])
 
 
 def test_an_unknown_method_names_the_nearest():

@@ -66,6 +66,9 @@ def test_what_is_in_force_is_what_was_committed_and_not_taken_back(ledger: Ledge
     ledger.restore([4])
     assert ledger.active() == [1, 3, 4] and ledger.active(at=4) == [1, 2, 3, 4] and ledger.active(at=0) == []
     assert ledger.diff(4, ledger.head()) == ([2], []) and ledger.diff(1, 3) == ([], [2, 3])
+    for event in (-1, ledger.head() + 1):
+        with pytest.raises(LedgerError, match=f"no event {event}.*The last is {ledger.head()}"):
+            ledger.diff(0, event)
     assert [(event.action, event.edit) for event in ledger.events()][3:] == [
         ("commit", 4),
         ("revert", 2),

@@ -9,7 +9,7 @@ from tests.conftest import SIZES, make_tiny
 
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
-from ibke.errors import TrainingError
+from ibke.errors import ModuleNotEditableError
 from ibke.models import load_model
 from ibke.modules import ARCHITECTURES, architecture_of
 from ibke.partial import PartialModel
@@ -53,7 +53,7 @@ def test_one_that_is_in_no_table_is_trained_for_and_edited(tmp_path):
         modules=("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
         config=IBKEConfig(layer=1, relay_layer=2, content_dim=12, context_dim=6, width=16, depth=1),
     )
-    with pytest.raises(TrainingError, match="none of the named modules is in layer 2"):
+    with pytest.raises(ModuleNotEditableError, match="none of the named modules is in layer 2"):
         train(replace(settings, modules=settings.modules[:1]))
     folder = train(settings)
     lm = load_model(tmp_path / "model", dtype="float32", modules=settings.modules)

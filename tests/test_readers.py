@@ -201,6 +201,17 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
         next(requests)
 
 
+def test_a_request_takes_lists_and_texts_as_files_do() -> None:
+    request = EditRequest(
+        "x", "y", rephrase_prompts=["a"], locality=["b", Probe("c", "d")], portability=[{"prompt": "e"}]
+    )
+    assert request.rephrase_prompts == ("a",) and request.portability == (Probe("e"),)
+    assert request.locality == (Probe("b"), Probe("c", "d")) and isinstance(hash(request), int)
+    for wrong in ({"rephrase_prompts": "a"}, {"locality": "b"}, {"locality": [3]}, {"portability": [{"text": "e"}]}):
+        with pytest.raises(RequestError, match=f"`{next(iter(wrong))}`"):
+            EditRequest("x", "y", **wrong)
+
+
 @pytest.mark.parametrize(
     ("probe", "message"),
     [
@@ -221,7 +232,7 @@ def test_faulty_probes_are_named(tmp_path: Path, probe: dict[str, Any], message:
 @pytest.mark.parametrize("field", ["target_true", "subject", "case"])
 def test_half_a_character_is_refused_in_every_text(tmp_path: Path, field: str) -> None:
     record = {"prompt": "A\ud83d" if field == "subject" else "A", "target_new": "B", field: "\ud83d"}
-    with pytest.raises(RequestError, match=r"line 1: it holds half a character, '\\ud83d'"):
+    with pytest.raises(RequestError, match=r"line 1: it is no valid Unicode: '\\ud83d' is half a character"):
         list(read(write(tmp_path, json.dumps(record), "requests.jsonl"), "jsonl"))
     whole = json.dumps({"prompt": "A \U0001f600", "target_new": "B", field: "\U0001f600"})
     (request,) = read(write(tmp_path, whole, "requests.jsonl"), "jsonl")

@@ -147,7 +147,7 @@ def _refuse_halves(where: str, *texts: str | None) -> None:
             (text or "").encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.end]
-        raise RequestError(f"it holds half a character, {half!r}.", where, "Write it whole.") from None
+        raise RequestError(f"it is no valid Unicode: {half!r} is half a character.", where, "Write it whole.") from None
 
 
 def _as_list(value: Any, name: str) -> list[Any] | tuple[Any, ...]:

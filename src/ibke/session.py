@@ -105,6 +105,7 @@ class EditSession:
             FormatError: its shapes are not the module's.
             IBKEError: it has parts, which act while the model runs and are no weights.
         """
+        check_fingerprint(edit.info.fingerprint, self.lm, "this edit")
         if edit.parts:
             kinds = ", ".join(sorted({part.kind for part in edit.parts.values()}))
             raise IBKEError(

@@ -90,8 +90,14 @@ class Ledger:
         return int(self.rows("SELECT coalesce(max(id), 0) FROM events")[0][0])
 
     def active(self, at: int | None = None) -> list[int]:
-        """Edits in force after an event (the last if left out), in the order in which they were made."""
+        """Edits in force after an event (the last if left out, none after 0), in the order in which they were made.
+
+        Raises:
+            LedgerError: there is no such event.
+        """
         until = self.head() if at is None else at
+        if not 0 <= until <= self.head():
+            raise LedgerError(f"there is no event {until}.", str(self.folder), f"The last is {self.head()}.")
         rows = self.rows(
             f"""
             WITH standing AS ({_STANDING})

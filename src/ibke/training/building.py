@@ -23,7 +23,7 @@ from torch import Tensor
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
 from ibke.editors.ibke.address import About, Addresser, first_open
-from ibke.editors.ibke.bottleneck import answer_embedding
+from ibke.editors.ibke.bottleneck import answer_embedding, select
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import Site
@@ -164,7 +164,7 @@ class Builder(RowBuilder):
         """
         pairs, kinds, owner = self.asked(episodes)
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        asked_about = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+        asked_about = [About.of(item.edit.prompt, item.subject) for item in episodes]
         out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
         first = self._first_reached(pairs, out["address_BD"][owner])
         kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]
@@ -184,14 +184,16 @@ class Builder(RowBuilder):
             part = pairs[begin : begin + 64]
             batch = collate(part, self.tokenizer.pad_token_id, device)
             taken = capture(self.part, self.site.ends, self.part.prefix(batch), batch)
-            position, role, mask = coded_positions(part)
-            row, place = torch.arange(len(part))[:, None].expand_as(position)[mask], position[mask]
-            keys.append(taken.keys[self.site.gate.name][row, place].cpu())
-            grads.append(taken.value_grads[self.site.out][row, place].cpu())
-            roles.append(role[mask])
-            counts.append(mask.sum(1))
             embedding = self.model.get_input_embeddings()
-            answers.append(answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows).cpu())
+            answer_BD = answer_embedding(embedding, batch.labels_N, batch.row_N, batch.rows)
+            position, role, mask = (tensor.to(device) for tensor in coded_positions(part))
+            nowhere = torch.empty(0)  # addresses are made elsewhere
+            written = select(taken, self.site, (position, role, mask), nowhere, answer_BD)
+            keys.append(written.keys_BTD[mask].cpu())
+            grads.append(written.grads_BTD[mask].cpu())
+            roles.append(role[mask].cpu())
+            counts.append(mask.sum(1).cpu())
+            answers.append(answer_BD.cpu())
         return {
             "keys_TD": torch.cat(keys),
             "grads_TD": torch.cat(grads),

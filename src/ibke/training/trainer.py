@@ -22,10 +22,9 @@ from ibke.errors import TrainingError
 from ibke.files import find_file
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel, load_model
-from ibke.modules import in_out, target_modules
+from ibke.modules import in_out
 from ibke.neurons import Site
 from ibke.partial import PartialModel
-from ibke.subjects import subject_of
 from ibke.training.building import Builder
 from ibke.training.cache import EpisodeCache
 from ibke.training.clock import Clock, Found, unnoticed
@@ -65,24 +64,17 @@ def ground_at(lm: LanguageModel, layer: int) -> Ground:
     """A base split at a layer.
 
     Raises:
-        TrainingError: modules were named, but none in that layer.
+        ModuleNotEditableError: the model has no such layer, or modules were named but none in it.
     """
-    names = target_modules(lm, lm.architecture, [layer])
-    if not names:
-        raise TrainingError(
-            f"none of the named modules is in layer {layer}.",
-            "modules",
-            "Set `layer` (and `relay_layer`, or 0 for no relay) to those of the modules to edit.",
-        )
-    return Ground(lm, PartialModel(lm.model, lm.architecture.layers, layer), Site.find(lm.model, names[0]))
+    site = Site.in_layer(lm, layer, "which `layer` or `relay_layer` says")
+    return Ground(lm, PartialModel(lm.model, lm.architecture.layers, layer), site)
 
 
 def prepare_ground(settings: TrainSettings) -> Ground:
     """Load the base and split it at the edited layer.
 
     Raises:
-        TrainingError: modules were named, but none in the edited layer or in the relay's.
-        ModuleNotEditableError: the model has no such layer.
+        ModuleNotEditableError: the model has no such layer, or modules were named but none in it.
         FormatError: the network's sizes do not suit the model.
     """
     lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
@@ -150,7 +142,7 @@ def with_words(
     """With the words that the editor keeps chosen by what they do to training edits, where a text is named."""
     if not settings.words:
         return statistics
-    asked = [About(item.edit.prompt, subject_of(item.edit.prompt, item.subject)) for item in episodes]
+    asked = [About.of(item.edit.prompt, item.subject) for item in episodes]
     make = partial(make_addresser, settings, ground, statistics)
     folder = Path(settings.cache or settings.out)
     common = useful_words(make, statistics.seen, settings.words, asked, folder, report, found)

@@ -43,7 +43,7 @@ from ibke.editors.ibke.statistics import ANY, Common, KeySpectrum
 from ibke.frames import FRAMES, Frame, encode_pair
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
-from ibke.subjects import place_of
+from ibke.subjects import place_of, subject_of
 
 REQUEST, NEUTRAL, OTHER, ENDING = range(4)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
@@ -132,6 +132,11 @@ class About(NamedTuple):
     prompt: str
     subject: str
     wordings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, prompt: str, subject: str | None, wordings: tuple[str, ...] = ()) -> About:
+        """The same, where the subject may not be given."""
+        return cls(prompt, subject_of(prompt, subject), wordings)
 
 
 class Addressed(NamedTuple):

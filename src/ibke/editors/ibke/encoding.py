@@ -21,7 +21,6 @@ from ibke.neurons import Site
 from ibke.partial import taking_inputs
 from ibke.prefixes import Reading
 from ibke.request import EditRequest
-from ibke.subjects import subject_of
 
 
 class Encoded(NamedTuple):
@@ -72,10 +71,7 @@ class RequestEncoder:
         early = [noted[layer] for layer in sorted(noted) if layer < part.first]
         late = [noted[layer] for layer in sorted(noted) if layer >= part.first]
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, self.lm.device)
-        asked = [
-            About(request.prompt, subject_of(request.prompt, request.subject), request.rephrase_prompts)
-            for request in requests
-        ]
+        asked = [About.of(request.prompt, request.subject, request.rephrase_prompts) for request in requests]
         address_BD, own, read = self.addresser.beside(pairs, asked, early)
         hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
         with taking_inputs(late, last=False) as taken:
