@@ -15,6 +15,7 @@ import torch
 
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
+from ibke.evaluation.machine import describe
 from ibke.files import write_atomically
 from ibke.models import load_model
 from ibke.training.settings import TrainSettings
@@ -72,6 +73,7 @@ def main() -> None:
     report["command"] = "python benchmarks/bottleneck.py " + (
         "--only-swap" if args.only_swap else f"--steps {args.steps}"
     )
+    report["machine"], report["seed"] = describe(lm.device), base.seed
     report["shipped"] = validate(network, ground.part, ground.site, validation)
     report["swapped"] = validate(network, ground.part, ground.site, validation, swap=True)
     for name, change in ({} if args.only_swap else points()).items():

@@ -39,6 +39,17 @@ def cell(metric: dict) -> str:
     return f"{metric['mean']:.3f} ({metric['low']:.2f}–{metric['high']:.2f})"
 
 
+def where(reports: Iterable[dict], *more: str) -> list[str]:
+    """On what machines, of what type of numbers and with what seeds some reports were made; a line below a table."""
+    found: dict[str, None] = {}
+    for one in reports:
+        machine, how = one["machine"], one.get("config", one)
+        seed = how.get("seed", how.get("order"))
+        said = f"{machine['cpu']}, {machine['threads']} thread(s), {how.get('dtype', 'bfloat16')}, seed {seed}"
+        found[f"{said}, torch {machine['torch']}, transformers {machine['transformers']}"] = None
+    return ["", "; ".join([*found, *more]) + "."]
+
+
 def single() -> str:
     """Single edits: one row a cell and frame."""
     lines = [
@@ -46,7 +57,7 @@ def single() -> str:
         "| teacher-forced: rel. | gen. | loc. | nats/edit | s/edit | steps |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    names = ("reliability", "generality", "locality")
+    names, reports = ("reliability", "generality", "locality"), []
     for path in sorted((RESULTS / "single").glob("*.json")):
         report = json.loads(path.read_text())
         variant = max((one for one in VARIANTS if path.stem.endswith(f"-{one}")), key=len)
@@ -58,21 +69,24 @@ def single() -> str:
             row += [f"{blocks['teacher_forced'][key]['mean']:.3f}" for key in names]
             row += [f"{report['rate_nats']:.0f}", f"{report['seconds_per_edit']:.2f}", f"{report['steps']['mean']:.1f}"]
             lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        reports.append(report)
+    return "\n".join([*lines, *where(reports)])
 
 
 def text() -> str:
     """Perplexity of running text under single edits."""
-    lines = ["| edits of | mean ratio | unchanged to 1e-5 | largest |", "|---|---|---|---|"]
+    lines = ["| edits of | method | mean ratio | unchanged to 1e-5 | largest |", "|---|---|---|---|---|"]
+    reports = []
     for name, title in TITLES.items():
-        path = RESULTS / "text" / f"{name}.json"
-        if path.exists():
-            found = json.loads(path.read_text())["side_effects"]["perplexity"]
+        for path in sorted((RESULTS / "text").glob(f"{name}*.json")):
+            reports.append(json.loads(path.read_text()))
+            found = reports[-1]["side_effects"]["perplexity"]
             ratio, each = found["ratio"], found["each"]
             mean = f"{ratio['mean']:.4f} ({ratio['low']:.4f}–{ratio['high']:.4f})"
             same = sum(abs(one - 1) < 1e-5 for one in each)
-            lines.append(f"| {title} | {mean} | {same} of {len(each)} | {max(each):.3f} |")
-    return "\n".join(lines)
+            method = reports[-1]["config"]["method"]
+            lines.append(f"| {title} | {method} | {mean} | {same} of {len(each)} | {max(each):.3f} |")
+    return "\n".join([*lines, *where(reports)])
 
 
 def speed() -> str:
@@ -125,7 +139,7 @@ def bottleneck() -> str:
     for name, found in rows.items():
         scores = " | ".join(f"{found[key]:.3f}" for key in ("reliability", "generality", "locality"))
         lines.append(f"| {name} | {found['rate_nats']:.0f} | {scores} |")
-    return "\n".join([*lines, "", f"Command: `{report['command']}`."])
+    return "\n".join([*lines, *where([report], f"command: `{report['command']}`")])
 
 
 def checkpoints() -> str:
@@ -249,8 +263,8 @@ def lifelong() -> str:
         "| ‖ΔW‖/‖W‖ | s/edit |",
         "|---" * 12 + "|",
     ]
-    for path in sorted((RESULTS / "lifelong").glob("*.json")):
-        report = json.loads(path.read_text())
+    reports = [json.loads(path.read_text()) for path in sorted((RESULTS / "lifelong").glob("*.json"))]
+    for report in reports:
         how = report["config"]
         named = f"{' '.join([how['method'], *how['set']])}, {how.get('dtype', 'float32')}"
         for row in report["rows"]:
@@ -261,7 +275,7 @@ def lifelong() -> str:
                 f"| {round(100 * (row['perplexity_ratio'] - 1), 1) + 0.0:+.1f} % | {fmean(row['kept'].values()):.3f} "
                 f"| {row['relative_norm']:.1f} | {row['seconds_per_edit']:.2f} |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *where(reports)])
 
 
 def tuned() -> str:

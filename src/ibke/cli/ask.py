@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ibke.cli.console import JSON, Bars, Device, Dtype, ModelChoice, ModelName, Modules
 from ibke.cli.output import print_json
 from ibke.errors import RequestError
+
+if TYPE_CHECKING:
+    from ibke.edit import Edit
+    from ibke.models import LanguageModel
 
 
 def ask(
@@ -46,13 +50,7 @@ def ask(
         from ibke.editors.gated.question import load_gate
 
         load_gate(editor, lm)
-    if ledger:
-        from ibke.fingerprint import check_fingerprint
-        from ibke.ledger import Ledger
-
-        with Ledger(ledger) as kept:
-            check_fingerprint(kept.fingerprint, lm, f"the ledger {ledger}")
-            loaded += [state] if (state := kept.state()) else []
+    loaded += _kept(ledger, lm) if ledger else []
     frame: Frame = "chat" if chat else "bare"
     # Only the prompt's side of the pair is used; the answer beside it is a placeholder.
     ids = encode_pair(prompt, "-", frame, lm.tokenizer).prompt
@@ -75,3 +73,13 @@ def ask(
         )
     else:
         typer.echo(answer.text)
+
+
+def _kept(ledger: Path, lm: LanguageModel) -> list[Edit]:
+    """All that is in force in a ledger, as one edit, if there is any."""
+    from ibke.fingerprint import check_fingerprint
+    from ibke.ledger import Ledger
+
+    with Ledger(ledger) as kept:
+        check_fingerprint(kept.fingerprint, lm, f"the ledger {ledger}")
+        return [state] if (state := kept.state()) else []

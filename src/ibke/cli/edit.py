@@ -26,7 +26,17 @@ from ibke.cli.console import (
     load_for_editing,
 )
 from ibke.cli.correction import Correction, asked_by, correct, figures, render
-from ibke.cli.keep import HOME, Keeping, keep_all, numbered, refuse_unused
+from ibke.cli.keep import (
+    HOME,
+    Guarded,
+    Keeping,
+    LedgerFolder,
+    LimitsFile,
+    ProbesFile,
+    keep_all,
+    numbered,
+    refuse_unused,
+)
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
 from ibke.errors import IBKEError, RequestError
@@ -48,19 +58,10 @@ def edit(
     requests: Annotated[Path | None, typer.Option(help="Edit requests, one JSON object a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to save to; with --requests numbered ones in it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Edit even where the model gives the target already.")] = False,
-    ledger: Annotated[
-        Path | None, typer.Option(envvar="IBKE_LEDGER", help="Keep the edits in a ledger, beside those that are there.")
-    ] = None,
-    guard: Annotated[
-        bool | None,
-        typer.Option("--guard/--no-guard", help="Keep only edits within limits; the default with --ledger."),
-    ] = None,
-    limits: Annotated[
-        Path | None, typer.Option(help="JSON file with the guard's limits; the ledger's guard.json if left out.")
-    ] = None,
-    probes: Annotated[
-        Path | None, typer.Option(help="File of prompts whose answers must stay, one a line; our own if left out.")
-    ] = None,
+    ledger: LedgerFolder = None,
+    guard: Guarded = None,
+    limits: LimitsFile = None,
+    probes: ProbesFile = None,
     note: Annotated[str, typer.Option(help="Why, in your own words, for the ledger.")] = "",
     group: Annotated[int, typer.Option(min=1, help="Requests of a file made and checked at once, with --ledger.")] = 16,
     model: ModelName = ModelChoice.name,
@@ -88,32 +89,44 @@ def edit(
     how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
     refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
-    chosen = ModelChoice(model, device, dtype, tuple(module or ()))
-    if requests is None:
-        locality = tuple(Probe(text) for text in keep or ())
-        request = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), locality)
-        lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
-        if how:
-            raise typer.Exit(keep_all(lm, editing, iter([(request, "")]), 1, how, force=force, as_json=as_json))
-        code = _one(lm, editing, request, out, force, as_json)
-    elif single:
+    if requests and single:
         raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
-    elif out is None and how is None:
+    if requests and out is None and how is None:
         raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
+    if requests:
+        count, each = _counted(requests, apart=how is None), numbered(requests)
     else:
-        # Every line is checked before anything is computed, and then read again.
-        if requests.exists() and not requests.is_file():
-            raise RequestError("it can be read only once.", str(requests), "Write the requests to a file first.")
-        lines = read_requests(requests)
-        count = refuse_contradictions(lines, str(requests)) if how else sum(1 for _ in lines)
-        if not count:
-            raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
-        lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
-        if how:
-            raise typer.Exit(keep_all(lm, editing, numbered(requests), count, how, force=force, as_json=as_json))
-        assert out
+        locality = tuple(map(Probe, keep or ()))
+        asked = EditRequest(prompt or "", target or "", subject, None, tuple(rephrase or ()), locality)
+        count, each = 1, iter([(asked, "")])
+    chosen = ModelChoice(model, device, dtype, tuple(module or ()))
+    lm, editing = load_for_editing(chosen, method, editor, not no_refine, settings or ())
+    if how:
+        code = keep_all(lm, editing, each, count, how, force=force, as_json=as_json)
+    elif requests and out:
         code = _many(lm, editing, requests, count, out, force, as_json)
+    else:
+        code = _one(lm, editing, next(each)[0], out, force, as_json)
     raise typer.Exit(code)
+
+
+def _counted(requests: Path, *, apart: bool) -> int:
+    """How many requests a file holds; every line is checked before anything is computed, and then read again.
+
+    Args:
+        requests: the file.
+        apart: edits are never in force together, so that they may contradict each other.
+
+    Raises:
+        RequestError: it can be read only once, or holds none, or a line is none; names the line.
+    """
+    if requests.exists() and not requests.is_file():
+        raise RequestError("it can be read only once.", str(requests), "Write the requests to a file first.")
+    lines = read_requests(requests)
+    count = sum(1 for _ in lines) if apart else refuse_contradictions(lines, str(requests))
+    if not count:
+        raise RequestError("there is no request in it.", str(requests), "Write one JSON object a line.")
+    return count
 
 
 def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | None, force: bool, as_json: bool) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.text import Text
 
 from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 PLACE_AND_NOTE = ": "  # stands between a request's place in its file and what the user notes
 _PLACE = re.compile(rf"(.*?#\d+)(?:{PLACE_AND_NOTE}|$)")
 HOME = Path(".ibke")  # where a ledger is unless told otherwise
+
+LedgerFolder = Annotated[
+    Path | None, typer.Option(envvar="IBKE_LEDGER", help="Keep the edits in a ledger, beside those that are there.")
+]
+Guarded = Annotated[
+    bool | None, typer.Option("--guard/--no-guard", help="Keep only edits within limits; the default with --ledger.")
+]
+LimitsFile = Annotated[
+    Path | None, typer.Option(help="JSON file with the guard's limits; the ledger's guard.json if left out.")
+]
+ProbesFile = Annotated[
+    Path | None, typer.Option(help="File of prompts whose answers must stay, one a line; our own if left out.")
+]
 
 
 @dataclass(frozen=True)
@@ -101,17 +115,7 @@ def keep_all(
     from ibke.ledger import Ledger
     from ibke.ledger.keeper import Keeper, Kept
 
-    console = screen(as_json)
-    documents: list[dict[str, Any]] = []
-    outcomes, missed = Counter[str](), False
-
-    def note_down(document: dict[str, Any]) -> None:
-        nonlocal missed
-        outcomes[document["outcome"]] += 1
-        missed |= document.get("achieved") is False
-        if as_json:  # else only the edits themselves are held
-            documents.append(document)
-
+    console, tally = screen(as_json), _Tally(as_json)
     with Bars() as tick, Ledger(how.ledger, lm) as ledger:
         tick("Asking probes", 0, None)
         keeper = Keeper(lm, ledger, editor, how.guard(lm))
@@ -121,24 +125,50 @@ def keep_all(
             new = [one for one in some if _mark(*one) not in known]
             for request, place in some:
                 if _mark(request, place) in known:
-                    note_down({"prompt": request.prompt, "outcome": "there already", "note": place})
+                    tally.note_down({"prompt": request.prompt, "outcome": "there already", "note": place})
             for outcome in _outcomes(keeper, new, how.note, force):
                 tick.print(
                     console, _line(outcome) if isinstance(outcome, Kept) else Text(f"✗ {outcome[1]}", style="red")
                 )
-                note_down(_document(outcome))
+                tally.note_down(_document(outcome))
             done += len(some)
             tick("Editing", done, count)
         active = len(ledger.active())
-    counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(tally.outcomes.items()))
     console.print(Text(f"{counts}; {active} edits in force in {how.ledger}.", style="bold"))
     if as_json:
-        print_json({"ledger": str(how.ledger), "in_force": active, "outcomes": outcomes, "edits": documents})
-    if "unusable" in outcomes:
-        return WRONG_INPUT
-    if "refused" in outcomes:
-        return REFUSED
-    return NOT_ACHIEVED if missed else DONE
+        found = {"ledger": str(how.ledger), "in_force": active, "outcomes": tally.outcomes}
+        print_json({**found, "edits": tally.documents})
+    return tally.code
+
+
+class _Tally:
+    """What became of requests.
+
+    Args:
+        whole: hold a document of each; else only how many of a kind there were.
+    """
+
+    def __init__(self, whole: bool):
+        self.whole, self.missed = whole, False
+        self.outcomes = Counter[str]()
+        self.documents: list[dict[str, Any]] = []
+
+    def note_down(self, document: dict[str, Any]) -> None:
+        """One more."""
+        self.outcomes[document["outcome"]] += 1
+        self.missed |= document.get("achieved") is False
+        if self.whole:
+            self.documents.append(document)
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        if "unusable" in self.outcomes:
+            return WRONG_INPUT
+        if "refused" in self.outcomes:
+            return REFUSED
+        return NOT_ACHIEVED if self.missed else DONE
 
 
 def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:

@@ -53,17 +53,12 @@ def train(
 
     The run can be killed at any time and goes on with --resume.
     """
-    given: dict[str, Any] = {"seed": seed, "episodes": episodes, "steps": steps, "batch": batch, "threads": threads}
-    given |= {"learning_rate": learning_rate, "dtype": dtype}
-    options = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"model": model, "data": tuple(data), "out": str(out or ""), "method": method}
+    given |= {"seed": seed, "episodes": episodes, "steps": steps, "batch": batch, "threads": threads, "dtype": dtype}
+    given |= {"learning_rate": learning_rate}
     with Bars() as tick:
         tick("Loading", 0, None)
-        kind, trainer = _trainer(method)
-        chosen, config = _overrides(settings or [], kind, trainer)
-        named = {"model": model, "data": tuple(data), "out": str(out or ""), "method": method, "config": config}
-        if clash := next((name for name in chosen if name in given or name in named), None):
-            raise IBKEError(f"`{clash}` has an option of its own.", "--set", f"Use --{clash.replace('_', '-')}.")
-        wanted = trainer.Settings(**{**named, **options, **chosen})
+        trainer, wanted = _wanted(given, settings or [])
         last: dict[str, Any] = {}
 
         def report(state: dict[str, Any]) -> None:
@@ -96,6 +91,24 @@ def _figures(state: dict[str, Any]) -> str:
 
 def _use(method: str) -> str:
     return "ibke edit" if method == "ibke" else f"ibke edit --method {method}"
+
+
+def _wanted(given: dict[str, Any], settings: list[str]) -> tuple[Any, Any]:
+    """The module that trains, and its settings.
+
+    Args:
+        given: by options; None where one was left out.
+        settings: others, as NAME=VALUE.
+
+    Raises:
+        IBKEError: no such method, a setting that it has not or that has an option, or a value that cannot be.
+    """
+    kind, trainer = _trainer(given["method"])
+    chosen, config = _overrides(settings, kind, trainer)
+    if clash := next((name for name in chosen if name in given), None):
+        raise IBKEError(f"`{clash}` has an option of its own.", "--set", f"Use --{clash.replace('_', '-')}.")
+    options = {name: value for name, value in given.items() if value is not None}
+    return trainer, trainer.Settings(**{**options, **chosen, "config": config})
 
 
 def _trainer(method: str) -> tuple[type[Editor], Any]:

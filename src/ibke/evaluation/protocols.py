@@ -180,20 +180,7 @@ def evaluate(
         progress: told how many edits are made and how many answers have come.
 
     Returns:
-        A JSON-ready report, of one shape for every protocol. ``n`` is the number of edits, ``groups`` in how many
-        groups they were made, ``superseded`` how many of a sequence a later one of the same prompt took the place of;
-        these are not asked about; ``not_made`` of how many no edit could be made, ``not_made_why`` the first reason.
-        ``metrics`` and ``base`` hold the blocks ``generation`` (normalised exact match of the greedy answer; locality:
-        the same answer as the base) and ``teacher_forced`` (legacy: token accuracy; locality: the same tokens as the
-        base), each of ``reliability``, ``generality``, ``locality`` and ``locality_accuracy`` (against the known
-        answers) with mean and 95 % interval. ``by_age`` has
-        the generated ones by the number of edits made later, youngest first; all edits of another protocol are of
-        age 0. ``rate_nats`` is per edit, None where the method has no code; ``seconds_per_edit`` is wall-clock;
-        ``training_seconds`` what training took up to the weights in use, caching included, None elsewhere;
-        ``bytes_per_edit`` what is kept of an edit, without what all of the method have in common (``shared_bytes``);
-        ``memory_per_edit_mb`` what making one needs above what the process held before (median); ``peak_memory_mb`` the
-        peak of the process over loading, editing and scoring, ``peak_memory_editing_mb`` up to the first answers.
-        ``scores`` has the metrics edit by edit; ``side_effects``, given a battery, what :meth:`Battery.report` says.
+        A JSON-ready report, of one shape for every protocol; :func:`_report` says what is in it.
 
     Raises:
         RequestError: no request, an unknown frame, or a prompt longer than the model's window.
@@ -221,6 +208,22 @@ def _report(
     training_seconds: float | None,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """The report of an evaluation, JSON-ready.
+
+    ``n`` is the number of edits, ``groups`` in how many groups they were made, ``superseded`` how many of a sequence a
+    later one of the same prompt took the place of; these are not asked about; ``not_made`` of how many no edit could be
+    made, ``not_made_why`` the first reason. ``metrics`` and ``base`` hold the blocks ``generation`` (normalised exact
+    match of the greedy answer; locality: the same answer as the base) and ``teacher_forced`` (legacy: token accuracy;
+    locality: the same tokens as the base), each of ``reliability``, ``generality``, ``locality`` and
+    ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has the generated ones by
+    the number of edits made later, youngest first; all edits of another protocol are of age 0. ``rate_nats`` is per
+    edit, None where the method has no code; ``seconds_per_edit`` is wall-clock; ``training_seconds`` what training took
+    up to the weights in use, caching included, None elsewhere; ``bytes_per_edit`` what is kept of an edit, without what
+    all of the method have in common (``shared_bytes``); ``memory_per_edit_mb`` what making one needs above what the
+    process held before (median); ``peak_memory_mb`` the peak of the process over loading, editing and scoring,
+    ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit; ``side_effects``, given
+    a battery, what :meth:`Battery.report` says.
+    """
     tally, count = exam.tally, len(exam.requests)
     later = _made_later(groups, costs.made)
     later = {index: age for index, age in later.items() if index not in exam.superseded}
