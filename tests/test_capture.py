@@ -79,8 +79,11 @@ def test_a_gradient_that_is_not_finite_is_named():
     hidden = part.prefix(batch)
     with torch.no_grad():
         lm.model.lm_head.weight[7] = float("nan")
-    with pytest.raises(CaptureError, match="not finite"):
+    with pytest.raises(CaptureError, match="not finite.*fetch it anew"):
         capture(part, modules, hidden, batch)
+    lm.model.bfloat16()
+    with pytest.raises(CaptureError, match="not finite.*dtype='float32'"):
+        capture(part, modules, hidden.bfloat16(), batch)
 
 
 def test_rows_have_updates_of_their_own():

@@ -19,7 +19,11 @@ def test_train_settings(run: Run, tmp_path: Path):
     refused(run(*command, "--set", "beta=nan"), "'nan'", "'beta'")
     refused(run(*command, "--set", "beta=inf"), "`beta` is inf, no finite number")
     refused(run(*command, "--learning-rate", "nan"), "`learning_rate` is nan, no finite number")
-    refused(run(*command, "--set", "steps=9"), "`steps` has an option of its own", "Use --steps")
+    refused(run(*command, "--steps", "8", "--set", "steps=9"), "`steps` is given by an option already")
+    refused(run(*command, "--set", "out=elsewhere"), "`out` is given by an option already")
+    refused(
+        run(*command, "--module", "model.layers.99.mlp.down_proj"), "model.layers.99.mlp.down_proj", "no such module"
+    )
     refused(run(*command, "--set", "width=30"), "`width` is 30", "multiple of 4")
     refused(run(*command, "--set", "content_dim=-3"), "`content_dim` is not positive")
     refused(run("train", "--data", "facts=1.2.3", "--out", tmp_path / "run"), "unknown data source 'facts=1.2.3'")

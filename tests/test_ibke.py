@@ -25,7 +25,7 @@ from ibke.editors.ibke.shipped import MANIFEST, load_editor, shipped_folder
 from ibke.editors.ibke.statistics import direction, whitening
 from ibke.editors.ibke.watch import watched_rows
 from ibke.editors.key_statistics import text_batches
-from ibke.errors import FormatError, IBKEError
+from ibke.errors import CaptureError, FormatError, IBKEError
 from ibke.evaluation.generate import generate
 from ibke.frames import encode_pair
 from ibke.gates import Told
@@ -322,6 +322,20 @@ def test_beta_is_fixed_annealed_or_steered():
     up = [steered.at(step, 200.0) for step in range(50)]
     down = [steered.at(step, 50.0) for step in range(50)]
     assert up == sorted(up) and up[-1] > up[0] > 0 and down == sorted(down, reverse=True)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_model_as_it_was():
+    editor = make_editor()
+    with torch.no_grad():
+        editor.lm.model.lm_head.weight[7] = float("nan")
+    before = {name: tensor.clone() for name, tensor in editor.lm.model.state_dict().items()}
+    with pytest.raises(CaptureError, match="the gradient of the answer is not finite"):
+        editor.edit([EditRequest("The mother of Ada Berg is", "Oslo", subject="Ada Berg")])
+    for name, tensor in editor.lm.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or name.endswith("lm_head.weight")
+    modules = list(editor.lm.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    assert editor.part.layers is editor.lm.model.model.layers
 
 
 def test_settings_that_it_has_not_and_frames_that_are_none_are_named(smollm32):

@@ -74,8 +74,8 @@ def capture(part: PartialModel, modules: Mapping[str, nn.Module], hidden_RTD: Te
     value_grads = {name: grad.float().reshape(shape) for name, grad in zip(modules, grads, strict=True)}
     for name, grad in value_grads.items():
         if not torch.isfinite(grad).all():
-            raise CaptureError(
-                "the gradient of the answer is not finite.", name, "Load the model with dtype='float32' and try again."
-            )
+            whole = part.model.dtype == torch.float32
+            todo = "Its weights may be damaged: fetch it anew." if whole else "Load it with dtype='float32'."
+            raise CaptureError("the gradient of the answer is not finite.", name, f"{todo} Nothing was changed.")
     keys = {name: taken[name][0].float().reshape(shape) for name in modules}
     return Capture(keys, value_grads, nll_B.detach(), right_B)

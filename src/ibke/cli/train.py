@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ibke.cli.console import JSON, Bars, Dtype, Method, ModelChoice, ModelName
+from ibke.cli.console import JSON, Bars, Device, Dtype, Method, ModelChoice, ModelName, Modules
 from ibke.cli.output import print_json, screen
 from ibke.cli.settings import Settings, parse
 from ibke.errors import IBKEError
@@ -45,6 +46,8 @@ def train(
         float | None, typer.Option(help="Peak of the cosine schedule; for ibke 1e-3 if left out.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = None,
+    module: Modules = None,
+    device: Device = ModelChoice.device,
     dtype: Dtype = ModelChoice.dtype,
     settings: Settings = None,
     as_json: JSON = False,
@@ -55,28 +58,24 @@ def train(
     """
     given: dict[str, Any] = {"model": model, "data": tuple(data), "out": str(out or ""), "method": method}
     given |= {"seed": seed, "episodes": episodes, "steps": steps, "batch": batch, "threads": threads, "dtype": dtype}
-    given |= {"learning_rate": learning_rate}
+    given |= {"learning_rate": learning_rate, "device": device, "modules": tuple(module or ()) or None}
     with Bars() as tick:
         tick("Loading", 0, None)
         trainer, wanted = _wanted(given, settings or [])
         last: dict[str, Any] = {}
-
-        def report(state: dict[str, Any]) -> None:
-            last.update(state)
-            if "done" in state:
-                tick(
-                    state["stage"].capitalize(),
-                    state["done"],
-                    state["total"],
-                    _figures(last),
-                    state.get("seconds_left"),
-                )
-
-        folder = trainer.train(wanted, on_progress=report, resume=resume)
+        folder = trainer.train(wanted, on_progress=partial(_report, tick, last), resume=resume)
     if not as_json:
         screen().print(f"The editor is in {folder}. Use it:  {_use(method)} --editor {folder} …", soft_wrap=True)
     else:
         print_json({"editor": str(folder), "settings": wanted.to_dict(), "last": last})
+
+
+def _report(tick: Bars, last: dict[str, Any], state: dict[str, Any]) -> None:
+    """Show how far a run is; ``last`` takes what is known of it."""
+    last.update(state)
+    if "done" in state:
+        stage, left = state["stage"].capitalize(), state.get("seconds_left")
+        tick(stage, state["done"], state["total"], _figures(last), left)
 
 
 def _figures(state: dict[str, Any]) -> str:
@@ -105,8 +104,8 @@ def _wanted(given: dict[str, Any], settings: list[str]) -> tuple[Any, Any]:
     """
     kind, trainer = _trainer(given["method"])
     chosen, config = _overrides(settings, kind, trainer)
-    if clash := next((name for name in chosen if name in given), None):
-        raise IBKEError(f"`{clash}` has an option of its own.", "--set", f"Use --{clash.replace('_', '-')}.")
+    if clash := next((name for name in chosen if given.get(name) is not None), None):
+        raise IBKEError(f"`{clash}` is given by an option already.", "--set", "Give it once.")
     options = {name: value for name, value in given.items() if value is not None}
     return trainer, trainer.Settings(**{**options, **chosen, "config": config})
 

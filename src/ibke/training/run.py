@@ -244,7 +244,9 @@ class Run(ABC):
         if score > self.best:
             self.best = score
             # Where the run happened to lie is nobody's business but its own.
-            kept = {name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache")}
+            kept = {
+                name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache", "device")
+            }
             about = {"training": kept, "step": self.step, "seconds": self.seconds, "validation": scores}
             about["caching_seconds"] = self.prepared  # of these
             self.keep(self.out / "editor", about)

@@ -32,6 +32,7 @@ class RunSettings:
         validate_every: steps between validations and checkpoints.
         patience: validations without a better score before training stops early.
         threads: CPU threads; 0 leaves PyTorch's choice.
+        device: of the frozen base and the network; ``auto`` takes the GPU if there is one.
         dtype: of the frozen base; ``auto`` takes bfloat16 where the hardware has it.
         hold_out_relations: share of relations kept out of training altogether (the hard split).
         exclude: request files whose subjects and prompts are kept out of training, as ``format:path``.
@@ -60,6 +61,7 @@ class RunSettings:
     validate_every: int = 250
     patience: int = 6
     threads: int = 0
+    device: str = "auto"
     dtype: str = "auto"
     hold_out_relations: float = 0.2
     exclude: tuple[str, ...] = ()

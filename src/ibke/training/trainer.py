@@ -77,7 +77,7 @@ def prepare_ground(settings: TrainSettings) -> Ground:
         ModuleNotEditableError: the model has no such layer, or modules were named but none in it.
         FormatError: the network's sizes do not suit the model.
     """
-    lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
+    lm = load_model(settings.model, device=settings.device, dtype=settings.dtype, modules=settings.modules or None)
     # What cannot be is said now, not after an hour of caching.
     if settings.config.relay_layer:
         ground_at(lm, settings.config.relay_layer)

@@ -113,7 +113,7 @@ def train(settings: HypernetworkSettings, on_progress: OnProgress | None = None,
     Raises:
         TrainingError: nothing to resume, settings that do not fit the run found there, or not a method trained here.
     """
-    lm = load_model(settings.model, dtype=settings.dtype, modules=settings.modules or None)
+    lm = load_model(settings.model, device=settings.device, dtype=settings.dtype, modules=settings.modules or None)
     return train_for(lm, settings, on_progress, resume)
 
 
