@@ -14,6 +14,7 @@ import torch
 from ibke.batch import Batch
 from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.keys import KEYS
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor
 from ibke.editors.ibke.statistics import Common
@@ -160,8 +161,7 @@ def prepare_episodes(
     """Episodes with everything cached that never changes, training first, then validation."""
     config, lm = settings.config, ground.lm
     addresser = make_addresser(settings, ground, statistics, Addresser, statistics.common)
-    threshold = config.threshold if config.keys == "address" else None
-    shut_D = None if threshold is None else threshold * statistics.constant_D.cpu()
+    shut_D = None if KEYS[config.keys].moving else config.threshold * statistics.constant_D.cpu()
     builder = Builder(lm.model, lm.tokenizer, ground.part, ground.site, addresser, shut_D)
     seen = (config.layer, config.keys, config.threshold, addresser.identity)
     texts = [name and find_file(name).read_bytes() for name in (settings.text, settings.words)]

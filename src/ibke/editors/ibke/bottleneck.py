@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ibke.capture import Capture
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.keys import KEYS, Keys
 from ibke.editors.ibke.network import CLAMP, AnswerPrior, Decoder, DiagonalPrior, Encoder, StandardPrior, rate
 from ibke.editors.ibke.relay import Relay
 from ibke.editors.ibke.statistics import COMMON, Common, Grounded, direction, whitening
@@ -133,6 +134,11 @@ class Bottleneck(Grounded):
         self.context_scale_X.copy_(scale)
 
     @property
+    def keys(self) -> Keys:
+        """Where addresses come from."""
+        return KEYS[self.config.keys]
+
+    @property
     def gate(self) -> Gate:
         """When an edit is in force."""
         return Gate(self.config.threshold, self.config.sharpness, self.config.ramp)
@@ -177,8 +183,7 @@ class Bottleneck(Grounded):
         """
         basis_CD = self.content_scale_C[:, None] * self.content_basis_CD
         values_BD = self.decoder(z_BZ, basis_CD) * self.output_scale
-        address_BD = written.address_BD if self.config.keys == "address" else self.decode_address(z_BZ)
-        return site.neurons(address_BD, self.constant_D, values_BD, self.gate)
+        return site.neurons(self.keys.address(self, z_BZ, written), self.constant_D, values_BD, self.gate)
 
     def told(self, address_BD: Tensor, own: Sequence[Tensor]) -> list[Told]:
         """What keeps each edit from answering for others that come to stand beside it (B).
@@ -195,11 +200,6 @@ class Bottleneck(Grounded):
             pulled_TD = pull(keys_TD.double()).float()
             found.append(Told(keys_TD, keys_TD[:0], pulled_TD, owner_T, self.gate, address_D[None]))
         return found
-
-    def decode_address(self, z_BZ: Tensor) -> Tensor:
-        """The address from the context part of the code by the inverse of its linear map (B × D), strict variant."""
-        content, context = self.config.content_dim, self.config.context_dim
-        return (z_BZ[:, content : content + context] * self.context_scale_X) @ self.context_basis_DX.T
 
 
 def select(

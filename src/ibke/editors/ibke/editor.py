@@ -334,7 +334,7 @@ class IBKEEditor(Editor):
 
     def _told(self, code: Code, own: Sequence[Tensor]) -> list[Told]:
         """What tells each edit's first gate from others'; nothing, where addresses move with the code."""
-        if self.network.config.keys == "code" or not all(len(keys_TD) for keys_TD in own):
+        if self.network.keys.moving or not all(len(keys_TD) for keys_TD in own):
             return []
         return self.network.told(code.written.address_BD, own)
 
@@ -353,7 +353,7 @@ class IBKEEditor(Editor):
         """Tells where the edits of some codes may be in force."""
 
         def opened(pairs: Sequence[Pair], owners: Sequence[int]) -> Sequence[int | None]:
-            if self.network.config.keys == "code":  # an address that moves may come to reach anything
+            if self.network.keys.moving:  # an address that moves may come to reach anything
                 return [0] * len(pairs)
             gate_RD = code.written.address_BD[list(owners)] - self.network.shut_D
             return first_open(self.part, self.site.entrance, pairs, gate_RD)
@@ -368,7 +368,7 @@ class IBKEEditor(Editor):
         places = opened([asked[row] for row in worded], [about[row] for row in worded])
         for row, place in zip(worded, places, strict=True):
             asked[row] = asked[row].reached(place)
-        if self.network.config.keys == "code":
+        if self.network.keys.moving:
             asked = [pair.reached(0) for pair in asked]
         pad_id = self.lm.tokenizer.pad_token_id
         return build_groups(self.part, asked, [EDIT] * len(asked), about, pad_id, prefixes=self.prefixes)
