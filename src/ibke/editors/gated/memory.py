@@ -4,6 +4,9 @@ Before a row's first pass its question is read by the model without these neuron
 then, and what is generated afterwards follows. Where rows hold answers too, callers say where questions end
 (:func:`ibke.parts.asking`); else a row's last token ends its question.
 
+A row asks one question, so one edit answers it: of those whose question is asked the one whose first neurons are surest
+of their subject, somewhere in the question. Answers are not listened to: they may name what another edit is about.
+
 An edit's neurons in later layers, which listen for what its first ones have written, are heard only from a token on
 where those have spoken. So they need not be told apart from other edits', whose writes sound much alike.
 
@@ -22,13 +25,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ibke.editors.gated.question import entrance, question_gate, states_at
 from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
 from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
-from ibke.parts import Part, told_ends, watch_passes
+from ibke.parts import Part, of_question, told_ends, watch_passes
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -198,6 +202,7 @@ class _Asking:
         self.open_RE: Tensor | None = None
         self.spoken_RE: Tensor | None = None
         self.since_RE: Tensor | None = None  # the token of this pass from which on they have
+        self.question_RT: Tensor | None = None  # which tokens of this pass belong to a question
 
     def neurons(self) -> dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]]:
         """By MLP its neurons (one set for all rows, or R × N × D), and what of what they say counts."""
@@ -227,8 +232,16 @@ class _Asking:
         return how(owners_RN, said_RTN).view_as(said)
 
     def _first(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
-        """All of it; whose it is is noted, for the tokens after it too."""
-        assert self.spoken_RE is not None
+        """What is said in the question by the edit that is surest of its subject; from where on is noted."""
+        assert self.spoken_RE is not None and self.question_RT is not None
+        # What stands where a row is padded is no key of anything, and an answer may name another edit's subject.
+        said_RTN = said_RTN * self.question_RT[..., None]
+        most_RN = said_RTN.detach().amax(1)
+        most_RE = torch.zeros_like(self.spoken_RE, dtype=most_RN.dtype).scatter_reduce(1, owners_RN, most_RN, "amax")
+        # Of equals the last: it was made latest.
+        surest_R = most_RE.shape[1] - 1 - most_RE.flip(1).argmax(1)
+        heard_RE = functional.one_hot(surest_R, most_RE.shape[1]).bool() & (most_RE > SPOKEN)
+        said_RTN = said_RTN * heard_RE.gather(1, owners_RN)[:, None]
         loud_RTN, length = said_RTN.detach() > SPOKEN, said_RTN.shape[1]
         since_RN = torch.where(loud_RTN.any(1), loud_RTN.byte().argmax(1), length)
         since_RE = torch.full_like(self.spoken_RE, length, dtype=torch.long).masked_fill(self.spoken_RE, 0)
@@ -251,7 +264,9 @@ class _Asking:
         known = self.kept.get(cache) if cache is not None and cache.get_seq_length() else None
         if known and _given(given).shape[1] == 1:
             self.open_RE, self.spoken_RE = known
+            self.question_RT = torch.zeros_like(real_tokens(given))
             return
+        self.question_RT = of_question(real_tokens(given))
         # What is read leaves no trace in keys and values that are kept.
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
@@ -287,11 +302,17 @@ def question_ends(given: Mapping[str, Any]) -> Tensor:
     """Where each row's question ends, in the columns of the tokens that a pass is given (R)."""
     if (ends_R := told_ends()) is not None:
         return ends_R
+    real_RT = real_tokens(given)
+    return (real_RT.long() * torch.arange(real_RT.shape[1], device=real_RT.device)).argmax(1)
+
+
+def real_tokens(given: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens that a pass is given are no padding, as far as that is said (R × T)."""
     tokens, attention = _given(given), given.get("attention_mask")
     rows, length = tokens.shape[:2]
     if not isinstance(attention, Tensor) or attention.dim() != 2:
-        return torch.full((rows,), length - 1, device=tokens.device)
-    return (attention[:, -length:].long() * torch.arange(length, device=tokens.device)).argmax(1)
+        return torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
+    return attention[:, -length:].bool()
 
 
 def _given(given: Mapping[str, Any]) -> Tensor:
