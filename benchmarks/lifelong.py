@@ -11,7 +11,8 @@ are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--t
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -126,25 +127,34 @@ def run(file: Path, args: argparse.Namespace) -> None:
     editor = ready(lm, args.method, *args.set)
     editor_mark = editor.mark  # what it learns of edits is not part of its name
     refuse_another(folder / "editor", editor_mark)
+
+    def note(number: int, state: Callable[[], Edit | None]) -> None:
+        """Measure what so many groups have come to, where it is due and not known."""
+        done, before = (min(len(requests), some * args.group) for some in (number, number - 1))
+        known = rows(result, editor_mark, vars(args))
+        due = done // args.every > before // args.every or done == len(requests)
+        if not due or any(row["edits"] == done for row in known) or not (whole := state()):
+            return
+        with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
+            row = measured(battery, whole, requests[:done], args.every, args.sample)
+        row |= costs_of(tried[:number], max(1, args.every // args.group))
+        everything = sorted([*known, row], key=lambda one: one["edits"])
+        report = {"stream": file.name, "sources": sources, "editor_mark": editor_mark, "rows": everything}
+        keep(result, report, vars(args), describe(lm.device))
+
     with InSequence(lm) as sequence:
-        editor, tried = taken_up(folder, sequence, editor)
-        for number in range(len(tried), len(groups) + 1):
-            done = min(len(requests), number * args.group)
-            known = rows(result, editor_mark, vars(args))
-            asked = done // args.every > (done - args.group) // args.every or done == len(requests)
-            if sequence.whole and asked and all(row["edits"] != done for row in known):
-                with set_aside(lm):  # the examination puts edits in force itself, and asks the model without them
-                    row = measured(battery, sequence.whole, requests[:done], args.every, args.sample)
-                row |= costs_of(tried, max(1, args.every // args.group))
-                report = {"stream": file.name, "sources": sources, "editor_mark": editor_mark, "rows": [*known, row]}
-                keep(result, report, vars(args), describe(lm.device))
-            if number == len(groups):
-                break
+        tried = tried_in(folder)
+        for number in range(1, len(tried)):  # what a run before this one has made but not measured
+            note(number, partial(taken_up, folder, tried[:number]))
+        editor = go_on(sequence, editor, folder, tried)
+        for number in range(len(tried), len(groups)):
+            note(number, lambda: sequence.whole)
             editor, attempt = one_more(folder / f"{number:05d}", sequence, editor, groups[number])
             tried.append(attempt)
             write_atomically(folder / TRIED, json.dumps(tried).encode())
-            each = f"{attempt['seconds'] / attempt['count']:.2f} s each"
-            print(f"{done + attempt['count']} of {len(requests)} edits, {attempt['why'] or each}", flush=True)
+            done, each = number * args.group + attempt["count"], f"{attempt['seconds'] / attempt['count']:.2f} s each"
+            print(f"{done} of {len(requests)} edits, {attempt['why'] or each}", flush=True)
+        note(len(groups), lambda: sequence.whole)
 
 
 def one_more(
@@ -186,23 +196,31 @@ def abilities() -> tuple[str, ...]:
     return tuple(f"ability/{name}" for name in ABILITIES)
 
 
-def taken_up(folder: Path, sequence: InSequence, editor: Editor) -> tuple[Editor, list[dict[str, Any]]]:
-    """Put the edits of a run that was stopped in force again.
-
-    Returns:
-        the editor for what follows, and what is known of each group that was tried.
-    """
+def tried_in(folder: Path) -> list[dict[str, Any]]:
+    """What is known of each group that was tried before."""
     place = folder / TRIED
-    tried = json.loads(place.read_text()) if place.exists() else []
-    # What was saved and not noted down was not in force yet.
-    kept = [Edit.load(folder / f"{number:05d}") for number, one in enumerate(tried) if not one["why"]]
-    if kept:
-        whole = summed(Edit.join(kept))
+    return json.loads(place.read_text()) if place.exists() else []
+
+
+def kept_of(folder: Path, tried: Sequence[dict[str, Any]]) -> list[Edit]:
+    """The edits of some groups; what was saved and not noted down was not in force yet."""
+    return [Edit.load(folder / f"{number:05d}") for number, one in enumerate(tried) if not one["why"]]
+
+
+def taken_up(folder: Path, tried: Sequence[dict[str, Any]]) -> Edit | None:
+    """The edits of some groups as one."""
+    kept = kept_of(folder, tried)
+    return summed(Edit.join(kept)) if kept else None
+
+
+def go_on(sequence: InSequence, editor: Editor, folder: Path, tried: Sequence[dict[str, Any]]) -> Editor:
+    """Put the edits of a run that was stopped in force again; returns the editor for what follows."""
+    if whole := taken_up(folder, tried):
         sequence.session.attach(whole)
         sequence.whole = whole
-        for edit in kept:
+        for edit in kept_of(folder, tried):
             editor = editor.after(edit)
-    return editor, tried
+    return editor
 
 
 def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: int, size: int) -> dict[str, Any]:
