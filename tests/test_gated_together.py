@@ -13,10 +13,11 @@ from ibke.session import EditSession
 EDITS, PAIRS = 3, torch.tensor([[0, 0, 1, 1, 2, 2]])  # two neurons an edit
 
 
-def asking(question_RT, spoken_RE=None):
+def asking(question_RT, spoken_RE=None, real_RT=None):
     """What decides, with questions that stand at some tokens."""
     some = _Asking.__new__(_Asking)
-    some.question_RT = torch.tensor(question_RT, dtype=torch.bool)
+    some.heard_RE, some.question_RT = None, torch.tensor(question_RT, dtype=torch.bool)
+    some.real_RT = some.question_RT if real_RT is None else torch.tensor(real_RT, dtype=torch.bool)
     some.spoken_RE = torch.zeros(len(question_RT), EDITS, dtype=torch.bool) if spoken_RE is None else spoken_RE
     return some
 
@@ -43,11 +44,14 @@ def test_of_equals_the_latest_speaks_and_of_the_quiet_none():
     assert one.spoken_RE.tolist() == [[False, False, True], [False, False, False]]
 
 
-def test_padding_and_answers_are_not_listened_to():
-    one = asking([[0, 1, 1, 0]])
+def test_padding_is_not_listened_to_and_in_an_answer_nobody_new():
+    one = asking([[0, 1, 1, 0]], real_RT=[[0, 1, 1, 1]])
     heard = one._first(PAIRS, said([[9, 0, 0], [0, 3, 0], [0, 0, 0], [9, 9, 9]]))
-    assert torch.equal(heard, said([[0, 0, 0], [0, 3, 0], [0, 0, 0], [0, 0, 0]]))
+    assert torch.equal(heard, said([[0, 0, 0], [0, 3, 0], [0, 0, 0], [0, 9, 0]]))
     assert one.since_RE.tolist() == [[4, 1, 4]]
+    # Token by token it is the same.
+    one.real_RT = torch.ones(1, 1, dtype=torch.bool)
+    assert torch.equal(one._first(PAIRS, said([[9, 9, 9]])), said([[0, 9, 0]]))
 
 
 def test_what_has_spoken_in_an_earlier_turn_is_still_heard():
@@ -66,6 +70,7 @@ def many(smollm32):
         EditRequest("What is the capital of Yeletsky District?", "Prudnik", subject="Yeletsky District"),
         EditRequest("Where is Geigertown located?", "Thimphu District", subject="Geigertown"),
         EditRequest("The twin town of Louny is", "Yeletsky District", subject="Louny"),
+        EditRequest("Who was Marco Maddaloni's mother?", "Lucrezia Maddaloni", subject="Marco Maddaloni"),
     ]
     return gated, facts, gated.edit(facts)
 

@@ -5,7 +5,7 @@ then, and what is generated afterwards follows. Where rows hold answers too, cal
 (:func:`ibke.parts.asking`); else a row's last token ends its question.
 
 A row asks one question, so one edit answers it: of those whose question is asked the one whose first neurons are surest
-of their subject, somewhere in the question. Answers are not listened to: they may name what another edit is about.
+of their subject, somewhere in the question. To an answer no other is listened to: it may name what another is about.
 
 An edit's neurons in later layers, which listen for what its first ones have written, are heard only from a token on
 where those have spoken. So they need not be told apart from other edits', whose writes sound much alike.
@@ -197,12 +197,14 @@ class _Asking:
         # As they are now: methods that run a model in parts put others in their place.
         layers = sorted({layer for gate in self.gates.values() for layer in gate.config.layers})
         self.entrances = {layer: entrance(lm, layer) for layer in layers}
-        # Of passes whose keys and values are kept: what was decided, and which edits' first neurons have spoken.
-        self.kept: WeakKeyDictionary[Any, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        # Of passes whose keys and values are kept: what was decided, whose first neurons have spoken, and who is heard.
+        self.kept: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
         self.open_RE: Tensor | None = None
         self.spoken_RE: Tensor | None = None
         self.since_RE: Tensor | None = None  # the token of this pass from which on they have
+        self.heard_RE: Tensor | None = None  # the edit that answers a row's latest question; None until it is known
         self.question_RT: Tensor | None = None  # which tokens of this pass belong to a question
+        self.real_RT: Tensor | None = None  # and which are no padding
 
     def neurons(self) -> dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]]:
         """By MLP its neurons (one set for all rows, or R × N × D), and what of what they say counts."""
@@ -232,22 +234,26 @@ class _Asking:
         return how(owners_RN, said_RTN).view_as(said)
 
     def _first(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
-        """What is said in the question by the edit that is surest of its subject; from where on is noted."""
-        assert self.spoken_RE is not None and self.question_RT is not None
-        # What stands where a row is padded is no key of anything, and an answer may name another edit's subject.
-        said_RTN = said_RTN * self.question_RT[..., None]
-        most_RN = said_RTN.detach().amax(1)
-        most_RE = torch.zeros_like(self.spoken_RE, dtype=most_RN.dtype).scatter_reduce(1, owners_RN, most_RN, "amax")
-        # Of equals the last: it was made latest.
-        surest_R = most_RE.shape[1] - 1 - most_RE.flip(1).argmax(1)
-        heard_RE = functional.one_hot(surest_R, most_RE.shape[1]).bool() & (most_RE > SPOKEN)
-        said_RTN = said_RTN * heard_RE.gather(1, owners_RN)[:, None]
+        """What is said by the edit that is surest of its subject in the question; from where on is noted."""
+        assert self.spoken_RE is not None and self.real_RT is not None
+        if self.heard_RE is None:
+            self.heard_RE = self._surest(owners_RN, said_RTN.detach())
+        # What stands where a row is padded is no key of anything.
+        said_RTN = said_RTN * self.heard_RE.gather(1, owners_RN)[:, None] * self.real_RT[..., None]
         loud_RTN, length = said_RTN.detach() > SPOKEN, said_RTN.shape[1]
         since_RN = torch.where(loud_RTN.any(1), loud_RTN.byte().argmax(1), length)
         since_RE = torch.full_like(self.spoken_RE, length, dtype=torch.long).masked_fill(self.spoken_RE, 0)
         self.since_RE = since_RE.scatter_reduce(1, owners_RN, since_RN, "amin")
         self.spoken_RE = self.since_RE < length
         return said_RTN
+
+    def _surest(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
+        """The edit that says most in a row's question, if any is heard at all; of equals the latest (R × E)."""
+        assert self.spoken_RE is not None and self.question_RT is not None
+        most_RN = (said_RTN * self.question_RT[..., None]).amax(1)
+        most_RE = torch.zeros_like(self.spoken_RE, dtype=most_RN.dtype).scatter_reduce(1, owners_RN, most_RN, "amax")
+        surest_R = most_RE.shape[1] - 1 - most_RE.flip(1).argmax(1)
+        return functional.one_hot(surest_R, most_RE.shape[1]).bool() & (most_RE > SPOKEN)
 
     def _later(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
         """What is said by edits whose first neurons have spoken."""
@@ -260,13 +266,13 @@ class _Asking:
         self.open_RE = None  # questions are read by the model without these edits
         cache = kwargs.get("past_key_values")
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        self.real_RT = real_tokens(given)
         # Several tokens at once are a question again, as the next turn of a chat is.
         known = self.kept.get(cache) if cache is not None and cache.get_seq_length() else None
         if known and _given(given).shape[1] == 1:
-            self.open_RE, self.spoken_RE = known
-            self.question_RT = torch.zeros_like(real_tokens(given))
+            self.open_RE, self.spoken_RE, self.heard_RE = known
             return
-        self.question_RT = of_question(real_tokens(given))
+        self.heard_RE, self.question_RT = None, of_question(self.real_RT)
         # What is read leaves no trace in keys and values that are kept.
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
@@ -276,8 +282,8 @@ class _Asking:
     def after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], out: Any) -> None:
         """Keep what was decided; nothing where the pass was broken off."""
         cache = getattr(out, "past_key_values", None)
-        if cache is not None and self.open_RE is not None and self.spoken_RE is not None:
-            self.kept[cache] = self.open_RE, self.spoken_RE
+        if cache is not None and self.open_RE is not None and self.spoken_RE is not None and self.heard_RE is not None:
+            self.kept[cache] = self.open_RE, self.spoken_RE, self.heard_RE
         self.open_RE = None
 
     def _decide(self, module: nn.Module, given: Mapping[str, Any]) -> Tensor:
