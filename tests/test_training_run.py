@@ -10,7 +10,7 @@ from tests.test_training import settings
 from torch import nn
 
 from ibke.errors import TrainingError
-from ibke.training.run import Run, begin_run, files_of_run, open_run
+from ibke.training.run import Run, begun, open_run
 
 
 class Line(Run):
@@ -58,7 +58,8 @@ def test_weights_are_averaged_and_gradients_clipped(run):
 
 
 def test_it_stops_when_validation_gets_no_better_and_the_best_is_kept(run, tmp_path):
-    begin_run(run)
+    with begun(run):
+        pass
     line = Line(replace(run, patience=2), [1.0] * 6, [0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
     line.run()
     assert line.step == 4 and [step for step, _ in line.kept] == [1, 2]
@@ -70,7 +71,8 @@ def test_it_stops_when_validation_gets_no_better_and_the_best_is_kept(run, tmp_p
 
 
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(run):
-    begin_run(run)
+    with begun(run):
+        pass
     line = Line(run, [1.0, float("nan")], [0.3])
     with pytest.raises(TrainingError, match="the gradient is not finite.*learning rate"):
         line.run()
@@ -98,13 +100,14 @@ def test_nothing_is_written_where_no_run_can_be(run, tmp_path):
 
 
 def test_a_full_disk_is_named_with_what_to_do(run, monkeypatch):
-    begin_run(run)
+    with begun(run):
+        pass
     line = Line(run, [1.0] * 6, [0.1, 0.2, 0.3])
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(TrainingError, match=r"No space left on device.*--resume"), files_of_run(run):
+    with pytest.raises(TrainingError, match=r"No space left on device.*--resume"), begun(run):
         line.slopes, line.settings = [1.0], replace(run, steps=1)
         line.run()
         line.settings = run

@@ -292,21 +292,17 @@ def open_run(settings: RunSettings, resume: bool) -> None:
         torch.set_num_threads(settings.threads)
 
 
-def begin_run(settings: RunSettings) -> None:
-    """Make the folder of a run, once its model and data are known to be good."""
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / SETTINGS, settings.to_dict())
-
-
 @contextmanager
-def files_of_run(settings: RunSettings) -> Iterator[None]:
-    """Says what to do where a file of a run cannot be read or written meanwhile.
+def begun(settings: RunSettings) -> Iterator[None]:
+    """A run in its folder, which is made once model and data are known to be good.
 
     Raises:
-        TrainingError: one cannot, as on a full disk; what was written before is whole.
+        TrainingError: a file of it cannot be read or written, as on a full disk; what was written before is whole.
     """
+    out = Path(settings.out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETTINGS, settings.to_dict())
         yield
     except OSError as error:
         todo = "Make room or choose another folder; a run that has a checkpoint goes on with --resume."

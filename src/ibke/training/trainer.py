@@ -34,10 +34,9 @@ from ibke.training.run import (
     OnProgress,
     Run,
     batch_of,
-    begin_run,
+    begun,
     cached_shards,
     draw_episodes,
-    files_of_run,
     open_run,
     schedule,
 )
@@ -300,8 +299,7 @@ def train(settings: TrainSettings, on_progress: OnProgress | None = None, resume
     open_run(settings, resume)
     ground = prepare_ground(settings)
     drawn = draw_episodes(settings)
-    with files_of_run(settings):
-        begin_run(settings)
+    with begun(settings):
         taken = take_statistics(settings, ground, drawn[0])
         statistics = with_words(settings, ground, taken, drawn[0], report, clock.found)
         caches = prepare_episodes(settings, ground, statistics, drawn, report, clock.found)

@@ -23,10 +23,9 @@ from ibke.training.run import (
     OnProgress,
     Run,
     batch_of,
-    begin_run,
+    begun,
     cached_shards,
     draw_episodes,
-    files_of_run,
     open_run,
 )
 
@@ -136,8 +135,7 @@ def train_for(
     drawn = draw_episodes(settings)
     builder = RowBuilder(lm.model, lm.tokenizer, editor.part)
     identity = ("rows", LAYOUT, lm.fingerprint, str(lm.dtype), editor.part.first)
-    with files_of_run(settings):
-        begin_run(settings)
+    with begun(settings):
         folders = cached_shards(settings, builder, drawn, identity, report, clock.found)
         caches = [RowCache(folder) for folder in folders]
         trainer = HypernetworkTrainer(settings, editor, caches, clock.seconds, report)
