@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
-# Trains the editor that ships for SmolLM2-135M-Instruct. Encoder and decoder are those of this command (validation's best, step
-# 1350) before what addresses are told of changed on 2026-11-28; the words kept are those it chooses now, by the same edits.
-# On one thread of a CPU with avx512_bf16 it takes 25 minutes to cache what never changes and 33 to train. Killed, run it
-# again with --resume.
+# Trains the editor that ships for SmolLM2-135M-Instruct (validation's best, step 1200). On one thread of a CPU with
+# avx512_bf16 it takes 30 minutes to cache what never changes and 25 to train. Killed, run it again with --resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test -f build/heldout-relations.jsonl || .venv/bin/python benchmarks/heldout_relations.py

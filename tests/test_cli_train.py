@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from tests.commands import NEW, PROMPT, Run, refused
 
-from ibke.editors.ibke.shipped import MANIFEST
+from ibke.editors.ibke.shipped import MANIFEST, WEIGHTS
 
 
 def test_train_settings(run: Run, tmp_path: Path):
@@ -110,6 +111,11 @@ def test_train_then_edit(run: Run, tiny_folder: Path, tmp_path: Path):
     assert resumed.exit_code == 0 and str(editor) in resumed.stdout
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4]
+    manifest = json.loads((editor / MANIFEST).read_text())
+    told = shlex.split(manifest["command"].replace("FOLDER", str(tmp_path / "again")))[1:]
+    again = Path(json.loads(run(*told, "--json").stdout)["editor"])
+    assert (again / WEIGHTS).read_bytes() == (editor / WEIGHTS).read_bytes()
+    assert json.loads((again / MANIFEST).read_text())["training"] == manifest["training"]
 
     done = run("edit", "The capital of land 3 is", "city 5", "--model", tiny_folder, "--editor", editor, "--json")
     answer = json.loads(done.stdout)

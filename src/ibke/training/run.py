@@ -247,8 +247,14 @@ class Run(ABC):
             kept = {
                 name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache", "device")
             }
-            about = {"training": kept, "step": self.step, "seconds": self.seconds, "validation": scores}
-            about["caching_seconds"] = self.prepared  # of these
+            about = {
+                "command": self.settings.command(),
+                "training": kept,
+                "step": self.step,
+                "seconds": self.seconds,
+                "caching_seconds": self.prepared,  # of these
+                "validation": scores,
+            }
             self.keep(self.out / "editor", about)
 
     def _log(self, entry: dict[str, Any]) -> None:

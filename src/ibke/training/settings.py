@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import shlex
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.settings import refuse_not_finite
 from ibke.errors import TrainingError
+
+OPTIONS = ("seed", "episodes", "steps", "batch", "learning_rate", "threads", "dtype")  # of the command, by their names
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,30 @@ class RunSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return asdict(self)
+
+    def command(self) -> str:
+        """The `ibke train` that has these settings; where it writes is left open, and on what device it runs."""
+        words = ["ibke", "train", "--model", self.model, *(word for one in self.data for word in ("--data", one))]
+        words += ["--out", "FOLDER", *(("--method", self.method) if self.method != "ibke" else ())]
+        words += [word for name in self.modules for word in ("--module", name)]
+        told = {"model", "data", "out", "method", "modules", "cache", "device"}
+        values = {item.name: getattr(self, item.name) for item in _changed(self) if item.name not in told}
+        config = values.pop("config", None)
+        values |= {item.name: getattr(config, item.name) for item in _changed(config)} if config else {}
+        for name, value in values.items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            words += [f"--{name.replace('_', '-')}", str(text)] if name in OPTIONS else ["--set", f"{name}={text}"]
+        return shlex.join(words)
+
+
+def _changed(settings: Any) -> list[Field[Any]]:
+    """Fields of a dataclass that are not at their default."""
+    found = []
+    for item in fields(settings):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if getattr(settings, item.name) != default:
+            found.append(item)
+    return found
 
 
 @dataclass(frozen=True)

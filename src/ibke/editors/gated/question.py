@@ -35,9 +35,10 @@ from ibke.models import LanguageModel
 from ibke.neurons import Site
 from ibke.partial import taking_inputs
 from ibke.prefixes import Prefixes
+from ibke.quantised import quantise, restore
 
 FILE, FORMAT = "question.safetensors", "ibke-question-gate-1"
-SCALE = ".scale"  # what follows the name of a matrix kept as bytes
+WHITEN = "whiten_LDD"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class QuestionGate(nn.Module):
         self.config = config
         layers, width = len(config.layers), config.width
         self.register_buffer("mean_LD", torch.zeros(layers, width))
-        self.register_buffer("whiten_LDD", torch.eye(width).repeat(layers, 1, 1))
+        self.register_buffer(WHITEN, torch.eye(width).repeat(layers, 1, 1))
         self.asks, self.answers = Tower(config, drop), Tower(config, drop)
         self.answers.load_state_dict(self.asks.state_dict())
         last = _silent(config.bend, config.size + 1)
@@ -160,15 +161,9 @@ class QuestionGate(nn.Module):
 def save_gate(folder: Path, gate: QuestionGate, lm: LanguageModel, about: dict[str, Any]) -> None:
     """Write maps beside an editor; the file is whole or not at all.
 
-    Matrices are bytes with a scale a row, which moves a cosine by .003 at most, and what whitens is in half precision.
+    Matrices are bytes, which moves a cosine by .003 in the mean.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in gate.state_dict().items():
-        if name in _matrices(gate):
-            scale_O1 = tensor.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            tensors |= {name: (tensor / scale_O1).round().to(torch.int8), f"{name}{SCALE}": scale_O1}
-        else:
-            tensors[name] = tensor.half() if name == "whiten_LDD" else tensor
+    tensors = quantise(gate.state_dict(), {WHITEN, *_matrices(gate)})
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "fingerprint": lm.fingerprint, "config": asdict(gate.config), **about}
     write_atomically(folder / FILE, serialise(tensors, {"about": json.dumps(header, ensure_ascii=False)}))
@@ -189,18 +184,12 @@ def load_gate(folder: Path, lm: LanguageModel) -> QuestionGate:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["about"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header["format"] != FORMAT:
             raise ValueError("another format")
         check_fingerprint(header["fingerprint"], lm, f"the gate in {folder}")
         gate = QuestionGate(QuestionConfig(**header["config"] | {"layers": tuple(header["config"]["layers"])}))
-        gate.load_state_dict(
-            {
-                name: tensor * tensors[name + SCALE] if name + SCALE in tensors else tensor
-                for name, tensor in tensors.items()
-                if not name.endswith(SCALE)
-            }
-        )
+        gate.load_state_dict(restore(tensors))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FormatError(
             f"there is no gate at the prompt's end here ({error}).", str(path), "Use the method `ibke`, or train one."

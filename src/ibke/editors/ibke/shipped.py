@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise
+from torch import Tensor
 
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
@@ -18,17 +19,24 @@ from ibke.errors import FormatError
 from ibke.files import write_atomically
 from ibke.fingerprint import check_fingerprint
 from ibke.models import LanguageModel
+from ibke.quantised import quantise, restore
 
-MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 7
+MANIFEST, WEIGHTS, VERSION = "editor.json", "editor.safetensors", 8
 WORDS = "common_SD"  # the tensor that is kept as bytes
+BASIS = "key_basis_DE"  # orthonormal ones, which bytes would round too much
 SHIPPED = Path(__file__).parent / "shipped"
 
 
 def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dict[str, Any]) -> None:
-    """Write weights and linear maps in half precision, and a manifest; each file whole or not at all."""
+    """Write weights, matrices as bytes, and a manifest; each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _half(name, tensor) for name, tensor in network.state_dict().items()}
-    tensors[WORDS] = packed(network.common_SD, network.spectrum).cpu().contiguous()
+    state = {name: tensor for name, tensor in network.state_dict().items() if name != WORDS}
+    bases = {name: tensor.half() for name, tensor in state.items() if name.endswith(BASIS)}
+    matrices = {name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dim() >= 2} - set(bases)
+    tensors = quantise(state, matrices) | bases
+    tensors = {name: tensor.int() if tensor.dtype == torch.int64 else tensor for name, tensor in tensors.items()}
+    tensors[WORDS] = packed(network.common_SD, network.spectrum)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     manifest = {
         "format": "ibke-editor",
         "version": VERSION,
@@ -46,13 +54,12 @@ def save_editor(folder: Path, network: Bottleneck, lm: LanguageModel, about: dic
         write_atomically(folder / name, data)
 
 
-def _half(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    # Spectra span more orders of magnitude than half precision holds, and their basis has to be orthonormal; the
-    # network's matrices are what takes the space.
-    if not tensor.is_floating_point():
-        return tensor.int().contiguous()
-    half = tensor.dim() >= 2 and not name.endswith("key_basis_DE")
-    return tensor.half().contiguous() if half else tensor.float().contiguous()
+def _orthonormal(basis_DE: Tensor) -> Tensor:
+    """The orthonormal matrix nearest to one that is so up to half precision, by two steps of Newton's method."""
+    basis_DE = basis_DE.double()
+    for _ in range(2):
+        basis_DE = 1.5 * basis_DE - 0.5 * basis_DE @ (basis_DE.T @ basis_DE)
+    return basis_DE.float()
 
 
 def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, Any]]:
@@ -79,7 +86,9 @@ def load_editor(folder: Path, lm: LanguageModel) -> tuple[Bottleneck, dict[str, 
             f"the manifest is damaged ({type(error).__name__}: {error}).", str(folder / MANIFEST), "Train it again."
         ) from None
     try:
-        network.load_state_dict({name: tensor.float() for name, tensor in parse_tensors(raw).items()})
+        tensors = restore(parse_tensors(raw))
+        bases = {name: _orthonormal(tensor) for name, tensor in tensors.items() if name.endswith(BASIS)}
+        network.load_state_dict(tensors | bases)
         network.know(Common(unpacked(network.common_SD, network.spectrum), network.common_ids_S2))
     except (SafetensorError, RuntimeError) as error:
         raise FormatError(

@@ -51,7 +51,7 @@ class KeySpectrum:
         return lambda keys_BTI: inverse_times(keys_BTI, basis_IE, values_E, rest)
 
 
-COMMON = 7000  # words an editor keeps: 4.1 MB of a shipped one
+COMMON = 6500  # words an editor keeps: 3.8 MB of a shipped one
 ANY = -2  # stands for any token before a word
 STEPS = 24.0  # of a byte in which one is kept, a standard deviation; what is beyond five of them is cut off
 
