@@ -86,9 +86,10 @@ class Batch:
         """The column of each row's prompt's last token."""
         return self.predicts_RT.long().argmax(1)
 
-    def per_row(self, values_N: Tensor) -> Tensor:
-        """Sum values given per answer position into one per row."""
-        return torch.zeros(self.rows, dtype=values_N.dtype, device=values_N.device).index_add(0, self.row_N, values_N)
+    def per_row(self, values_N: Tensor, where_N: Tensor | None = None) -> Tensor:
+        """Sum values given per answer position, or for those where it is true, into one per row."""
+        row_N = self.row_N if where_N is None else self.row_N[where_N]
+        return torch.zeros(self.rows, dtype=values_N.dtype, device=values_N.device).index_add(0, row_N, values_N)
 
     def score(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of each answer (R, nats), and whether greedy decoding gives it (R).

@@ -18,8 +18,9 @@ from ibke.errors import IBKEError, ModelError
 from ibke.fingerprint import check_fingerprint, fingerprint
 from ibke.frames import Frame, encode_pair
 from ibke.gguf import complete, read_gguf
+from ibke.greedy import ended, greedy
 from ibke.linear import speed_up
-from ibke.modules import Architecture, architecture_of
+from ibke.modules import Architecture, architecture_of, end_tokens
 
 __all__ = ["LanguageModel", "check_fingerprint", "load_model"]
 
@@ -64,11 +65,9 @@ class LanguageModel:
             frame: how it is put to the model.
             max_new_tokens: the longest answer (tokens).
         """
-        ids = torch.tensor([encode_pair(prompt, "-", frame, self.tokenizer).prompt], device=self.device)
-        made = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
-        )
-        text: str = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        asked, ends = encode_pair(prompt, "-", frame, self.tokenizer).prompt, end_tokens(self.model, self.tokenizer)
+        made = greedy(self.model, [asked], self.tokenizer.pad_token_id, ends, max_new_tokens)[0]
+        text: str = self.tokenizer.decode(ended(made, ends), skip_special_tokens=True)
         return text.strip().partition("\n")[0].strip()
 
 

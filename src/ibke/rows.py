@@ -8,17 +8,16 @@ Shape suffixes: R rows, T tokens, N answer positions, D hidden, V vocabulary, P 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
 
 from ibke.batch import Batch, Pair, by_length, collate
+from ibke.greedy import ended, greedy
 from ibke.modules import end_tokens
 from ibke.neurons import Neurons, Site, row_neurons
 from ibke.partial import PartialModel, Past, join
@@ -26,6 +25,7 @@ from ibke.prefixes import Prefixes
 
 EDIT, INSIDE, OUTSIDE = 0, 1, 2
 LEADING = 64  # base tokens kept per position for IL; the rest of the distribution is one more bin
+AT_ONCE = 96  # prompts that are answered together
 CONTINUATION = 8  # tokens of the base's own greedy answer that must stay
 
 
@@ -148,22 +148,17 @@ def row_terms(logits_NV: Tensor, group: RowGroup) -> RowTerms:
     batch, outside_N = group.batch, group.kind_R[group.batch.row_N] == OUTSIDE
     inside_N = ~outside_N
     values_N = F.cross_entropy(logits_NV[inside_N], batch.labels_N[inside_N], reduction="none")
-    nll_R = _per_row(values_N, batch.row_N[inside_N], batch.rows)
+    nll_R = batch.per_row(values_N, inside_N)
     forward_N, backward_N = binned_kl(logits_NV[outside_N], group.base_tokens_NP, group.base_log_probs_NP)
-    row_N = batch.row_N[outside_N]
     wrong_N = (logits_NV.detach().argmax(-1) != batch.labels_N).float()
     return RowTerms(
         nll_R,
-        _per_row(forward_N, row_N, batch.rows),
-        _per_row(backward_N, row_N, batch.rows),
-        _per_row(wrong_N, batch.row_N, batch.rows) == 0,
+        batch.per_row(forward_N, outside_N),
+        batch.per_row(backward_N, outside_N),
+        batch.per_row(wrong_N) == 0,
         group.kind_R,
         group.owner_R,
     )
-
-
-def _per_row(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
-    return torch.zeros(rows, dtype=values_N.dtype, device=values_N.device).index_add(0, row_N, values_N)
 
 
 def leading_tokens(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,37 +276,14 @@ def _cut(pairs: Sequence[Pair], hidden_RTD: Tensor, whole: Past, pad_id: int) ->
     return hidden_RTD[rows_R1, after_RT], batch, past
 
 
-@torch.no_grad()
 def continuations(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
     """The base's own greedy answers (up to ``CONTINUATION`` tokens), which edits must leave alone."""
-    device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
     out: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for begin in range(0, len(order), 96):
-        rows = order[begin : begin + 96]
-        longest = max(len(prompts[row]) for row in rows)
-        ids = torch.full((len(rows), longest), tokenizer.pad_token_id, device=device)
-        attention = torch.zeros_like(ids)
-        for slot, row in enumerate(rows):
-            ids[slot, longest - len(prompts[row]) :] = torch.tensor(prompts[row], device=device)
-            attention[slot, longest - len(prompts[row]) :] = 1
-        with _plainly(model, ends, tokenizer.pad_token_id):
-            made = model.generate(input_ids=ids, attention_mask=attention)[:, longest:]
-        for slot, row in enumerate(rows):
-            tokens = made[slot].tolist()
-            out[row] = tokens[: next((at + 1 for at, token in enumerate(tokens) if token in ends), len(tokens))]
+    for begin in range(0, len(order), AT_ONCE):
+        rows = order[begin : begin + AT_ONCE]
+        made = greedy(model, [prompts[row] for row in rows], tokenizer.pad_token_id, ends, CONTINUATION)
+        for row, tokens in zip(rows, made, strict=True):
+            out[row] = ended(tokens, ends)
     return out
-
-
-@contextmanager
-def _plainly(model: Any, ends: list[int], pad_id: int) -> Iterator[None]:
-    """Generate greedily, whatever a model's own settings hold (repetition penalties, suppressed tokens)."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=CONTINUATION, do_sample=False, eos_token_id=ends, pad_token_id=pad_id
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own

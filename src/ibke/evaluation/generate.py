@@ -9,17 +9,16 @@ Shape suffixes: R rows (prompts), T tokens, K rank, I d_in, O d_out.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ibke.edit import Edit
 from ibke.errors import RequestError
+from ibke.greedy import ended, greedy
 from ibke.models import LanguageModel
 from ibke.modules import end_tokens, resolve
 from ibke.neurons import Neurons, Site, filled, row_neurons
@@ -85,9 +84,10 @@ def generate(
     answers: dict[int, Answer] = {}
     with in_force(lm, edits) as on_rows:
         for rows in plan([len(prompt) for prompt in prompts], batch_size):
-            ids_RT, attention_RT = _pad_left([prompts[row] for row in rows], lm)
             with on_rows(rows):
-                chosen = _greedy(lm, ids_RT, attention_RT, stops, max_new_tokens)
+                chosen = greedy(
+                    lm.model, [prompts[row] for row in rows], lm.tokenizer.pad_token_id, stops, max_new_tokens
+                )
             answers |= {row: stops.answer(tokens) for row, tokens in zip(rows, chosen, strict=True)}
             if tick:
                 tick(len(rows))
@@ -179,57 +179,16 @@ class Stops:
         self.tokenizer = lm.tokenizer
         self.known = dict.fromkeys(end_tokens(lm.model, lm.tokenizer), True)
 
-    def __contains__(self, token: int) -> bool:
+    def __contains__(self, token: Any) -> bool:
         if token not in self.known:
             self.known[token] = "\n" in self.tokenizer.decode([token])
         return self.known[token]
 
     def answer(self, tokens: list[int]) -> Answer:
         """The answer in a row of chosen tokens, which may run on after its end."""
-        length = next((i + 1 for i, token in enumerate(tokens) if token in self), len(tokens))
-        text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.split("\n")[0].strip(), tuple(tokens[:length]))
-
-
-@torch.inference_mode()
-def _greedy(lm: LanguageModel, ids_RT: Tensor, attention_RT: Tensor, stops: Stops, steps: int) -> list[list[int]]:
-    # The loop is our own since transformers' `generate` mixes in whatever a model's generation settings hold
-    # (repetition penalties, suppressed tokens), which is not greedy decoding.
-    decoder, head = lm.model.base_model, lm.model.get_output_embeddings()
-    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-    open_rows = set(range(len(ids_RT)))
-    chosen: list[list[int]] = [[] for _ in open_rows]
-    cache = None
-    while open_rows and steps:
-        positions_RT = (attention_RT.cumsum(-1) - 1).clamp(min=0)[:, -ids_RT.shape[1] :]
-        out = decoder(
-            input_ids=ids_RT,
-            attention_mask=attention_RT,
-            past_key_values=cache,
-            use_cache=True,
-            **({"position_ids": positions_RT} if takes_positions else {}),
-        )
-        cache, steps = out.past_key_values, steps - 1
-        # One row a prompt: a three-dimensional slice would have PyTorch copy the head's weight for every prompt. Caps
-        # and scales that some models put on logits do not change which is largest.
-        next_R = head(out.last_hidden_state[:, -1]).argmax(-1)
-        for row, token in enumerate(next_R.tolist()):
-            chosen[row].append(token)
-            if token in stops:
-                open_rows.discard(row)
-        ids_RT = next_R[:, None]
-        attention_RT = torch.cat([attention_RT, attention_RT.new_ones(len(ids_RT), 1)], dim=1)
-    return chosen
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], lm: LanguageModel) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids_RT = torch.full((len(prompts), longest), lm.tokenizer.pad_token_id)
-    attention_RT = torch.zeros_like(ids_RT)
-    for row, prompt in enumerate(prompts):
-        ids_RT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        attention_RT[row, longest - len(prompt) :] = 1
-    return ids_RT.to(lm.device), attention_RT.to(lm.device)
+        tokens = ended(tokens, self)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(text.split("\n")[0].strip(), tuple(tokens))
 
 
 def _check_window(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
