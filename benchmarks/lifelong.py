@@ -124,7 +124,7 @@ def run(file: Path, args: argparse.Namespace) -> None:
     lm = load_model("smollm2-135m", dtype=args.dtype)
     text, suites = Beside(str(running_text().absolute()), abilities(), QUESTIONS).read()
     battery = Battery(lm, text, TOKENS, suites)
-    editor = ready(lm, args.method, *args.set)
+    editor = ready(lm, args.method, *args.set, protocol=f"sequential:{args.group}" if args.group > 1 else "sequential")
     editor_mark = editor.mark  # what it learns of edits is not part of its name
     refuse_another(folder / "editor", editor_mark)
 

@@ -281,17 +281,18 @@ def lifelong() -> str:
 def tuned() -> str:
     """Published settings, those tried and the best, or those that a method is trained with."""
     lines = [
-        "| method | published | best of those tried, or trained with | score | score of the published |",
-        "|---|---|---|---|---|",
+        "| method | published | tuned for | on | best of those tried, or trained with | score | of our defaults |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for method, found in json.loads(TUNED.read_text()).items() if TUNED.exists() else ():
-        scores = {str(one["settings"]): one["score"] for one in found["tried"]}
-        chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "our defaults"
-        lines.append(
-            f"| {method} | {PUBLISHED[method]} | {chosen} (of {len(scores)}) "
-            f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"
-        )
-    lines += [f"| {method} | {PUBLISHED[method]} | {trained(method)} | – | – |" for method in TRAINED]
+    for method, by_protocol in json.loads(TUNED.read_text()).items() if TUNED.exists() else ():
+        for protocol, found in by_protocol.items():
+            scores = {str(one["settings"]): one["score"] for one in found["tried"]}
+            chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "our defaults"
+            lines.append(
+                f"| {method} | {PUBLISHED[method]} | {protocol} | {found['edits']} | {chosen} (of {len(scores)}) "
+                f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"
+            )
+    lines += [f"| {method} | {PUBLISHED[method]} | – | – | {trained(method)} | – | – |" for method in TRAINED]
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """The comparison of docs/results.md: rivals tuned on validation edits, then all methods on the same held-out ones.
 
-    IBKE_DATA=... python benchmarks/rivals.py tune [--methods rome,memit]
+    IBKE_DATA=... python benchmarks/rivals.py tune [--methods rome,memit] [--protocols single,batch:100,sequential]
     IBKE_DATA=... python benchmarks/rivals.py table [--methods ...] [--data ...] [--protocols ...]
     IBKE_DATA=... python benchmarks/rivals.py summary
 
 All are `ibke bench` commands, which are printed; what is finished is not run again. The winner of a method's
-candidates is the one of the largest score, mean over data sets, and is written to TUNED.
+candidates is the one of the largest score, mean over data sets, and is written to TUNED, for each protocol by itself:
+what suits a single edit need not suit a hundred. Where a method was not tuned under one, what won on single edits runs.
 """
 
 import argparse
@@ -29,18 +30,18 @@ DATA = data_folder()
 RESULTS = Path("benchmarks/results/rivals")
 TUNED = RESULTS / "tuned.json"
 TUNING = Path("build/tuning")
-EDITS = 16  # of each data set in tuning
-TOGETHER = ("memit", "alphaedit", "ultraedit")  # made for many edits at once, and tuned so; the others on single edits
+EDITS = {"single": 16, "batch:100": 32, "sequential": 32, "sequential:100": 200}  # of each data set in tuning
+QUICK = ("ultraedit",)  # edits take so little that whole batches of 100 are tuned on
 SEED = 0
 COUNTS = {"single": 200, "batch:100": 200, "sequential": 500}  # edits of a cell of the table
 
-# name: file under IBKE_DATA, format, file of validation edits (the same: those of it that no cell of the table draws;
-# None: not tuned on)
-DATASETS: dict[str, tuple[str, str, str | None]] = {
+# name: file under IBKE_DATA, format, file of validation edits (the same: those of it that no cell of the table draws)
+DATASETS: dict[str, tuple[str, str, str]] = {
     "counterfact": ("counterfact/counterfact-val.json", "counterfact", "counterfact/counterfact-train.json"),
     "zsre": ("zsre/zsre_mend_train-1k.json", "zsre", "zsre/zsre_mend_train-1k.json"),
-    "knowedit": ("knowedit/recent_train.json", "knowedit", None),
+    "knowedit": ("knowedit/recent_train.json", "knowedit", "knowedit/recent_train.json"),
 }
+SMALL = ("knowedit",)  # what cells leave of it is enough to tune on single edits only
 PROTOCOLS = ",".join(f"{protocol}/{count}" for protocol, count in COUNTS.items())
 RIVALS = "ft,ft-l,lora,rome,memit,alphaedit,mend,malmen,rledit,ultraedit,grace,wise,serac,ike,ike-retrieval"
 METHODS = f"ibke,ibke-gated,{RIVALS}"
@@ -60,12 +61,23 @@ ALWAYS: dict[str, dict[str, object]] = {
     "serac": {"sources": MIXTURE, "requests": 5096, "exclude": EXCLUDED},
 }
 
+# As many edits to be shown as there are, of the data that IBKE is trained on.
+STORE = {"store": "counterfact/counterfact-train.json", "format": "counterfact"}
+
 # UltraEdit's layers for Llama-3-8B, at the same depth.
 LIKE_LLAMA = {"gate_layers": "10,11,12,13,14", "value_layers": "17,18,19,20,21,22"}
 
 # Beside its own defaults, which are the published settings where the paper's model is of another size.
 CANDIDATES: dict[str, list[dict[str, object]]] = {
-    "ft": [{"learning_rate": 2e-3}, {"layer": 10}, {"layer": 20}, {"layer": 20, "stop_at_answer": True}],
+    "ft": [
+        {"learning_rate": 2e-3},
+        {"learning_rate": 5e-3},
+        {"layer": 10},
+        {"layer": 20},
+        {"layer": 20, "learning_rate": 1e-3},
+        {"layer": 20, "learning_rate": 2e-3},
+        {"layer": 20, "stop_at_answer": True},
+    ],
     "ft-l": [
         {"bound": 2e-3},
         {"bound": 1e-2},
@@ -111,10 +123,28 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
     ],
     "grace": [{"radius": 5.0}, {"radius": 20.0}, {"layer": 10, "radius": 5.0}, {"layer": 20, "radius": 20.0}],
     "wise": [{"layer": 20, "alpha": 20.0, "beta": 40.0, "gamma": 20.0, "ratio": 0.8}, {"layer": 20}],
-    "serac": [{"width": 256}, {"layer": 8}],
-    "ike-retrieval": [{"copies": 0, "updates": 0, "retains": 6}, {"copies": 2, "updates": 2, "retains": 6}],
+    "serac": [{"width": 256}, {"layer": 8}, {"steps": 1000}, {"layer": 8, "steps": 1000}],
+    "ike-retrieval": [
+        {"copies": 0, "updates": 0, "retains": 6},
+        {"copies": 2, "updates": 2, "retains": 6},
+        {"copies": 2, "updates": 4, "retains": 8, **STORE},
+        {"copies": 4, "updates": 12, "retains": 16, **STORE},
+    ],
 }
 """Settings tried for a method, beside its defaults."""
+
+# Fine-tuning by a few edits a step, so that a hundred of them take more than the 25 steps of as many epochs.
+TOGETHER: dict[str, list[dict[str, object]]] = {
+    "ft": [
+        {"batch_size": 10},
+        {"learning_rate": 2e-3, "batch_size": 10},
+        {"layer": 20, "learning_rate": 1e-3, "batch_size": 10},
+        {"layer": 20, "batch_size": 1},
+    ],
+    "ft-l": [{"bound": 2e-3, "batch_size": 10}, {"layer": 20, "bound": 1e-2, "batch_size": 10}],
+    "lora": [{"batch_size": 10}, {"learning_rate": 1e-3, "batch_size": 10}, {"learning_rate": 1e-3, "batch_size": 1}],
+}
+"""Settings tried beside these for batches."""
 
 PUBLISHED = {
     "ft": "one layer at .69 of the depth (22 of Llama-3-8B's 32), Adam 5e-4, at most 25 epochs, no bound",
@@ -146,53 +176,60 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "table", "summary"))
     parser.add_argument("--methods", default="")
     parser.add_argument("--data", default=",".join(DATASETS))
-    parser.add_argument("--protocols", default=PROTOCOLS)
+    parser.add_argument("--protocols", default="", help=f"of tuning: {', '.join(EDITS)}; of the table: {PROTOCOLS}")
     args = parser.parse_args()
     if args.what == "tune":
-        for method in args.methods.split(",") if args.methods else CANDIDATES:
-            tune(method)
+        for protocol in (args.protocols or "single").split(","):
+            for method in args.methods.split(",") if args.methods else CANDIDATES:
+                tune(method, protocol)
     elif args.what == "summary":
         summary()
     else:
-        table(args.methods.split(",") if args.methods else METHODS.split(","), args.data.split(","), args.protocols)
+        methods = args.methods.split(",") if args.methods else METHODS.split(",")
+        table(methods, args.data.split(","), args.protocols or PROTOCOLS)
 
 
-def tune(method: str) -> None:
-    """Find a method's best settings among its candidates."""
+def tune(method: str, protocol: str) -> None:
+    """Find a method's best settings under a protocol among its candidates."""
+    more = TOGETHER.get(method, []) if protocol.startswith("batch") else []
     candidates: dict[str, dict[str, object]] = {method: {}} | {
-        f"{method}-{number}": given for number, given in enumerate(CANDIDATES[method], 1)
+        f"{method}-{number}": given for number, given in enumerate([*CANDIDATES[method], *more], 1)
     }
-    out = Path("build/tuned") / method
-    data = [f"{name}={validation_edits(name, source)}:jsonl" for name, (_, _, source) in DATASETS.items() if source]
-    labels = {label: (method, settings) for label, settings in candidates.items()}
-    run(labels, data, f"batch:{EDITS}" if method in TOGETHER else "single", out)
+    out = Path("build/tuned") / f"{method}.{protocol.replace(':', '-')}"
+    count = 100 if protocol == "batch:100" and method in QUICK else EDITS[protocol]
+    names = [name for name in DATASETS if protocol == "single" or name not in SMALL]
+    data = [f"{name}={validation_edits(name, count)}:jsonl" for name in names]
+    run({label: (method, {"single": settings}) for label, settings in candidates.items()}, data, protocol, out)
     rows = json.loads((out / "summary.json").read_text())["rows"]
-    found = {label: [row["generation"]["score"]["mean"] for row in rows if row["method"] == label] for label in labels}
+    found = {
+        label: [row["generation"]["score"]["mean"] for row in rows if row["method"] == label] for label in candidates
+    }
     # One that failed somewhere is out of the running.
     scores = {label: fmean(some) for label, some in found.items() if len(some) == len(data) and None not in some}
     if not scores:
         raise SystemExit(f"No candidate of {method} came through; see {out}.")
     best = max(scores, key=lambda label: scores[label])
     known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    known[method] = {
+    known.setdefault(method, {})[protocol] = {
         "settings": candidates[best],
+        "edits": f"{count} each of {', '.join(names)}",
         "tried": [{"settings": candidates[label], "score": round(score, 4)} for label, score in scores.items()],
     }
     TUNED.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(TUNED, (json.dumps(dict(sorted(known.items())), indent=1) + "\n").encode())
-    print(method, candidates[best], scores[best])
+    print(method, protocol, candidates[best], scores[best])
 
 
-def validation_edits(name: str, source: str) -> Path:
-    """A file of edits that no cell of the table draws."""
-    path, form, _ = DATASETS[name]
-    target = TUNING / f"{name}.jsonl"
+def validation_edits(name: str, count: int) -> Path:
+    """A file of so many edits that no cell of the table draws."""
+    path, form, source = DATASETS[name]
+    target = TUNING / f"{name}-{count}.jsonl"
     if not target.exists():
         requests = list(read(DATA / source, form, []))
         cells = COUNTS.values() if source == path else ()
-        drawn = {request.prompt for count in cells for request in sample(requests, count, SEED)}
+        drawn = {request.prompt for limit in cells for request in sample(requests, limit, SEED)}
         usable = [request for request in requests if request.prompt not in drawn and request.rephrase_prompts]
-        chosen = random.Random(SEED).sample(usable, EDITS)
+        chosen = random.Random(SEED).sample(usable, count)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, "".join(json.dumps(request.to_dict()) + "\n" for request in chosen).encode())
     return target
@@ -218,10 +255,13 @@ def side_effects() -> list[str]:
     return found + [part for name in ABILITIES for part in ("--abilities", f"ability/{name}")]
 
 
-def labelled(methods: Iterable[str]) -> dict[str, tuple[str, dict[str, object]]]:
-    """Methods with the settings they were found to be best with."""
+def labelled(methods: Iterable[str]) -> dict[str, tuple[str, dict[str, dict[str, object]]]]:
+    """Methods with the settings they were found to be best with, by protocol."""
     tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    return {method: (method, tuned.get(method, {}).get("settings", {})) for method in methods}
+    return {
+        method: (method, {protocol: found["settings"] for protocol, found in tuned.get(method, {}).items()})
+        for method in methods
+    }
 
 
 def trained(method: str) -> str:
@@ -244,16 +284,23 @@ def trained(method: str) -> str:
     return ", ".join(said)
 
 
-def ready(lm: LanguageModel, method: str, *more: str) -> Editor:
-    """A method as the table has it, with more settings as NAME=VALUE.
+def settings_under(protocol: str, tuned: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
+    """Of the settings found by protocol those for one, or for the most like it."""
+    like = [protocol, *(["batch:100"] if protocol.endswith(":100") else []), "single"]
+    return next((tuned[name] for name in like if name in tuned), {})
+
+
+def ready(lm: LanguageModel, method: str, *more: str, protocol: str = "single") -> Editor:
+    """A method as the table has it under a protocol, with more settings as NAME=VALUE.
 
     Raises:
         IBKEError: what it was trained to is not there, or a setting is none.
     """
     kind = method_class(method)
     hard_split([method])
-    ((_, settings),) = labelled([method]).values()
-    texts = [f"{name}={value}" for name, value in {**ALWAYS.get(method, {}), **settings}.items()]
+    ((_, tuned),) = labelled([method]).values()
+    settings = {**ALWAYS.get(method, {}), **settings_under(protocol, tuned)}
+    texts = [f"{name}={value}" for name, value in settings.items()]
     (given,) = parse([*texts, *more], kind.Settings) if kind.Settings else ({},)
     return kind.for_model(lm, **given)
 
@@ -281,15 +328,22 @@ def hard_split(methods: Iterable[str]) -> None:
 
 
 def run(
-    labels: Mapping[str, tuple[str, Mapping[str, object]]], data: list[str], protocols: str, out: Path, *more: str
+    labels: Mapping[str, tuple[str, Mapping[str, Mapping[str, object]]]],
+    data: list[str],
+    protocols: str,
+    out: Path,
+    *more: str,
 ) -> None:
-    """One `ibke bench` of methods under their labels."""
+    """One `ibke bench` of methods under their labels, with their settings by protocol."""
     command = ["ibke", "bench", "--methods", ",".join(f"{label}={method}" for label, (method, _) in labels.items())]
     command += [part for item in data for part in ("--data", item)]
     command += ["--protocols", protocols, "--seeds", str(SEED), "--out", str(out), *more]
-    for label, (method, settings) in labels.items():
-        for key, value in {**ALWAYS.get(method, {}), **settings}.items():
-            command += ["--set", f"{label}.{key}={value}"]
+    for label, (method, tuned) in labels.items():
+        for protocol in (text.partition("/")[0] for text in protocols.split(",")):
+            settings = {**ALWAYS.get(method, {}), **settings_under(protocol, tuned)}
+            command += [
+                part for key, value in settings.items() for part in ("--set", f"{label}@{protocol}.{key}={value}")
+            ]
     hard_split(method for method, _ in labels.values())
     print(" ".join(command), flush=True)
     done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]])

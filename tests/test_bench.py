@@ -71,6 +71,19 @@ def lm(tiny_model: Callable[..., LanguageModel]) -> LanguageModel:
 # --- plans
 
 
+def test_what_is_set_under_a_protocol_holds_there_alone() -> None:
+    plan = make_plan()
+    plain = plan.cells
+    wider = replace(plan.contenders[0], under={"sequential:2": {"scale": 0.5, "more": 1}})
+    cells = replace(plan, contenders=[wider, plan.contenders[1]]).cells
+    settings = {(cell.contender.label, str(cell.stage.protocol)): dict(cell.contender.settings) for cell in cells}
+    assert settings["calm", "single"] == {"scale": 0.1} and settings["loud", "sequential:2"] == {"scale": 2.0}
+    assert settings["calm", "sequential:2"] == {"scale": 0.5, "more": 1}
+    # Cells that it does not touch are found again where they were.
+    changed = [one.title for one, other in zip(cells, plain, strict=True) if one.file != other.file]
+    assert changed == [cell.title for cell in plain if cell.title.startswith("calm, towns, sequential:2")]
+
+
 def test_a_plan_compares_all_methods_on_the_same_edits_first() -> None:
     plan = make_plan()
     assert [cell.title for cell in plan.cells[:3]] == [

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from ibke.edit import Edit, EditInfo
+from ibke.editors.base import Editor
+from ibke.editors.descent import Lessons
 from ibke.editors.grace import GRACE, Codebook, GRACESettings, place
 from ibke.errors import FormatError, IBKEError
 from ibke.evaluation.generate import edited_rows
+from ibke.evaluation.sequence import InSequence
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
@@ -131,6 +134,22 @@ def test_a_sequence_splits_entries_in_force_and_knows_answers_it_has(tiny_model)
         assert label == "Canberra"
     whole = first.compose(second).parts[editor.place]
     assert sorted(whole.labels) == ["Canberra", "Paris"] and editor.known is None
+
+
+def test_a_value_is_learned_under_the_radii_that_come_into_force(tiny_model):
+    lm = tiny_model("llama")
+    first, second = EditRequest("The capital of France is", "a"), EditRequest("The capital of Peru is", "b")
+    plain = GRACE(lm, GRACESettings(layer=1))
+    keys_BI, _ = plain._look(plain.pairs([first, second]))
+    radius = 1.2 * float((keys_BI[0] - keys_BI[1]).norm())  # so that the second splits what the first has taken
+    editor: Editor = GRACE(lm, GRACESettings(layer=1, radius=radius, epochs=30))
+    with InSequence(lm) as sequence:
+        for request in (first, second):
+            edit = editor.edit([request])
+            sequence.add(edit)
+            editor = editor.after(edit)
+        nll, _ = Lessons(plain.part, plain.pairs([second]), lm.tokenizer.pad_token_id).judge()
+    assert edit.info.nll_after == pytest.approx(nll, abs=1e-4)
 
 
 def test_a_codebook_that_is_none_is_refused(tiny_model, tmp_path):

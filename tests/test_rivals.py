@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from ibke.cli.settings import parse
 from ibke.editors.base import METHODS, method_class
 from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.training.hypernetwork.settings import HypernetworkSettings
@@ -41,7 +43,7 @@ def test_published_settings_stand_beside_ours_for_every_rival(
     table = report.tuned()
     for method in rivals.TRAINED:
         (line,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
-        assert line == f"| {method} | {rivals.PUBLISHED[method]} | {rivals.trained(method)} | – | – |"
+        assert line == f"| {method} | {rivals.PUBLISHED[method]} | – | – | {rivals.trained(method)} | – | – |"
 
 
 def test_what_a_rival_is_said_to_be_trained_with_is_what_it_is(rivals: ModuleType) -> None:
@@ -63,3 +65,25 @@ def test_what_is_trained_is_trained_on_one_mixture(rivals: ModuleType) -> None:
         episodes = int(words[words.index("--episodes") + 1])
         assert episodes + 96 == rivals.ALWAYS["serac"]["requests"]  # the validation of both
     assert HypernetworkSettings("", ("facts",)).validation == 96
+
+
+def test_settings_are_those_of_the_protocol_or_of_the_one_most_like_it(
+    rivals: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuned = {"single": {"layer": 1}, "batch:100": {"layer": 2}}
+    known = {"rome": {name: {"settings": settings} for name, settings in tuned.items()}}
+    (tmp_path / "tuned.json").write_text(json.dumps(known))
+    monkeypatch.setattr(rivals, "TUNED", tmp_path / "tuned.json")
+    assert rivals.labelled(["rome", "memit"]) == {"rome": ("rome", tuned), "memit": ("memit", {})}
+    for protocol, layer in (("single", 1), ("batch:100", 2), ("sequential:100", 2), ("sequential", 1)):
+        assert rivals.settings_under(protocol, tuned) == {"layer": layer}
+    assert rivals.settings_under("single", {}) == {}
+
+
+def test_no_setting_is_tried_twice_and_all_are_settings(rivals: ModuleType) -> None:
+    for method, tried in rivals.CANDIDATES.items():
+        everything = [{}, *tried, *rivals.TOGETHER.get(method, [])]
+        assert len({json.dumps(one, sort_keys=True) for one in everything}) == len(everything)
+        for one in everything:
+            parse([f"{name}={value}" for name, value in one.items()], method_class(method).Settings)
+    assert set(rivals.TOGETHER) <= set(rivals.CANDIDATES)

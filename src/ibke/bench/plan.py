@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ibke.errors import IBKEError, RequestError
@@ -25,15 +25,21 @@ class Contender:
         method: of the method.
         settings: those that differ from the method's own.
         editor: folder of trained weights; None takes what ships.
+        under: settings that differ from these in turn, by protocol; what suits a single edit need not suit hundreds.
     """
 
     label: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     editor: str | None = None
+    under: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_name(self.label, "--methods")
+
+    def at(self, protocol: Protocol) -> Contender:
+        """The same with what is set of it for one protocol."""
+        return replace(self, settings={**self.settings, **self.under.get(str(protocol), {})}, under={})
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,10 @@ class Cell:
     @property
     def spec(self) -> dict[str, Any]:
         """All that decides its result, JSON-ready."""
+        contender = self.contender.at(self.stage.protocol)
+        known = {name: value for name, value in asdict(contender).items() if name != "under"}
         return {
-            "contender": {**asdict(self.contender), "settings": _plain(self.contender.settings)},
+            "contender": {**known, "settings": _plain(contender.settings)},
             "data": asdict(self.data),
             "protocol": str(self.stage.protocol),
             "limit": self.stage.limit,
@@ -172,7 +180,7 @@ class Plan:
     def cells(self) -> list[Cell]:
         """In the order in which they are run: all methods on the same edits before the next edits."""
         return [
-            Cell(contender, data, stage, seed, self.conditions)
+            Cell(contender.at(stage.protocol), data, stage, seed, self.conditions)
             for seed in self.seeds
             for data in self.data
             for stage in self.stages

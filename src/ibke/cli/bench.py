@@ -55,7 +55,10 @@ def bench(
     frames: Annotated[str, typer.Option(help="How prompts are asked, by commas: bare, question, chat.")] = "bare",
     edit_frame: Annotated[str, typer.Option(help="How edits are worded for the editor: bare or question.")] = "bare",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="LABEL.NAME=VALUE", help="A method's setting. Repeat.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="LABEL.NAME=VALUE", help="A method's setting; LABEL@PROTOCOL.NAME=VALUE under one. Repeat."
+        ),
     ] = None,
     editor: Annotated[
         list[str] | None, typer.Option(metavar="LABEL=FOLDER", help="A method's trained editor. Repeat.")
@@ -83,10 +86,11 @@ def bench(
     from ibke.bench.plan import Conditions, DataSet, Plan, Stage
 
     given = (model, device, dtype, tuple(module or ()), tuple(_split(frames)), edit_frame)
+    stages = [Stage.parse(text, limit) for text in _split(protocols)]
     plan = Plan(
-        list(_contenders(_split(methods), settings or (), editor or ())),
+        list(_contenders(_split(methods), settings or (), editor or (), [str(stage.protocol) for stage in stages])),
         [DataSet.parse(text) for text in data],
-        [Stage.parse(text, limit) for text in _split(protocols)],
+        stages,
         [_seed(text) for text in _split(seeds)],
         Conditions(*given, beside(text, abilities, questions, looks, lm_eval)),
     )
@@ -115,29 +119,51 @@ def _measure(plan: Plan, out: Path, against: str | None, as_json: bool, only_fin
     raise typer.Exit(NOT_ACHIEVED if summary["failed"] else DONE)
 
 
-def _contenders(names: Sequence[str], settings: Sequence[str], editors: Sequence[str]) -> Iterator[Contender]:
+def _contenders(
+    names: Sequence[str], settings: Sequence[str], editors: Sequence[str], protocols: Sequence[str]
+) -> Iterator[Contender]:
     """The methods with what was set of each.
 
     Raises:
-        IBKEError: an unknown method, a setting or value it has not, or a setting of a method that does not run.
+        IBKEError: an unknown method, a setting or value it has not, or a setting of a method, or under a protocol,
+            that does not run.
     """
     from ibke.bench.plan import Contender
-    from ibke.editors.base import METHODS, method_class
 
     labels = [name.partition("=")[0].strip() for name in names]
-    chosen = _by_label(settings, ".", labels, "--set"), _by_label(editors, "=", labels, "--editor")
+    places = {label: {protocol: f"{label}@{protocol}" for protocol in protocols} for label in labels}
+    everywhere = [place for some in places.values() for place in some.values()]
+    given, folders = (
+        _by_label(settings, ".", [*labels, *everywhere], "--set"),
+        _by_label(editors, "=", labels, "--editor"),
+    )
     for label, name in zip(labels, names, strict=True):
         method = name.partition("=")[2].strip() or label
-        if method not in METHODS or chosen[0][label]:
-            kind = method_class(method)
-            (given,) = parse(chosen[0][label], kind.Settings) if kind.Settings else ({},)
-            if chosen[0][label] and not kind.Settings:
-                raise IBKEError(f"the method {method!r} has no settings.", "--set", "Leave it out.")
-            if kind.Settings:
-                kind.Settings(**given)  # refuses a value that it cannot have
-        else:
-            given = {}
-        yield Contender(label, method, given, next(reversed(chosen[1][label]), None))
+        always = given[label]
+        under = {
+            protocol: _settings(method, [*always, *given[place]])
+            for protocol, place in places[label].items()
+            if given[place]
+        }
+        yield Contender(label, method, _settings(method, always), next(reversed(folders[label]), None), under)
+
+
+def _settings(method: str, texts: Sequence[str]) -> dict[str, Any]:
+    """A method's settings.
+
+    Raises:
+        IBKEError: an unknown method, or a setting or value that it has not.
+    """
+    from ibke.editors.base import METHODS, method_class
+
+    if method in METHODS and not texts:
+        return {}
+    kind = method_class(method)
+    if not kind.Settings:
+        raise IBKEError(f"the method {method!r} has no settings.", "--set", "Leave it out.")
+    (found,) = parse(texts, kind.Settings)
+    kind.Settings(**found)  # refuses a value that it cannot have
+    return found
 
 
 def _by_label(texts: Sequence[str], mark: str, labels: Sequence[str], option: str) -> dict[str, list[str]]:

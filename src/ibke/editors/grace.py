@@ -263,8 +263,10 @@ class GRACE(Editor):
     def _in_force(self, book: Codebook, base_NO: Tensor, at: Tensor, values_NO: Tensor) -> Iterator[None]:
         keys_1NI, radii_1N = book.keys[None].to(base_NO.device), book.radii[None].to(base_NO.device)
 
-        def answer(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return _answering(keys_1NI, base_NO.index_copy(0, at, values_NO)[None], radii_1N)(module, args, out)
+        def answer(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+            # Not on top of what is attached: radii may have shrunk, and what falls outside is the base's again.
+            answering = _answering(keys_1NI, base_NO.index_copy(0, at, values_NO)[None], radii_1N)
+            return answering(module, args, module.forward(*args))
 
         handle = self.module.register_forward_hook(answer)
         try:

@@ -54,6 +54,8 @@ class GatedIBKE(IBKEEditor):
         editor = super().for_model(lm, path, **settings)
         assert isinstance(editor, GatedIBKE)
         editor.gate = load_gate(Path(path) if path else shipped_folder(lm), lm)
+        if editor.training_seconds is not None:
+            editor.training_seconds += editor.gate.training_seconds or 0.0
         return editor
 
     @classmethod

@@ -105,6 +105,7 @@ class QuestionGate(nn.Module):
     def __init__(self, config: QuestionConfig, drop: float = 0.0):
         super().__init__()
         self.config = config
+        self.training_seconds: float | None = None
         layers, width = len(config.layers), config.width
         self.register_buffer("mean_LD", torch.zeros(layers, width))
         self.register_buffer(WHITEN, torch.eye(width).repeat(layers, 1, 1))
@@ -195,6 +196,7 @@ def load_gate(folder: Path, lm: LanguageModel) -> QuestionGate:
             f"there is no gate at the prompt's end here ({error}).", str(path), "Use the method `ibke`, or train one."
         ) from None
     gate = gate.requires_grad_(False).eval().to(lm.device)
+    gate.training_seconds = header.get("seconds")
     _KNOWN[gate.name] = gate
     return gate
 
