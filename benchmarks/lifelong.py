@@ -232,7 +232,7 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
     everything: dict[str, list[float]] = {}
     for block, chosen in zip(blocks, drawn, strict=True):
         exam = Examination(lm, [made[index] for index in chosen], ("bare",), 32, None, baseline=Baseline.in_cache(lm))
-        exam.examine(range(len(chosen)), Together((whole,)))
+        exam.examine(range(len(chosen)), Together((whole,)), beside=made)
         scores = exam.tally.core("edited")["generation"]
         found = {name: scores[name]["mean"] for name in ("reliability", "generality", "locality")}
         by_block.append({"from": block.start, "to": block.stop, "n": len(chosen), **found})

@@ -24,7 +24,7 @@ from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import target_modules
 from ibke.neurons import Neurons
-from ibke.request import EditRequest
+from ibke.request import EditRequest, Probe
 from ibke.session import EditSession
 
 MANY = tuple(
@@ -248,6 +248,20 @@ def test_what_a_sequence_overwrites_is_not_scored(tiny_model: Callable[..., Lang
     # Each batch begins anew, and nothing is overwritten.
     batch = evaluate(lm, Watcher(lm, 0.2), requests, Protocol("batch", 4))
     assert batch["superseded"] == 0 and None not in batch["scores"]["generation"]["locality"]
+
+
+def test_an_answer_is_not_to_stay_that_another_edit_in_force_changes(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    free, asks = Probe("The moon is made of"), Probe(f"  {MANY[1].prompt.upper()} ")
+    requests = [replace(MANY[0], locality=(free, asks)), replace(MANY[1], locality=(free,))]
+    counts = {}
+    for protocol in (Protocol(), Protocol("batch", 1), Protocol("batch", 2), Protocol("sequential", 1)):
+        seen = list[tuple[str, int, int]]()
+        report = evaluate(lm, Watcher(lm, 0.2), requests, protocol, progress=lambda *what, to=seen: to.append(what))
+        asked = 2 * (2 + sum(len(one.rephrase_prompts) for one in requests) + 3 - report["rewritten"])
+        assert seen[-1][1:] == (asked, asked)
+        counts[str(protocol)] = report["rewritten"]
+    assert counts == {"single": 0, "batch:1": 0, "batch:2": 1, "sequential:1": 1}
 
 
 def test_cases_are_drawn_whole() -> None:

@@ -214,10 +214,11 @@ def normal_form(request: EditRequest) -> tuple[str, str]:
 
     Of the same prompt two requests with different targets contradict each other.
     """
-    return _plain(request.prompt), _plain(request.target_new).rstrip(".!?")
+    return plain(request.prompt), plain(request.target_new).rstrip(".!?")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text as it is compared: without case and spare space."""
     return " ".join(text.split()).casefold()
 
 

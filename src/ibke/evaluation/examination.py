@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together
 from ibke.evaluation.machine import describe
 from ibke.evaluation.questions import ask, questions
 from ibke.evaluation.side_effects import Battery
 from ibke.evaluation.tally import Tally
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
-from ibke.request import EditRequest
+from ibke.request import EditRequest, plain
 
 # (what is going on, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -56,7 +57,7 @@ class Examination:
                 raise RequestError(f"unknown frame {frame!r}.", "frames", f"Choose from {', '.join(FRAMES)}.")
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
-        self.baseline, self.superseded = baseline, superseded
+        self.baseline, self.superseded, self.rewritten = baseline, superseded, 0
         scored = [request for index, request in enumerate(requests) if index not in superseded]
         follows = (sum(bool(probe.answer) for probe in request.portability) for request in scored)
         asked = (1 + len(request.rephrase_prompts) + len(request.locality) for request in scored)
@@ -67,12 +68,16 @@ class Examination:
         whole, size = range(len(self.requests)), self.batch_size
         return (whole[start : start + size] for start in range(0, len(whole), size))
 
-    def examine(self, part: range, edits: InForce) -> None:
+    def examine(self, part: range, edits: InForce, beside: Iterable[EditRequest] = ()) -> None:
         """Ask about some of the requests, of the base and of the edited model; not about those superseded.
+
+        Nor about answers to keep where an edit in force asks the same and says something else; ``rewritten`` counts
+        these.
 
         Args:
             part: indices of the requests.
             edits: one for each of them, or such as are in force together.
+            beside: what the latter were made of, where it is more than these requests.
         """
 
         def tick(count: int) -> None:
@@ -80,15 +85,27 @@ class Examination:
             if self.progress:
                 self.progress("answers", self.answers, 2 * self.questions)
 
+        requests = [self.requests[index] for index in part]
+        if isinstance(edits, Together):
+            requests = self._to_keep(requests, beside)
         asked = [
             question
-            for edit, index in enumerate(part)
+            for edit, (index, request) in enumerate(zip(part, requests, strict=True))
             if index not in self.superseded
-            for question in questions(self.requests[index], edit, self.frames, self.lm.tokenizer)
+            for question in questions(request, edit, self.frames, self.lm.tokenizer)
         ]
         for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):
             self.tally.add("base", question.frame, part[question.edit], base)
             self.tally.add("edited", question.frame, part[question.edit], edited)
+
+    def _to_keep(self, requests: Sequence[EditRequest], beside: Iterable[EditRequest]) -> list[EditRequest]:
+        """The requests without probes that ask what edits in force answer."""
+        taken = {plain(prompt) for one in (*requests, *beside) for prompt in (one.prompt, *one.rephrase_prompts)}
+        kept = [tuple(probe for probe in one.locality if plain(probe.prompt) not in taken) for one in requests]
+        dropped = sum(len(one.locality) for one in requests) - sum(map(len, kept))
+        self.rewritten += dropped
+        self.questions -= dropped * len(self.frames)
+        return [replace(one, locality=probes) for one, probes in zip(requests, kept, strict=True)]
 
     def look(self, *models: Sequence[Edit]) -> None:
         """Look at side effects, of no more models than wanted, each with some edits in force together."""

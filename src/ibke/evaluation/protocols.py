@@ -211,7 +211,8 @@ def _report(
     """The report of an evaluation, JSON-ready.
 
     ``n`` is the number of edits, ``groups`` in how many groups they were made, ``superseded`` how many of a sequence a
-    later one of the same prompt took the place of; these are not asked about; ``not_made`` of how many no edit could be
+    later one of the same prompt took the place of; these are not asked about, nor are the ``rewritten`` probes whose
+    answers were to stay but are what another edit in force is about; ``not_made`` of how many no edit could be
     made, ``not_made_why`` the first reason. ``metrics`` and ``base`` hold the blocks ``generation`` (normalised exact
     match of the greedy answer; locality: the same answer as the base) and ``teacher_forced`` (legacy: token accuracy;
     locality: the same tokens as the base), each of ``reliability``, ``generality``, ``locality`` and
@@ -233,6 +234,7 @@ def _report(
         "group": min(protocol.group, count),
         "groups": len(groups),
         "superseded": len(exam.superseded),
+        "rewritten": exam.rewritten,
         "metrics": tally.core("edited"),
         "base": tally.core("base"),
         **costs.report(),
