@@ -52,6 +52,17 @@ def test_a_summary_says_which_edits_were_not_made(lm: LanguageModel, tmp_path: P
     assert [line["mean"] for line in lines] == ["0", "2", "0", "0"]
 
 
+def test_a_summary_says_where_seeds_are_of_different_weights(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = make_plan()
+    documents = run(plan, tmp_path, execute=Bench(lm))
+    assert summarise(plan, documents)["unlike"] == []
+    loud = next(n for n, cell in enumerate(plan.cells) if cell.title == "loud, towns, single, seed 1")
+    documents[loud] = documents[loud] | {"config": documents[loud]["config"] | {"editor_mark": "0" * 12}}
+    (one,) = summarise(plan, documents)["unlike"]
+    assert one["protocol"] == "single"
+    assert one["what"] == ["Not all by one editor under its name: loud; seeds are of different weights."]
+
+
 def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> None:
     plan = make_plan(seeds=(0,))
     documents = run(plan, tmp_path, execute=Bench(lm))

@@ -27,7 +27,7 @@ def unlike(here: Mapping[str, Sequence[Document]], against: str) -> list[str]:
         _said("Not all made by the same model", ran, _model),
         _said("Not all made on the same machine, so that seconds and memory cannot be compared", ran, _machine),
     ]
-    return [*_other_edits(ran, first), *(sentence for sentence in differing if sentence)]
+    return [*_other_edits(ran, first), *_other_editors(ran), *(sentence for sentence in differing if sentence)]
 
 
 def machine_name(machine: Document) -> str:
@@ -54,6 +54,15 @@ def _other_edits(ran: Mapping[str, Sequence[Document]], first: str) -> list[str]
         f"those that both have, {both}."
         for (own, both), labels in alike.items()
     ]
+
+
+def _other_editors(ran: Mapping[str, Sequence[Document]]) -> list[str]:
+    """Which methods were not one method all the time: other weights, or what they are told of."""
+    marks = {label: {report["config"].get("editor_mark") for report in reports} for label, reports in ran.items()}
+    several = [label for label, own in marks.items() if len(own) > 1]
+    return [f"Not all by one editor under its name: {', '.join(several)}; seeds are of different weights."] * bool(
+        several
+    )
 
 
 def _said(what: str, ran: Mapping[str, Sequence[Document]], name: Callable[[Document], str]) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 from ibke.bench import cell as cells
-from ibke.bench.cell import describe, in_own_process
+from ibke.bench.cell import data_digest, describe, in_own_process
 from ibke.bench.plan import Cell, Plan
 from ibke.errors import FormatError
-from ibke.files import to_json, write_atomically
+from ibke.files import find_file, to_json, write_atomically
 
 CELLS = "cells"
 
@@ -34,7 +35,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run what has no result yet, and write down each result as soon as it is there.
 
-    A finished cell is never run again; one that failed is.
+    A finished cell is not run again unless its data file holds something else now; one that failed is.
 
     Args:
         plan: what is to be measured.
@@ -54,7 +55,11 @@ def run(
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"it cannot be made ({error.strerror}).", str(home), "Choose another folder.") from None
+    now = cache(lambda path: data_digest(file) if (file := find_file(path)).exists() else None)
     found = {cell.file: document for cell in plan.cells if (document := load(home, cell))}
+    found = {
+        cell.file: found[cell.file] for cell in plan.cells if cell.file in found and not _old(found[cell.file], now)
+    }
     todo = [cell for cell in plan.cells if "failed" in found.get(cell.file, {"failed": ""})]
     for number, cell in enumerate(todo):
         left = seconds_left(todo[number:], (document for document in found.values() if "failed" not in document))
@@ -83,6 +88,12 @@ def load(home: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     whole = isinstance(document, dict) and document.get("cell") == cell.spec
     return document if whole and ("failed" in document or "scores" in document) else None
+
+
+def _old(document: Mapping[str, Any], now: Callable[[str], str | None]) -> bool:
+    """Whether a cell is of a data file that is known to hold something else now."""
+    then, current = document.get("config", {}).get("data_sha256"), now(document["cell"]["data"]["path"])
+    return None not in (then, current) and then != current
 
 
 def seconds_left(todo: Iterable[Cell], done: Iterable[dict[str, Any]]) -> float | None:
