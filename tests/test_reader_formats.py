@@ -78,6 +78,28 @@ def test_knowedit_families_aliases_and_first_answers(tmp_path: Path) -> None:
     assert [(p.family, p.target) for p in request.locality] == [("same_subject", None), ("forgetfulness", "Fredville")]
 
 
+def test_a_question_with_several_right_answers_is_asked_once_for_the_first(tmp_path: Path) -> None:
+    def asked(prompt: str, *answers: str) -> list[dict[str, str]]:
+        return [{"prompt": prompt, "ground_truth": answer} for answer in answers]
+
+    record = copy.deepcopy(RECORDS["knowedit"]["WikiData"])
+    record["portability"] = {
+        "Reasoning": asked("Its language is", "French", "English") + asked("Its river is", "Tagus"),
+        "Logical_Generalization": asked("Its language is", "English"),  # another family is another question
+        "Subject_Aliasing": asked("The capital of Free Land is", "Porto", "Lisbon"),
+    }
+    record["locality"]["Relation_Specificity"] = asked("Its anthem is", "", "Hail", "Farewell")
+    (request,) = read_records(tmp_path, "knowedit", record)
+    assert [(p.prompt, p.target) for p in request.portability] == [
+        ("Its language is", "French"),
+        ("Its river is", "Tagus"),
+        ("Its language is", "English"),
+        ("The capital of Free Land is", "Porto"),
+    ]
+    assert request.rephrase_prompts == ("The capital of Free Land is",)
+    assert request.locality[0] == Probe("Its anthem is", "Hail", "same_subject") and len(request.locality) == 2
+
+
 @pytest.mark.parametrize("format", ["zsre", "knowedit"])
 def test_counterfact_under_another_name_is_named_and_not_read_without_its_locality(tmp_path: Path, format: str) -> None:
     with pytest.raises(RequestError, match="`locality_prompt` is of the format `counterfact`"):
@@ -125,6 +147,15 @@ def test_rippleedits(tmp_path: Path) -> None:
     assert [p.family for p in request.portability] == families
     assert request.portability[0].target == "Spring"
     assert [(p.family, p.target) for p in request.locality] == [("same_subject", "Hail"), ("forgetfulness", None)]
+
+
+def test_rippleedits_asks_a_question_of_several_tests_once(tmp_path: Path) -> None:
+    record = copy.deepcopy(RECORDS["rippleedits"]["popular"])
+    tests = [ripple_test(query("Its language is", language)) for language in ("French", "English")]
+    record |= {"Logical_Generalization": tests, "Relation_Specificity": tests}
+    (request,) = read_records(tmp_path, "rippleedits", record)
+    assert [p.target for p in request.portability if p.family == "reversal"] == ["French"]
+    assert [p.target for p in request.locality if p.family == "same_subject"] == ["French"]
 
 
 def test_rippleedits_without_old_fact_names_or_answers(tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ def first_text(value: Any) -> str | None:
     return next(texts(value), None)
 
 
+def asked_once(probes: Iterable[Probe]) -> tuple[Probe, ...]:
+    """Of one prompt and family the first probe with an answer: some files ask once for each of several right ones.
+
+    Asked for each of them, no greedy answer could be right every time.
+    """
+    found: dict[tuple[str, str], Probe] = {}
+    for probe in probes:
+        first = found.setdefault((probe.prompt, probe.family), probe)
+        if first.target is None:
+            found[probe.prompt, probe.family] = probe
+    return tuple(found.values())
+
+
 def subject_in(prompt: str, record: Record, field: str = "subject", inside: str = "") -> str:
     """The subject, which must stand in the prompt."""
     subject = text(record, field, inside)

@@ -10,6 +10,7 @@ from ibke.data.fact_table import equal
 from ibke.data.readers.fields import (
     Fault,
     Record,
+    asked_once,
     first_text,
     has_any,
     mapping,
@@ -32,7 +33,8 @@ def knowedit(record: Record) -> Iterator[EditRequest | Fault]:
     The paraphrase is ``rephrase_prompt`` where there is one (ZsRE). The WikiData files have none, so generality is
     asked through other names of the subject (``Subject_Aliasing``) where their answer is the new target, and otherwise
     through the prompt's question form (:func:`question_form`). WikiBio (``text``, ``labels``, ``concept``) goes on with
-    a passage and has no other wordings. Of an answer's aliases the first is its target.
+    a passage and has no other wordings. Of an answer's aliases the first is its target, and so is the first answer of a
+    question that stands there once for each of several.
     """
     if has_any(record, "labels", "concept"):
         yield _wikibio(record)
@@ -54,8 +56,8 @@ def knowedit(record: Record) -> Iterator[EditRequest | Fault]:
         subject=subject_in(prompt, record),
         target_true=other_answer(old, target) if old else None,
         rephrase_prompts=(given,) if given else other_wordings(prompt, target, portability),
-        locality=tuple(_kept(probe, target) for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
-        portability=tuple(portability),
+        locality=asked_once(_kept(probe, target) for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
+        portability=asked_once(portability),
     )
     yield from unanswered
 
@@ -71,7 +73,7 @@ def _wikibio(record: Record) -> EditRequest:
         prompt=prompt,
         target_new=text(record, "labels"),
         subject=subject_in(prompt, record, "concept"),
-        locality=tuple(probe for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
+        locality=asked_once(probe for _, probe in _probes(record, "locality", LOCALITY_FAMILIES)),
     )
 
 

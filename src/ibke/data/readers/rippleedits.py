@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ibke.data.readers.fields import Fault, Record, first_text, mapping, objects, text
+from ibke.data.readers.fields import Fault, Record, asked_once, first_text, mapping, objects, text
 from ibke.data.readers.knowedit import other_wordings
 from ibke.request import EditRequest, Probe
 
@@ -36,7 +36,7 @@ def rippleedits(record: Record) -> Iterator[EditRequest | Fault]:
     the relation's phrase; the old fact (``original_fact``) shows where they part. The subject is what the prompt has in
     common with others about the same entity; left out where there is none. Paraphrases are found as for KnowEdit. Tests
     are taken without the conditions under which the benchmark counts them; a test with several queries gives
-    several questions; a question without an answer is left out and named.
+    several questions, the same one once, for its first answer; a question without an answer is left out and named.
     """
     edit = mapping(record, "edit")
     before = next((mapping(edit, name, "edit") for name in ("original_fact", "previous_fact") if name in edit), None)
@@ -63,8 +63,8 @@ def rippleedits(record: Record) -> Iterator[EditRequest | Fault]:
         subject=_subject(prompt, record, text(edit, "subject_id", "edit")),
         target_true=target_true if target_true != target else None,  # some facts stay what they were
         rephrase_prompts=other_wordings(prompt, target, portability),
-        locality=tuple(locality),
-        portability=tuple(portability),
+        locality=asked_once(locality),
+        portability=asked_once(portability),
     )
     yield from unanswered
 
