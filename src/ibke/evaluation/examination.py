@@ -9,9 +9,9 @@ from typing import Any
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together, window_of
 from ibke.evaluation.machine import describe
-from ibke.evaluation.questions import ask, questions
+from ibke.evaluation.questions import Question, ask, questions
 from ibke.evaluation.side_effects import Battery
 from ibke.evaluation.tally import Tally
 from ibke.frames import FRAMES, Frame
@@ -36,7 +36,7 @@ class Examination:
         superseded: indices of requests that are not asked about, since a later one says something else.
 
     Raises:
-        RequestError: no request, or an unknown frame.
+        RequestError: no request, an unknown frame, or a question that does not fit the model's window with its answer.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Examination:
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
         self.baseline, self.superseded, self.rewritten = baseline, superseded, 0
-        scored = [request for index, request in enumerate(requests) if index not in superseded]
-        follows = (sum(bool(probe.answer) for probe in request.portability) for request in scored)
-        asked = (1 + len(request.rephrase_prompts) + len(request.locality) for request in scored)
-        self.questions = len(frames) * (sum(asked) + sum(follows))
+        self.questions = 0
+        for question in self._asked(range(len(requests)), requests):
+            self._check_window(question)
+            self.questions += 1
 
     def parts(self) -> Iterator[range]:
         """Indices of the requests whose edits are held at once, where each has one of its own."""
@@ -88,15 +88,34 @@ class Examination:
         requests = [self.requests[index] for index in part]
         if isinstance(edits, Together):
             requests = self._to_keep(requests, beside)
-        asked = [
-            question
-            for edit, (index, request) in enumerate(zip(part, requests, strict=True))
-            if index not in self.superseded
-            for question in questions(request, edit, self.frames, self.lm.tokenizer)
-        ]
+        asked = list(self._asked(part, requests))
         for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):
             self.tally.add("base", question.frame, part[question.edit], base)
             self.tally.add("edited", question.frame, part[question.edit], edited)
+
+    def _asked(self, part: range, requests: Sequence[EditRequest]) -> Iterator[Question]:
+        """All questions about a part of the requests, whose edits are counted from its beginning."""
+        for edit, (index, request) in enumerate(zip(part, requests, strict=True)):
+            if index not in self.superseded:
+                yield from questions(request, edit, self.frames, self.lm.tokenizer)
+
+    def _check_window(self, question: Question) -> None:
+        """Refuse what cannot be asked before any edit is made, which may take hours.
+
+        Raises:
+            RequestError: prompt and answer, generated or known, are longer than the model's window.
+        """
+        known = [pair for pair in (question.pair, question.old_pair) if pair]
+        asked, answer = len(question.pair.prompt), max(MAX_NEW_TOKENS, *(len(pair.answer) - 1 for pair in known))
+        window = window_of(self.lm)
+        if window and asked + answer > window:
+            said = self.lm.tokenizer.decode(question.pair.prompt[slice(*question.pair.span)]).strip()
+            raise RequestError(
+                f"the question {said[:60]!r} ({asked} tokens in the frame {question.frame!r}) and an answer of "
+                f"{answer} tokens exceed the model's window of {window}.",
+                f"request {self.requests[question.edit].prompt[:60]!r}",
+                "Shorten them, or leave them out.",
+            )
 
     def _to_keep(self, requests: Sequence[EditRequest], beside: Iterable[EditRequest]) -> list[EditRequest]:
         """The requests without probes that ask what edits in force answer."""

@@ -191,8 +191,13 @@ class Stops:
         return Answer(text.split("\n")[0].strip(), tuple(tokens))
 
 
+def window_of(lm: LanguageModel) -> int | None:
+    """How many tokens a model can be fed; None where nothing bounds them."""
+    return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_window(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    window = window_of(lm)
     longest = max(map(len, prompts), default=0)
     if window and longest + max_new_tokens > window:
         raise RequestError(
