@@ -12,10 +12,13 @@ from ibke.editors.gated import question
 from ibke.editors.gated.editor import GatedIBKE
 from ibke.editors.gated.memory import first_of
 from ibke.editors.gated.question import load_gate, save_gate
+from ibke.errors import FormatError
 from ibke.ledger import Ledger
-from ibke.ledger.care import replay
+from ibke.ledger.care import replay, verify
 from ibke.ledger.conflicts import ALIKE, alike, superseded
+from ibke.ledger.exchange import export_lines, import_lines
 from ibke.request import EditRequest
+from ibke.session import EditSession
 
 REQUEST = EditRequest("The mother tongue of Danielle Darrieux is", "English", subject="Danielle Darrieux")
 
@@ -42,7 +45,8 @@ def test_an_edit_by_ones_own_maps_is_asked_with_their_editor(gated, edit, run, t
     own = load_gate(tmp_path, gated.lm)
     (place,) = edit.parts
     folder = replace(edit, parts={place: replace(only_part(edit), gate=own.name)}).save(tmp_path / "edit")
-    monkeypatch.delitem(question._KNOWN, own.name)  # as in a process of its own
+    for known in (question._KNOWN, question._FILES):
+        monkeypatch.delitem(known, own.name)  # as in a process of its own
     ask = ("ask", REQUEST.prompt, "--edit", folder, "--dtype", "float32")
     refused(run(*ask), own.name, "--editor FOLDER")
     said = run(*ask, "--editor", tmp_path)
@@ -55,6 +59,32 @@ def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
     assert mine.keys() == theirs.keys() and edit.records() == again.records()
     for name, tensor in mine.items():
         assert (theirs[name].float() - tensor.float()).norm() <= 1e-4 * tensor.float().norm(), name
+
+
+def test_a_ledger_keeps_the_maps_that_its_edits_are_of(gated, edit, tmp_path, monkeypatch):
+    own = copy.deepcopy(gated.gate)
+    own.lean[-1].bias.data += 0.01
+    save_gate(tmp_path, own, gated.lm, {})
+    own = load_gate(tmp_path, gated.lm)
+    (place,) = edit.parts
+    older = replace(edit, parts={place: replace(only_part(edit), gate=own.name)})
+    with Ledger(tmp_path / "one", gated.lm) as ledger:
+        ledger.commit(older)
+        ledger.commit(replace(older, requests=(EditRequest("A bay is", "x"),)))
+        assert len(ledger.rows("SELECT * FROM shared")) == 1 and verify(ledger) == []
+        lines = list(export_lines(ledger))
+    (tmp_path / question.FILE).unlink()  # what made them is gone
+    for known in (question._KNOWN, question._FILES):
+        monkeypatch.delitem(known, own.name)
+    with pytest.raises(FormatError, match=own.name):
+        EditSession(gated.lm).attach(older)
+    with Ledger(tmp_path / "two", gated.lm) as ledger:
+        import_lines(ledger, lines, "lines")
+        with EditSession(gated.lm).attach(ledger.load(1)):
+            assert gated.lm.answer(REQUEST.prompt) == "English"
+        (kept,) = ledger.rows("SELECT sha256 FROM shared")
+        ledger.blobs.path(kept[0]).unlink()
+        assert [own.name in problem for problem in verify(ledger)] == [True]
 
 
 def test_a_ledger_keeps_gated_edits_and_takes_one_back(gated, tmp_path):

@@ -262,6 +262,52 @@ def test_of_two_in_a_group_the_later_is_in_force(lm: LanguageModel, tmp_path: Pa
         assert ledger.active() == [2, 3]
 
 
+class Loud(RandomEditor):
+    """Whose edits change every answer."""
+
+    def edit(self, requests):
+        made = random_edit(self.lm, 1, seed=1, scale=1.0)
+        return replace(made, requests=tuple(requests))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_an_earlier_request_of_a_group_takes_away_is_made(lm: LanguageModel, tmp_path: Path, together) -> None:
+    right = EditRequest("The harbour lies!", said(lm, "The harbour lies!"))  # so far
+    changed = said(lm, "The harbour lies", Loud(lm).edit([EditRequest("The harbour lies", "x")]))
+    requests = [EditRequest("The harbour lies", changed), right]
+    with Ledger(tmp_path, lm) as ledger:
+        keeper = Keeper(lm, ledger, Loud(lm))
+        kept = keeper.add_all(requests) if together else [keeper.add(request) for request in requests]
+        assert [one.number for one in kept] == [1, 2] and ledger.active() == [2]
+        assert kept[1].supersedes == (1,)
+
+
+def test_what_a_later_request_of_a_group_takes_away_stays_away(lm: LanguageModel, tmp_path: Path) -> None:
+    right = EditRequest("The harbour lies!", said(lm, "The harbour lies!"))
+    changed = said(lm, "The harbour lies", Loud(lm).edit([EditRequest("The harbour lies", "x")]))
+    with Ledger(tmp_path, lm) as ledger:
+        kept = Keeper(lm, ledger, Loud(lm)).add_all([right, EditRequest("The harbour lies", changed)])
+        assert [one.number for one in kept] == [None, 1] and ledger.active() == [1]
+
+
+def test_a_group_is_written_down_as_a_whole(lm: LanguageModel, tmp_path: Path, monkeypatch) -> None:
+    with Ledger(tmp_path, lm) as ledger:
+        keeper, commit = Keeper(lm, ledger, Careless(lm)), ledger.commit
+
+        def broken(edit, **how):
+            if edit.requests[0].prompt == "Boats leave":
+                raise KeyboardInterrupt
+            return commit(edit, **how)
+
+        monkeypatch.setattr(ledger, "commit", broken)
+        group = [EditRequest("The harbour", "one"), EditRequest("Boats leave", "x")]
+        with pytest.raises(KeyboardInterrupt):
+            keeper.add_all(group)
+        assert (ledger.head(), ledger.active(), keeper.state()) == (0, [], None)
+        monkeypatch.undo()
+        assert [one.number for one in keeper.add_all(group)] == [1, 2]
+
+
 def test_limits_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "guard.json"
     path.write_text('{"changed": 0.5, "probes": 7.0, "lost": 1}')

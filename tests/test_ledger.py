@@ -19,6 +19,7 @@ from random_editor import random_edit
 
 from ibke.edit import Edit
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError
+from ibke.evaluation.metrics import signed
 from ibke.ledger import Ledger
 from ibke.ledger.care import gc, verify
 from ibke.ledger.exchange import export_lines, import_lines
@@ -163,6 +164,37 @@ def test_an_edit_comes_back_bit_for_bit(ledger: Ledger, edits: list[Edit], lm: L
     tensors = edits[0].pack()[1]
     assert loaded.pack()[1].keys() == tensors.keys()
     assert all(torch.equal(loaded.pack()[1][name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_change_of_what_was_written_down_is_found(ledger: Ledger, edits: list[Edit]) -> None:
+    for edit in edits[:3]:
+        ledger.commit(edit, note="a note")
+    ledger.revert([1])
+    assert verify(ledger) == []
+    with sqlite3.connect(ledger.folder / "ledger.sqlite") as base:
+        for table in ("edits", "events"):
+            base.execute(f"DROP TRIGGER {table}_no_update")
+        base.execute("UPDATE edits SET record = replace(record, 'random', 'rondom') WHERE id = 2")
+    assert verify(ledger) == ["event 2 is not what it was when it was written down; see `ibke log`."]
+    with sqlite3.connect(ledger.folder / "ledger.sqlite") as base:
+        base.execute("UPDATE events SET action = 'restore' WHERE id = 4")
+    assert [problem.split(" is ")[0] for problem in verify(ledger)] == ["event 2", "event 4"]
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date(ledger: Ledger, edits: list[Edit]) -> None:
+    ledger.commit(replace(edits[0], requests=(EditRequest("The  harbour is", "x"),)))
+    ledger.commit(edits[1])
+    ledger.revert([2])
+    ledger.close()
+    with sqlite3.connect(ledger.folder / "ledger.sqlite") as base:
+        for table in ("asks", "seals", "shared"):
+            base.execute(f"DROP TABLE {table}")
+        base.execute("PRAGMA user_version = 1")
+    with Ledger(ledger.folder) as again:
+        assert verify(again) == [] and again.asking(signed("The harbour is")) == [1] and again.active() == [1]
+        assert len(again.rows("SELECT * FROM seals")) == 3
+        with pytest.raises(sqlite3.IntegrityError, match="only ever added to"):
+            again.base.execute("DELETE FROM seals")
 
 
 def test_damage_is_found_and_named(ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path) -> None:

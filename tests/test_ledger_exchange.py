@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_tiny
 from random_editor import random_edit
 
-from ibke.edit import Edit
-from ibke.errors import LedgerError
+from ibke.edit import Edit, EditInfo
+from ibke.errors import FormatError, LedgerError
+from ibke.gates import Gate, Told, gate_rows
 from ibke.ledger import Ledger
 from ibke.ledger.care import verify
 from ibke.ledger.exchange import export_lines, import_lines
 from ibke.models import LanguageModel
+from ibke.neurons import Neurons
 from ibke.request import EditRequest
 
 
@@ -52,7 +55,7 @@ def test_no_two_edits_of_one_prompt_come_into_force(
     ledger.revert([1])
     ledger.commit(second)
     before = list(ledger.events())
-    with pytest.raises(LedgerError, match="edits 1 and 3 would be in force for the same prompt"):
+    with pytest.raises(LedgerError, match="edit 3 of the same fact is newer than edit 1"):
         ledger.restore([1])
     assert list(ledger.events()) == before and ledger.active() == [2, 3]
     ledger.revert([3])
@@ -65,6 +68,60 @@ def test_no_two_edits_of_one_prompt_come_into_force(
         assert copy.active() == [2, 3]  # what was here of the same prompt gives way
         import_lines(copy, lines, "lines")
         assert copy.active() == [5, 6] and verify(copy) == []
+
+
+def test_whatever_is_taken_back_no_two_of_one_prompt_are_in_force(ledger: Ledger, edits: list[Edit]) -> None:
+    one, other = "The capital of Turkey is", "What is the capital of Turkey?"
+    ledger.commit(about(edits[0], one))
+    ledger.commit(about(edits[1], other), supersedes=[1])
+    ledger.commit(about(edits[2], one))  # nobody has found out that it is the second's fact
+    assert ledger.active() == [2, 3]
+    ledger.revert([2])
+    assert ledger.active() == [3]
+    ledger.revert([3])
+    assert ledger.active() == [1]
+
+
+def test_a_restored_edit_does_not_stand_beside_one_of_the_same_fact(ledger: Ledger, edits: list[Edit]) -> None:
+    def turkey(edit: Edit, prompt: str, target: str) -> Edit:
+        return replace(edit, requests=(EditRequest(prompt, target, "Turkey"),))
+
+    ledger.commit(turkey(edits[0], "The capital of Turkey is", "Izmir"))
+    ledger.revert([1])
+    ledger.commit(turkey(edits[1], "What is the capital of Turkey?", "Ankara"))
+    ledger.commit(turkey(edits[2], "The president of Turkey is", "Bob"))
+    with pytest.raises(LedgerError, match="edits 1 and 2 would be in force for the same fact"):
+        ledger.restore([1])
+    assert ledger.active() == [2, 3]
+    ledger.revert([2])
+    ledger.restore([1])
+    assert ledger.active() == [1, 3]
+
+
+def neurons(lm: LanguageModel, seed: int, prompt: str, threshold: float) -> Edit:
+    """An edit whose gates open from a threshold on; such of different thresholds cannot be in force together."""
+    keys_TD = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
+    gate, constant_D = Gate(threshold, 200.0, 6.0), torch.linspace(0.5, 1.5, 32)
+    told = Told(keys_TD[:2], keys_TD[2:], keys_TD * 0.1, torch.zeros(2, dtype=torch.long), gate)
+    rows_2D = gate_rows(told.addresses(constant_D), constant_D, gate)[0]
+    some = Neurons(rows_2D, constant_D.expand(2, -1).clone(), torch.ones(2, 32) * 0.01, told)
+    info = EditInfo("ibke", lm.fingerprint)
+    return Edit({}, (EditRequest(prompt, "x"),), info, {"model.layers.1.mlp.down_proj": some})
+
+
+def test_what_does_not_go_together_does_not_come_in(ledger: Ledger, lm: LanguageModel, tmp_path: Path) -> None:
+    ledger.commit(neurons(lm, 1, "The capital of Turkey is", 0.4))
+    with Ledger(tmp_path / "other", lm) as other:
+        other.commit(neurons(lm, 2, "The king of Spain is", 0.5))
+        lines = list(export_lines(other))
+    with pytest.raises(FormatError, match="different thresholds"):
+        import_lines(ledger, lines, "lines")
+    assert (ledger.head(), ledger.active()) == (1, [1])
+    ledger.revert([1])
+    import_lines(ledger, lines, "lines")
+    with pytest.raises(FormatError, match="different thresholds"):
+        ledger.restore([1])
+    assert ledger.active() == [2] and verify(ledger) == []
 
 
 def test_what_was_taken_in_stands_over_what_was_there_whatever_is_taken_back(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -51,6 +52,23 @@ class Part(ABC):
     def own_neurons(self) -> Mapping[str, Any]:
         """Neurons in it (:mod:`ibke.neurons`), by name of an MLP's output projection."""
         return {}
+
+    def needs(self) -> dict[str, Path | None]:
+        """Names of files that it cannot act without, which all edits of the method have in common, and where they are.
+
+        None where that is not known in this process.
+        """
+        return {}
+
+    @classmethod
+    def offer(cls, name: str, path: Path) -> None:
+        """Take note of where such a file is kept.
+
+        Args:
+            name: as :meth:`needs` has it.
+            path: of the file.
+        """
+        del name, path
 
     @property
     def nbytes(self) -> int:

@@ -11,8 +11,9 @@ import torch
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor
-from ibke.errors import IBKEError
+from ibke.errors import IBKEError, LedgerError
 from ibke.ledger.ledger import Ledger
+from ibke.ledger.schema import broken_seals
 from ibke.session import set_aside
 
 Progress = Callable[[int, int], None]
@@ -25,8 +26,8 @@ GRACE = 3600.0  # seconds for which a file that nothing names may belong to an e
 def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
     """Everything that is wrong with a ledger, in words; nothing where it is as it was written.
 
-    Looks at the database's own structure, that every file is there and holds what its name says, that every edit can be
-    put together from them, and all in force as one.
+    Looks at the database's own structure, that what was written down is what was sealed, that every file is there and
+    holds what its name says, that every edit can be put together from them, and all in force as one.
 
     Args:
         ledger: what to look at.
@@ -38,10 +39,16 @@ def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
     ]
     missing = "SELECT id FROM edits WHERE id NOT IN (SELECT edit FROM events WHERE action = 'commit')"
     problems += [f"edit {row[0]} was never put in force." for row in ledger.rows(missing)]
+    for event in broken_seals(ledger.base):
+        problems.append(f"event {event} is not what it was when it was written down; see `ibke log`.")
+    shared = {row["name"] for row in ledger.rows("SELECT name FROM shared")}
+    problems += _unreadable(ledger)
     numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]
     for done, number in enumerate(numbers, start=1):
         try:
             edit = ledger.load(number)
+            for name in {name for part in edit.parts.values() for name in part.needs()} - shared:
+                problems.append(f"edit {number} cannot act without {name}, which is not kept.")
             if edit.info.fingerprint != ledger.fingerprint:
                 problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
         except IBKEError as error:
@@ -54,6 +61,17 @@ def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
         except IBKEError as error:
             problems.append(f"the edits in force do not go together: {error}")
     return problems
+
+
+def _unreadable(ledger: Ledger) -> list[str]:
+    """Files that edits of a kind have in common and that are not what they were."""
+    found = []
+    for row in ledger.rows("SELECT name, sha256 FROM shared"):
+        try:
+            ledger.blobs.read(row["sha256"])
+        except LedgerError as error:
+            found.append(f"{row['name']}, which edits cannot act without: {error}")
+    return found
 
 
 class Replayed(NamedTuple):

@@ -89,6 +89,12 @@ def alike(kept: Mapping[int, Edit], new: Edit) -> dict[int, float]:
     return {}
 
 
+def same_fact(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests are of the same fact as far as words tell: of one subject, in much the same words."""
+    (mine, subject), (theirs, about) = _said_of(one), _said_of(other)
+    return mine == theirs or (bool(subject) and subject == about and same_words(one, other))
+
+
 def same_words(one: EditRequest, other: EditRequest) -> bool:
     """Whether most of what two prompts say besides their subjects is the same."""
     mine, theirs = _words(one), _words(other)

@@ -1,8 +1,8 @@
 """A ledger as JSON Lines, to be read, kept elsewhere, and taken in again.
 
-The first line says what it is, of which model, and how much there is; then comes a line an edit and a line an event, in
-the order in which they were written down. Tensors are safetensors files in base64, so what is taken in again is the
-same, bit for bit.
+The first line says what it is, of which model, and how much there is; then comes a line for each file that edits have
+in common, for each edit and for each event, in the order in which they were written down. Tensors are safetensors files
+in base64, so what is taken in again is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ibke.errors import FingerprintMismatchError, FormatError
-from ibke.evaluation.metrics import signed
 from ibke.ledger.ledger import Ledger
+from ibke.ledger.schema import note_prompts, seal
+from ibke.ledger.shared import share
 
-FORMAT, VERSION = "ibke-ledger", 1
+FORMAT, VERSION = "ibke-ledger", 2
+COUNTED = ("edits", "events", "shared")
 COPIED = ("at", "who", "method", "editor", "parent", "record", "scores")
 
 
@@ -33,8 +35,11 @@ def export_lines(ledger: Ledger) -> Iterator[str]:
 
 def _lines(ledger: Ledger) -> Iterator[str]:
     about = {row["name"]: row["value"] for row in ledger.rows("SELECT name, value FROM about")}
-    counts = {name: ledger.rows(f"SELECT count(*) FROM {name}")[0][0] for name in ("edits", "events")}
+    counts = {name: ledger.rows(f"SELECT count(*) FROM {name}")[0][0] for name in COUNTED}
     yield _line({"format": FORMAT, "version": VERSION, **about, **counts})
+    for row in ledger.rows("SELECT * FROM shared ORDER BY name"):
+        file = base64.b64encode(ledger.blobs.read(row["sha256"])).decode()
+        yield _line({"shared": row["name"], "kind": row["kind"], "file": file})
     for row in ledger.rows("SELECT * FROM edits ORDER BY id"):
         old = ledger.rows("SELECT old FROM supersedes WHERE edit = ? ORDER BY old", row["id"])
         files = {part: base64.b64encode(ledger.blobs.read(row[part])).decode() for part in ("latent", "factors")}
@@ -62,14 +67,14 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
     Raises:
         FormatError: a line is not what it should be, or some are missing; says which.
         FingerprintMismatchError: they are of another model.
-        LedgerError: there is no room.
+        LedgerError: there is no room, or the edits in force would not go together.
     """
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     numbers: dict[int, int] = {}
     told: dict[str, int] = {}
-    found = {"edits": 0, "events": 0}
+    found = dict.fromkeys(COUNTED, 0)
     with ledger.writing():
-        shift = ledger.head()
+        shift, last = ledger.head(), ledger.rows("SELECT coalesce(max(id), 0) FROM edits")[0][0]
         for count, (number, line) in enumerate(numbered):
             at = f"{where}, line {number}"
             try:
@@ -77,6 +82,9 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                 if not count:
                     _check_head(one, ledger, at)
                     told = {name: int(one[name]) for name in found}
+                elif "shared" in one:
+                    share(ledger, one["shared"], one["kind"], base64.b64decode(one["file"], validate=True))
+                    found["shared"] += 1
                 elif "edit" in one:
                     numbers[one["edit"]] = _take_edit(ledger, one, numbers, shift)
                     found["edits"] += 1
@@ -87,25 +95,16 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                     found["events"] += 1
             except (ValueError, KeyError, TypeError, RecursionError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
-        _supersede(ledger, set(numbers.values()))
+        # What was taken in takes the place of all that was there and has the same prompt, in force or not: what is not
+        # in force may be, once something is taken back.
+        pairs = "SELECT new.edit, old.edit FROM asks AS new JOIN asks AS old USING (prompt) WHERE old.edit <= ?1"
+        ledger.base.execute(f"INSERT OR IGNORE INTO supersedes {pairs} AND new.edit > ?1", (last,))
+        seal(ledger.base)
         if found != told:
             counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
             raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
+        ledger.state()  # which has to come together
     return len(numbers)
-
-
-def _supersede(ledger: Ledger, new: set[int]) -> None:
-    """What was taken in takes the place of all that was there and has the same prompt, in force or not.
-
-    For what is not in force may be, once something is taken back.
-    """
-    prompts: dict[str, tuple[list[int], list[int]]] = {}
-    for entry in ledger.entries():
-        for prompt in {signed(request.prompt) for request in entry.requests}:
-            here, came = prompts.setdefault(prompt, ([], []))
-            (came if entry.id in new else here).append(entry.id)
-    pairs = [(new, old) for here, came in prompts.values() for new in came for old in here]
-    ledger.base.executemany("INSERT OR IGNORE INTO supersedes VALUES (?, ?)", pairs)
 
 
 def _check_head(one: Any, ledger: Ledger, at: str) -> None:
@@ -135,6 +134,7 @@ def _take_edit(ledger: Ledger, one: dict[str, Any], numbers: dict[int, int], shi
     assert number is not None
     old = [(number, numbers[one]) for one in one["supersedes"]]
     ledger.base.executemany("INSERT INTO supersedes VALUES (?, ?)", old)
+    note_prompts(ledger.base, number, one["record"])
     ledger.load(number)  # whole, or nothing is taken in
     return number
 

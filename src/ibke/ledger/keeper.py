@@ -145,14 +145,40 @@ class Keeper:
         self._keep(
             [_Made(row, requests[row], edit, notes[row], who) for row, edit in zip(todo, made, strict=True)], found
         )
+        # What the model said may be what an earlier request of these has changed since.
+        while unsaid := self._unsaid([row for row in range(len(requests)) if row not in found], requests, found):
+            made = self.editor.edit_each([requests[row] for row in unsaid])
+            late = [_Made(row, requests[row], edit, notes[row], who) for row, edit in zip(unsaid, made, strict=True)]
+            for one in late:
+                if self._overtaken(one, found):
+                    found[one.row] = Kept(one.request)
+                else:
+                    self._keep([one], found)
         seconds = (time.perf_counter() - began) / len(requests)
         return [replace(found.get(row, Kept(request)), seconds=seconds) for row, request in enumerate(requests)]
+
+    def _unsaid(self, rows: Sequence[int], requests: Sequence[EditRequest], found: Mapping[int, Kept]) -> list[int]:
+        """Of some rows whose targets came before, those where they come no more, if anything was kept since."""
+        if not rows or not any(kept.number for kept in found.values()):
+            return []
+        said = self._say([requests[row] for row in rows], self.state())
+        return [row for row, still in zip(rows, said, strict=True) if not still]
+
+    def _overtaken(self, one: _Made, found: Mapping[int, Kept]) -> bool:
+        """Whether a later request of the same call is about the same fact."""
+        rows = {kept.number: row for row, kept in found.items()}
+        old = superseded(self.lm, self._edits, one.edit, one.request)
+        return any(rows.get(number, -1) > one.row for number in old)
 
     def _keep(self, made: Sequence[_Made], found: dict[int, Kept]) -> None:
         """Check some edits together and write down those that may be kept; ``found`` takes what became of each."""
         for attempt in count(1):
             made = [one for one in made if one.row not in found]
-            # Whoever was overtaken again and again has the others wait.
+            if attempt > ATTEMPTS and len(made) > 1:
+                for one in made:
+                    self._keep([one], found)
+                return
+            # Whoever was overtaken again and again has the others wait, for no longer than one edit takes.
             locked = self.ledger.writing() if attempt > ATTEMPTS else nullcontext()
             # If somebody else was quicker, what is left is checked beside what they wrote.
             with suppress(LedgerMovedError), locked:
@@ -204,22 +230,27 @@ class Keeper:
         found: dict[int, Kept],
         parent: int,
     ) -> None:
+        """Write down what was checked together, all or none."""
         numbers: dict[int, int] = {}
-        for one in made:
-            supersedes = [numbers.get(number, number) for number in old[one.row]]
-            verdict = verdicts.get(one.row)
-            number = self.ledger.commit(
-                one.edit,
-                scores=verdict.scores if verdict else {},
-                supersedes=supersedes,
-                editor=self.mark,
-                who=one.who,
-                note=one.note,
-                parent=parent,
-            )
-            numbers[one.place], parent = number, parent + 1  # its own event
-            self._edits = {n: kept for n, kept in self._edits.items() if n not in supersedes} | {number: one.edit}
-            found[one.row] = Kept(one.request, number, one.edit, tuple(supersedes), verdict)
+        edits, kept = dict(self._edits), dict[int, Kept]()
+        with self.ledger.writing():
+            for one in made:
+                supersedes = [numbers.get(number, number) for number in old[one.row]]
+                verdict = verdicts.get(one.row)
+                number = self.ledger.commit(
+                    one.edit,
+                    scores=verdict.scores if verdict else {},
+                    supersedes=supersedes,
+                    editor=self.mark,
+                    who=one.who,
+                    note=one.note,
+                    parent=parent,
+                )
+                numbers[one.place], parent = number, parent + 1  # its own event
+                edits = {n: edit for n, edit in edits.items() if n not in supersedes} | {number: one.edit}
+                kept[one.row] = Kept(one.request, number, one.edit, tuple(supersedes), verdict)
+        self._edits = edits
+        found.update(kept)
 
     def _superseded(self, made: Sequence[_Made]) -> dict[int, list[int]]:
         """By row, what each edit takes the place of: edits of the ledger by number, those before it here by place."""

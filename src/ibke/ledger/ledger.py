@@ -6,7 +6,8 @@ named by their content. What is in force is a function of all that was written d
     standing(e)   the last of e's own events is a commit or a restore
     active        every standing edit that no standing edit supersedes
 
-so a revert is one more line, and whatever it superseded is in force again.
+so a revert is one more line, and whatever it superseded is in force again. An edit supersedes all earlier ones of its
+prompt, in force or not, so that no two of one prompt ever are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import getpass
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +30,10 @@ from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
 from ibke.evaluation.metrics import signed
 from ibke.ledger.blobs import Blobs
+from ibke.ledger.conflicts import same_fact
 from ibke.ledger.records import Entry, Event
-from ibke.ledger.schema import advice, connect
+from ibke.ledger.schema import advice, connect, note_prompts, seal
+from ibke.ledger.shared import offer_shared, share_needs
 from ibke.models import LanguageModel
 
 DATABASE, TENSORS = "ledger.sqlite", "tensors"
@@ -65,6 +68,7 @@ class Ledger:
             with self.writing():
                 question = "INSERT OR IGNORE INTO about VALUES ('fingerprint', ?), ('model', ?)"
                 self.base.execute(question, (lm.fingerprint, lm.name))
+        offer_shared(self)
         about = {row["name"]: row["value"] for row in self.rows("SELECT name, value FROM about")}
         self.model, self.fingerprint = about.get("model", ""), about.get("fingerprint", "")
         if lm is not None and self.fingerprint != lm.fingerprint:
@@ -125,7 +129,8 @@ class Ledger:
         Args:
             edit: what was made, by itself, of the pristine model.
             scores: JSON-ready, what was found when it was made.
-            supersedes: edits it takes the place of; those that these had taken the place of are left out too.
+            supersedes: edits it takes the place of, beside those of its prompt; those that these had taken the place
+                of are left out too.
             editor: fingerprint of the editor.
             who: does it; the user of this process if left out.
             note: in the writer's own words.
@@ -151,8 +156,10 @@ class Ledger:
                 raise LedgerMovedError(
                     f"somebody wrote to it meanwhile (event {head}, expected {parent}).", str(self.folder), "Try again."
                 )
-            old = self._superseded(supersedes)
+            prompts = [signed(request.prompt) for request in edit.requests]
+            old = self._superseded([*supersedes, *(number for prompt in prompts for number in self.asking(prompt))])
             self.base.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", files)
+            share_needs(self, edit)
             row = (_now(), who or _user(), edit.info.method, editor, head, _json(record), _json(scores or {}))
             number = self.base.execute(
                 "INSERT INTO edits (at, who, method, editor, parent, record, scores, latent, factors) "
@@ -161,8 +168,14 @@ class Ledger:
             ).lastrowid
             assert number is not None
             self.base.executemany("INSERT INTO supersedes VALUES (?, ?)", [(number, one) for one in old])
+            note_prompts(self.base, number, record)
             self._event("commit", number, row[1], note)
+            seal(self.base)
         return number
+
+    def asking(self, prompt: str) -> list[int]:
+        """All edits ever made of a prompt, in the form of :func:`signed`."""
+        return [row[0] for row in self.rows("SELECT edit FROM asks WHERE prompt = ? ORDER BY edit", prompt)]
 
     def revert(self, edits: Sequence[int], who: str | None = None, note: str = "") -> None:
         """Take edits back, all or none; what they had taken the place of is in force again.
@@ -181,22 +194,33 @@ class Ledger:
         """Put edits that were taken back in force again, all or none.
 
         Raises:
-            LedgerError: one does not exist, was not taken back, or is about the prompt of another edit in force.
+            LedgerError: one does not exist or was not taken back, or another one in force is of the same prompt, or of
+                the same subject in much the same words.
         """
         with self.writing():
             self._change("restore", edits, who, note)
-            for numbers in self.prompts().values():
-                if len(numbers) > 1 and not numbers.isdisjoint(edits):
-                    what = f"edits {' and '.join(map(str, sorted(numbers)))} would be in force for the same prompt."
-                    raise LedgerError(what, str(self.folder), "Take the other back first, with `ibke revert`.")
+            active = self.active()
+            for number in edits:
+                if number not in active and not set(self._after(number)) & set(edits):
+                    newer = " and ".join(map(str, self._after(number)))
+                    what = f"edit {newer} of the same fact is newer than edit {number}, which would not be in force."
+                    raise LedgerError(what, str(self.folder), f"Take edit {newer} back first, with `ibke revert`.")
+            self._refuse_same_fact(set(edits) & set(active), active)
+            self.state()  # which has to come together
 
-    def prompts(self) -> dict[str, set[int]]:
-        """The edits in force by the prompts they were made for, in normal form."""
-        found: dict[str, set[int]] = {}
-        for number in self.active():
-            for request in self.entry(number).requests:
-                found.setdefault(signed(request.prompt), set()).add(number)
-        return found
+    def _after(self, number: int) -> list[int]:
+        """Standing edits that supersede one."""
+        question = f"SELECT edit FROM supersedes WHERE old = ? AND edit IN ({_STANDING}) ORDER BY edit"
+        return [row[0] for row in self.rows(question, number, self.head())]
+
+    def _refuse_same_fact(self, restored: Iterable[int], active: Sequence[int]) -> None:
+        asked = {number: self.entry(number).requests for number in active} if restored else {}
+        for number in restored:
+            for other in active:
+                pairs = [(one, two) for one in asked[number] for two in asked[other]] if other != number else []
+                if any(same_fact(one, two) for one, two in pairs):
+                    what = f"edits {number} and {other} would be in force for the same fact."
+                    raise LedgerError(what, str(self.folder), "Take the other back first, with `ibke revert`.")
 
     def entry(self, number: int) -> Entry:
         """What was written down of an edit.
@@ -280,6 +304,7 @@ class Ledger:
                     state = "was not taken back" if action == "restore" else "is taken back already"
                     raise LedgerError(f"edit {number} {state}.", str(self.folder), "See `ibke log`.")
                 self._event(action, number, who or _user(), note)
+            seal(self.base)
 
     def _event(self, action: str, number: int, who: str, note: str) -> None:
         row = (_now(), who, action, number, note)

@@ -5,12 +5,17 @@ Rows are added and never changed: what is in force is a function of all that was
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ibke.errors import LedgerError
+from ibke.evaluation.metrics import signed
 
-PATIENCE = 60.0  # seconds one writer waits for another
+PATIENCE = 600.0  # seconds one writer waits for another, who may be checking an edit meanwhile
 
 MIGRATIONS = (
     """
@@ -44,8 +49,71 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX events_of_edit ON events (edit, id);
     """,
+    """
+    CREATE TABLE asks (             -- prompts of edits, in the form in which they are compared
+        edit INTEGER NOT NULL REFERENCES edits (id),
+        prompt TEXT NOT NULL,
+        PRIMARY KEY (prompt, edit)
+    ) STRICT;
+    CREATE TABLE seals (            -- of each event and all before it
+        event INTEGER PRIMARY KEY REFERENCES events (id),
+        sha256 TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE shared (           -- files that edits of a kind cannot act without
+        name TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        sha256 TEXT NOT NULL REFERENCES blobs (sha256)
+    ) STRICT;
+    """,
 )
-APPENDED = ("about", "blobs", "edits", "supersedes", "events")
+APPENDED = ("about", "blobs", "edits", "supersedes", "events", "asks", "seals", "shared")
+
+
+def note_prompts(base: sqlite3.Connection, edit: int, record: dict[str, Any]) -> None:
+    """Write down what an edit's requests ask, from its record."""
+    prompts = {signed(request["prompt"]) for request in record["requests"]}
+    base.executemany("INSERT INTO asks VALUES (?, ?)", [(edit, prompt) for prompt in sorted(prompts)])
+
+
+def seal(base: sqlite3.Connection) -> None:
+    """Seal the events that are not sealed yet."""
+    (last,) = base.execute("SELECT coalesce(max(event), 0) FROM seals").fetchone()
+    base.executemany("INSERT INTO seals VALUES (?, ?)", list(_seals(base, last)))
+
+
+def broken_seals(base: sqlite3.Connection) -> list[int]:
+    """Events that, or whose edits, are no longer what they were when they were written down."""
+    kept = dict(base.execute("SELECT event, sha256 FROM seals").fetchall())
+    events = [row[0] for row in base.execute("SELECT id FROM events ORDER BY id")]
+    gone = sorted(set(kept) ^ set(events))
+    return gone or [event for event, sha256 in _seals(base, 0, kept) if kept[event] != sha256]
+
+
+def _seals(base: sqlite3.Connection, after: int, kept: dict[int, str] | None = None) -> Iterator[tuple[int, str]]:
+    """The seals of the events after one: digests of what was done, of the edit where it was made, and of the last seal.
+
+    That is the one kept, where some are given, so that one change breaks one seal.
+    """
+    row = base.execute("SELECT sha256 FROM seals WHERE event = ?", (after,)).fetchone()
+    before = row[0] if row else ""
+    for event in base.execute("SELECT * FROM events WHERE id > ? ORDER BY id", (after,)).fetchall():
+        what = [before, *event]
+        if event["action"] == "commit":
+            what += base.execute("SELECT * FROM edits WHERE id = ?", (event["edit"],)).fetchone() or ()
+            old = "SELECT old FROM supersedes WHERE edit = ? ORDER BY old"
+            what += [one[0] for one in base.execute(old, (event["edit"],))]
+        sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        yield event["id"], sha256
+        before = kept[event["id"]] if kept else sha256
+
+
+def _fill(base: sqlite3.Connection) -> None:
+    for edit, record in base.execute("SELECT id, record FROM edits").fetchall():
+        note_prompts(base, edit, json.loads(record))
+    seal(base)
+
+
+FILLED: dict[int, Callable[[sqlite3.Connection], None]] = {2: _fill}  # what new tables of a version begin with
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -88,9 +156,11 @@ def _migrate(base: sqlite3.Connection, path: Path) -> None:
                 str(path),
                 "Use the version of ibke that wrote it, or a newer one.",
             )
-        for script in MIGRATIONS[version:]:
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             for statement in filter(str.strip, script.split(";")):
                 base.execute(statement)
+            if number in FILLED:
+                FILLED[number](base)
         if version < len(MIGRATIONS):
             _append_only(base)
             base.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from ibke.editors.gated.question import entrance, question_gate, states_at
+from ibke.editors.gated.question import entrance, gate_file, offer_gate, question_gate, states_at
 from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
 from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
@@ -71,6 +72,15 @@ class GatedNeurons(Part):
     def own_neurons(self) -> Mapping[str, Neurons]:
         """Its neurons."""
         return self.neurons
+
+    def needs(self) -> dict[str, Path | None]:
+        """The maps."""
+        return {self.gate: gate_file(self.gate)}
+
+    @classmethod
+    def offer(cls, name: str, path: Path) -> None:
+        """Take note of where maps are kept."""
+        offer_gate(name, path)
 
     def tensors(self) -> dict[str, Tensor]:
         """Keys, levels, owners (``owner/MLP``), neurons (``neurons/MLP/…``) and what tells them apart (``told/…``)."""

@@ -181,14 +181,17 @@ def load_gate(folder: Path, lm: LanguageModel) -> QuestionGate:
         FormatError: there are none, or they are damaged.
         FingerprintMismatchError: they were trained for other weights.
     """
-    path = folder / FILE
+    return _read_gate(folder / FILE, lm)
+
+
+def _read_gate(path: Path, lm: LanguageModel) -> QuestionGate:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header["format"] != FORMAT:
             raise ValueError("another format")
-        check_fingerprint(header["fingerprint"], lm, f"the gate in {folder}")
+        check_fingerprint(header["fingerprint"], lm, f"the gate in {path.parent}")
         gate = QuestionGate(QuestionConfig(**header["config"] | {"layers": tuple(header["config"]["layers"])}))
         gate.load_state_dict(restore(tensors))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -198,14 +201,26 @@ def load_gate(folder: Path, lm: LanguageModel) -> QuestionGate:
     gate = gate.requires_grad_(False).eval().to(lm.device)
     gate.training_seconds = header.get("seconds")
     _KNOWN[gate.name] = gate
+    _FILES[gate.name] = path
     return gate
 
 
 _KNOWN: dict[str, QuestionGate] = {}
+_FILES: dict[str, Path] = {}  # where maps are kept, those too that have not been read
+
+
+def gate_file(name: str) -> Path | None:
+    """Where the maps of a name are kept, if that is known."""
+    return _FILES.get(name)
+
+
+def offer_gate(name: str, path: Path) -> None:
+    """Take note of where the maps of a name are kept."""
+    _FILES.setdefault(name, path)
 
 
 def question_gate(name: str, lm: LanguageModel) -> QuestionGate:
-    """The maps of a name: those that ship for a model, or have been loaded.
+    """The maps of a name: those that ship for a model, have been loaded, or are kept with a ledger.
 
     Raises:
         FormatError: there are none of this name.
@@ -213,6 +228,8 @@ def question_gate(name: str, lm: LanguageModel) -> QuestionGate:
     if name not in _KNOWN:
         with suppress(FormatError):
             load_gate(shipped_folder(lm), lm)
+    if name not in _KNOWN and name in _FILES:
+        _read_gate(_FILES[name], lm)
     if name not in _KNOWN:
         raise FormatError(
             f"the maps {name} that tell this edit's question are not known.",
