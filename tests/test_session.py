@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from tests.random_editor import random_edit
 
 import ibke.session
 from ibke.edit import Edit, EditInfo
@@ -100,6 +101,22 @@ def test_several_edits_at_once_are_their_composition(tiny_model):
     assert torch.equal(logits(lm), base)
     with EditSession(lm).attach(two):
         assert torch.equal(logits(lm), with_two)
+
+
+def test_edits_merged_one_after_another_are_rounded_once(tiny_model):
+    lm = tiny_model("llama")
+    lm.model.to(torch.bfloat16)
+    name = "model.layers.1.mlp.down_proj"
+    module = lm.model.get_submodule(name)
+    before = module.weight.clone()
+    edits = [random_edit(lm, 1, seed=seed, scale=2e-3, layers=[1]) for seed in range(60)]
+    wanted = sum((edit.delta(name) for edit in edits), before.float()).bfloat16()
+    with EditSession(lm) as session:
+        for edit in edits:
+            session.merge(edit)
+        assert (module.weight != wanted).float().mean() < 0.01  # sums in another order
+        assert (wanted != before).float().mean() > 0.5
+    assert torch.equal(module.weight, before)
 
 
 def test_attach_on_top_of_a_merge(tiny_model):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from types import TracebackType
 
 import torch
@@ -47,7 +48,8 @@ class EditSession:
         self._neurons: dict[str, Neurons] = {}  # of all attached edits together
         self._handles: list[RemovableHandle] = []  # while they are in force
         self._merged: list[Edit] = []
-        self._saved: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor] = {}  # weights before the first merge
+        self._sums: dict[str, Tensor] = {}  # of merged updates, float32: added to these, and rounded once
         self._narrow: dict[str, tuple[nn.Parameter, nn.Parameter | None]] = {}
 
     @property
@@ -95,7 +97,9 @@ class EditSession:
         return self._take(staying)
 
     def merge(self, edit: Edit) -> EditSession:
-        """Fold an edit into the weights: W ← W + BA, summed in float32 and rounded once to the weight's dtype.
+        """Fold an edit into the weights: W ← W₀ + Σ BA, rounded once to the weight's dtype.
+
+        The sum over merged edits is kept in float32, so a thousand of them one after another are as good as at once.
 
         Neurons are appended to those of their MLP, which grows. Either all its modules change or none.
 
@@ -130,7 +134,7 @@ class EditSession:
                 self._refuse_shared(name, module)
             for name, module in modules.items():
                 self._saved.setdefault(name, weight_OI(module).clone())
-                add_delta_(module, edit.delta(name))
+                self._set_(name, module, self._sums.get(name, 0.0) + edit.delta(name))
             self._merged.append(edit)
             self._widen()
         except BaseException:
@@ -147,7 +151,7 @@ class EditSession:
         self._merged = []
         self._make_narrow()
         self._rebuild(resolve(self.lm.model, self._saved))
-        self._saved = {}
+        self._saved, self._sums = {}, {}
         return self
 
     def __enter__(self) -> EditSession:
@@ -232,16 +236,21 @@ class EditSession:
             set_parameters_(module, *self._narrow[name])
         self._narrow = {}
 
-    @torch.no_grad()
     def _rebuild(self, modules: dict[str, nn.Module]) -> None:
         """Set weights to their saved state with the merged edits added again, in order: the same bits each time."""
         for name, module in modules.items():
-            if name not in self._saved:
-                continue
-            weight_OI(module).copy_(self._saved[name])
-            for edit in self._merged:
-                if name in edit.factors:
-                    add_delta_(module, edit.delta(name))
+            if name in self._saved:
+                updates = [edit.delta(name) for edit in self._merged if name in edit.factors]
+                self._set_(name, module, reduce(torch.add, updates) if updates else None)
+
+    @torch.no_grad()
+    def _set_(self, name: str, module: nn.Module, delta_OI: Tensor | None) -> None:
+        """Set a weight to its saved state with an update."""
+        weight_OI(module).copy_(self._saved[name])
+        self._sums.pop(name, None)
+        if delta_OI is not None:
+            self._sums[name] = delta_OI
+            add_delta_(module, delta_OI)
 
     def _refuse_shared(self, name: str, module: nn.Module) -> None:
         for other, parameter in self.lm.model.named_parameters(remove_duplicate=False):
