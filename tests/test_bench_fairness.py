@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +51,31 @@ def test_a_summary_says_which_edits_were_not_made(lm: LanguageModel, tmp_path: P
     assert said in markdown(summary) and said in page(summary) and "calm could not" not in markdown(summary)
     lines = [r for r in csv.DictReader(io.StringIO(csv_text(summary))) if r["metric"] == "not_made"]
     assert [line["mean"] for line in lines] == ["0", "2", "0", "0"]
+
+
+def test_a_summary_says_what_lies_in_the_requests(lm: LanguageModel, tmp_path: Path) -> None:
+    # Three that say different things of one prompt, one of them what no answer can be.
+    requests = [replace(MANY[0], target_new=target) for target in ("Here", "There", "No. " * 20)] + MANY[1:3]
+
+    def execute(cell: Cell, progress: Progress) -> dict[str, Any]:
+        editor = RandomEditor(lm, **cell.contender.settings)
+        return evaluate(lm, editor, requests, cell.stage.protocol, config={"seed": cell.seed})
+
+    plan = make_plan()
+    documents = run(plan, tmp_path, execute=execute)
+    summary = summarise(plan, documents)
+    counts = [[row[name] for name in ("unreachable", "groups", "group", "fewest_groups")] for row in summary["rows"]]
+    assert counts == [[2, 10, 1, 10]] * 2 + [[2, 8, 2, 6]] * 2  # of two seeds
+    apart = "10 edits were made in 8 groups of at most 2: requests that contradict each other are never in one."
+    beyond = "2 of 10 targets are longer than an answer may be, or of several lines: no answer can be one."
+    for text in (markdown(summary), page(summary)):
+        assert (text.count(apart), text.count(beyond)) == (1, 2)  # once for all methods, under each protocol
+    lines = list(csv.DictReader(io.StringIO(csv_text(summary))))
+    assert [r["mean"] for r in lines if r["metric"] == "groups"] == ["10", "10", "8", "8"]
+    # Cells of before these were counted say nothing of them.
+    old = [{k: v for k, v in document.items() if k not in ("groups", "unreachable")} for document in documents]
+    said = markdown(summarise(plan, old))
+    assert "groups of at most" not in said and "targets are longer" not in said
 
 
 def test_a_summary_says_where_seeds_are_of_different_weights(lm: LanguageModel, tmp_path: Path) -> None:

@@ -289,6 +289,9 @@ def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):
     refused(run(*command, "--text", tmp_path / "none.txt"), "cannot be read", "none.txt")
     refused(run(*command, "--abilities", text), "its fields are none of those known")
     refused(run(*command[:-1], "chats"), "'chats'")
+    file.write_text("\n".join(json.dumps({"prompt": PROMPT, "target_new": name}) for name in (NEW, f"{NEW}\nor so")))
+    said = run("eval", "--data", file, "--method", "idle").stdout.replace("\n", " ")
+    assert "1 targets are longer than 40 tokens or of several lines: no answer can be one" in said
     file = tmp_path / "benchmark.json"
     file.write_text(json.dumps([{"prompt": PROMPT, "target_new": NEW, "subject": "Turkey"}, {"prompt": PROMPT}]))
     result = run("eval", "--data", file, "--format", "knowedit", "--method", "idle", "--json", "-")

@@ -365,6 +365,23 @@ def test_wrong_settings_are_refused(tiny_model: Callable[..., LanguageModel]) ->
     assert not editor.seen
 
 
+def test_targets_that_no_answer_can_be_are_counted(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    targets = {  # of 40 tokens an answer may be
+        "\x01" * 39: 0,  # and the space before it
+        "\x01" * 40: 1,
+        "\x01" * 39 + ".": 0,  # what ends a sentence does not count
+        "one\ntwo": 1,
+    }
+    for target, beyond in targets.items():
+        request = replace(REQUESTS[1], target_new=target)
+        report = evaluate(lm, RandomEditor(lm), [REQUESTS[0], request], frames=("bare", "question"))
+        assert report["unreachable"] == beyond, target
+    # Of what is overwritten nothing is asked.
+    twice = [replace(REQUESTS[1], target_new="one\ntwo"), REQUESTS[1]]
+    assert evaluate(lm, RandomEditor(lm), twice, Protocol("sequential"))["unreachable"] == 0
+
+
 @pytest.mark.parametrize("protocol", ["single", "sequential"])
 @pytest.mark.parametrize(
     ("fields", "lengths"),

@@ -16,10 +16,9 @@ from ibke.bench.summary import (
     cells,
     conditions,
     difference,
-    differing,
     measured,
-    not_made,
     number,
+    remarks,
     share,
     unedited,
 )
@@ -103,7 +102,7 @@ def _place(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[
     return [
         f"<h2>{escape(data)}, {escape(protocol)}</h2>",
         f'<p class="dim">{escape(unedited(summary, data, protocol))} A dashed line marks it.</p>',
-        *(f"<p>{escape(line)}</p>" for line in (*differing(summary, data, protocol), *not_made(rows))),
+        *(f"<p>{escape(line)}</p>" for line in remarks(summary, data, protocol, rows)),
         f'<div class="grid-of-charts">{"".join(shown)}</div>',
         *_tables(against, rows),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ from ibke.bench.plan import Cell, Plan
 from ibke.evaluation.tally import ASPECTS
 
 BLOCKS = ("generation", "teacher_forced")
+COUNTS = ("not_made", "unreachable", "groups")
 COSTS = {
     "seconds_per_edit": "s/edit",
     "bytes_per_edit": "bytes/edit",
@@ -39,9 +41,11 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         A JSON-ready summary. ``rows`` has, for each data set, protocol and method, ``generation`` and
         ``teacher_forced`` with ``score`` (mean of the three), ``reliability``, ``generality``, ``locality`` and
         ``portability``, each mean, 95 % interval and number of edits; ``not_made``, how many edits could not be made
-        and count as nothing done, with the first reason in ``not_made_why``; ``minus``, the generated ones less those
-        of ``against`` on the same edits; the costs, the ``effects`` and the answers by ``families``, means over seeds;
-        ``by_age``, of the first seed; and ``files``, where all of it comes from.
+        and count as nothing done, with the first reason in ``not_made_why``; ``unreachable``, how many targets no
+        answer can be; ``groups``, in how many groups of at most ``group`` they were made, and ``fewest_groups`` that
+        would hold them; ``minus``, the generated ones less those of ``against`` on the same edits; the costs, the
+        ``effects`` and the answers by ``families``, means over seeds; ``by_age``, of the first seed; and ``files``,
+        where all of it comes from.
         ``unlike`` says of each data set and protocol in what the cells compared differ: edits, file, model, machine.
         ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
         answers anything; ``left_out`` what could not be used of each data set, by
@@ -107,9 +111,13 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     """What one method reached and took."""
     row: dict[str, Any] = {"seeds": [report["config"]["seed"] for report in reports]}
     row["n"] = sum(report["n"] for report in reports)
-    # Cells of before it was counted ended where an edit could not be made.
+    # Cells of before these were counted: they ended where an edit could not be made.
     row["not_made"] = sum(report.get("not_made", 0) for report in reports)
     row["not_made_why"] = next((report["not_made_why"] for report in reports if report.get("not_made")), None)
+    row["unreachable"] = sum(report.get("unreachable", 0) for report in reports)
+    fewest = [math.ceil(report["n"] / report["group"]) for report in reports]
+    row |= {"group": max((report["group"] for report in reports), default=None), "fewest_groups": sum(fewest)}
+    row["groups"] = sum(report.get("groups", least) for report, least in zip(reports, fewest, strict=True))
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
     row |= {name: mean_known(report.get(name) for report in reports) for name in COSTS}
@@ -146,7 +154,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             ["method", "n", *measured(rows), f"score − {summary['against']}", *COSTS.values()],
             [[row["method"], str(row["n"]), *cells(row, measured(rows))] for row in rows],
         )
-        lines += [f"\n{line}" for line in (*differing(summary, data, protocol), *not_made(rows))]
+        lines += [f"\n{line}" for line in remarks(summary, data, protocol, rows)]
         lines += ["", "Teacher-forced, to compare with published numbers:", ""]
         forced = [[row["method"], *(share(row["teacher_forced"][name]) for name in ASPECTS)] for row in rows]
         lines += [*_table(["method", *ASPECTS], forced), "", unedited(summary, data, protocol), ""]
@@ -172,7 +180,8 @@ def csv_text(summary: Mapping[str, Any]) -> str:
                 found = [[metric[key] for key in ("mean", "low", "high")] for metric in (row[block][name], minus)]
                 n = [row[block][name]["n"], minus["n"]]
                 table.writerow([*start, block, name, n[0], *found[0], summary["against"], n[1], *found[1], files])
-        table.writerow([*start, "count", "not_made", row["n"], row["not_made"], *nothing, files])
+        for name in COUNTS:
+            table.writerow([*start, "count", name, row["n"], row[name], *nothing, files])
         for name in COSTS:
             table.writerow([*start, "cost", name, row["n"], row[name], *nothing, files])
         for name in EFFECTS:
@@ -207,14 +216,15 @@ def left_out(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def differing(summary: Mapping[str, Any], data: str, protocol: str) -> list[str]:
-    """In what the cells of a data set and protocol differ beside the method; a sentence each."""
-    return [
+def remarks(summary: Mapping[str, Any], data: str, protocol: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to know of a data set's and protocol's rows; a sentence each."""
+    differing = [
         line for one in summary["unlike"] if (one["data"], one["protocol"]) == (data, protocol) for line in one["what"]
     ]
+    return [*differing, *_not_made(rows), *dict.fromkeys(line for row in rows for line in _of_requests(row))]
 
 
-def not_made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _not_made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of which methods edits could not be made; a sentence a method."""
     return [
         f"{row['method']} could not make {row['not_made']} of its {row['n']} edits, which count as nothing done; "
@@ -222,6 +232,22 @@ def not_made(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if row["not_made"]
     ]
+
+
+def _of_requests(row: Mapping[str, Any]) -> list[str]:
+    """What lies in the requests and not in the method that was given them; a sentence each."""
+    said = []
+    if row["groups"] > row["fewest_groups"]:
+        said.append(
+            f"{row['n']} edits were made in {row['groups']} groups of at most {row['group']}: requests that contradict "
+            "each other are never in one."
+        )
+    if row["unreachable"]:
+        said.append(
+            f"{row['unreachable']} of {row['n']} targets are longer than an answer may be, or of several lines: no "
+            "answer can be one."
+        )
+    return said
 
 
 def by_place(summary: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:

@@ -174,6 +174,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
     if report["superseded"]:
         what = f"{report['superseded']} edits are not scored: later ones of the same prompt took their place"
         console.print(what, style="dim", markup=False)
+    if report["unreachable"]:
+        most = f"longer than {config['max_new_tokens']} tokens or of several lines"
+        console.print(f"{report['unreachable']} targets are {most}: no answer can be one", style="yellow", markup=False)
     if report["not_made"]:
         what = f"{report['not_made']} edits could not be made and count as nothing done: {report['not_made_why']}"
         console.print(what, style="yellow", markup=False)

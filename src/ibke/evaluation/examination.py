@@ -9,9 +9,9 @@ from typing import Any
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together, window_of
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Stops, Together, window_of
 from ibke.evaluation.machine import describe
-from ibke.evaluation.questions import Question, ask, questions
+from ibke.evaluation.questions import Question, ask, questions, reachable
 from ibke.evaluation.side_effects import Battery
 from ibke.evaluation.tally import Tally
 from ibke.frames import FRAMES, Frame
@@ -24,6 +24,8 @@ Progress = Callable[[str, int, int], None]
 
 class Examination:
     """Asks all there is to ask about a set of requests, a part of them at a time.
+
+    ``unreachable`` counts those whose target is too long, or of too many lines, to be generated.
 
     Args:
         lm: the model.
@@ -58,10 +60,13 @@ class Examination:
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
         self.baseline, self.superseded, self.rewritten = baseline, superseded, 0
-        self.questions = 0
+        self.questions, beyond, stops = 0, set[int](), Stops(lm)
         for question in self._asked(range(len(requests)), requests):
             self._check_window(question)
             self.questions += 1
+            if question.kind == "reliability" and not reachable(question, stops):
+                beyond.add(question.edit)
+        self.unreachable = len(beyond)
 
     def parts(self) -> Iterator[range]:
         """Indices of the requests whose edits are held at once, where each has one of its own."""

@@ -212,7 +212,8 @@ def _report(
 
     ``n`` is the number of edits, ``groups`` in how many groups they were made, ``superseded`` how many of a sequence a
     later one of the same prompt took the place of; these are not asked about, nor are the ``rewritten`` probes whose
-    answers were to stay but are what another edit in force is about; ``not_made`` of how many no edit could be
+    answers were to stay but are what another edit in force is about; ``unreachable`` how many targets no answer can be,
+    for they are longer than ``config.max_new_tokens`` or of several lines; ``not_made`` of how many no edit could be
     made, ``not_made_why`` the first reason. ``metrics`` and ``base`` hold the blocks ``generation`` (normalised exact
     match of the greedy answer; locality: the same answer as the base) and ``teacher_forced`` (legacy: token accuracy;
     locality: the same tokens as the base), each of ``reliability``, ``generality``, ``locality`` and
@@ -235,6 +236,7 @@ def _report(
         "groups": len(groups),
         "superseded": len(exam.superseded),
         "rewritten": exam.rewritten,
+        "unreachable": exam.unreachable,
         "metrics": tally.core("edited"),
         "base": tally.core("base"),
         **costs.report(),

@@ -86,6 +86,12 @@ def questions(request: EditRequest, edit: int, frames: Sequence[Frame], tokenize
                 yield Question(edit, kind, frame, pair, probe.answer or None, family=probe.family)
 
 
+def reachable(question: Question, stops: Stops) -> bool:
+    """Whether an answer can be the expected one: it ends at a newline, and after ``MAX_NEW_TOKENS``."""
+    said = stops.answer(question.pair.answer[:MAX_NEW_TOKENS]).text
+    return question.target is None or exact_match(said, question.target)
+
+
 def ask(
     lm: LanguageModel,
     asked: Sequence[Question],
