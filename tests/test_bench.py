@@ -27,7 +27,7 @@ from ibke.bench.page import page
 from ibke.bench.plan import Cell, Conditions, Contender, DataSet, Plan, Stage
 from ibke.bench.report import write
 from ibke.bench.run import CELLS, load, run, seconds_left
-from ibke.bench.summary import COSTS, csv_text, markdown, summarise
+from ibke.bench.summary import COSTS, COUNTS, csv_text, markdown, summarise
 from ibke.data.readers import Skipped, account
 from ibke.errors import IBKEError, RequestError
 from ibke.evaluation.protocols import evaluate, sample
@@ -310,7 +310,7 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert calm["minus"]["score"] == {"n": 6, "mean": 0.0, "low": 0.0, "high": 0.0}
     assert summarise(plan, documents, "loud")["rows"][2]["minus"]["locality"]["mean"] == pytest.approx(-gap)
     table = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + 1 + 1)  # what was not made, one family
+    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + len(COUNTS) + 1)  # one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
 
@@ -408,6 +408,13 @@ def test_what_is_no_number_is_null_and_draws_nothing() -> None:
     assert json.loads(to_json({"a": float("nan"), "b": [1.0, float("inf")]})) == {"a": None, "b": [1.0, None]}
     drawn = costs("x", [Dot("broken", float("inf"), text="inf"), Dot("whole", 2.0, text="2")])
     assert drawn.count("<circle") == 1 and "nan" not in drawn
+
+
+def test_a_cost_of_nothing_is_written_though_no_logarithm_is_drawn() -> None:
+    drawn = costs("x", [Dot("free", 0.0, text="0", bold=True), Dot("dear", 2.0, text="2"), Dot("unknown", None)])
+    assert "free: 0<" in drawn and "dear: 2<" in drawn and "unknown: nothing measured<" in drawn
+    assert drawn.count("<circle") == 1 and 'class="row bold"' in drawn
+    assert "free: 0<" in costs("x", [Dot("free", 0.0, text="0")])
 
 
 def test_json_for_people_is_the_same_json() -> None:

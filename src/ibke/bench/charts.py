@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, LABEL, RIGHT, ROW, TOP, FOOT = 460, 118, 56, 26, 10, 26
@@ -18,7 +18,7 @@ class Dot:
 
     Args:
         label: what it is of.
-        mean: None draws nothing.
+        mean: None draws no dot.
         low: end of the interval.
         high: end of the interval.
         text: the mean as it is written.
@@ -69,9 +69,9 @@ def differences(title: str, dots: Sequence[Dot]) -> str:
 
 
 def costs(title: str, dots: Sequence[Dot]) -> str:
-    """Positive quantities as dots on a logarithmic axis."""
-    dots = [dot if dot.mean and math.isfinite(dot.mean) else Dot(dot.label, None) for dot in dots]
-    known = [dot.mean for dot in dots if dot.mean is not None and dot.mean > 0] or [1.0]
+    """Quantities as dots on a logarithmic axis; what has no place on it, as 0, is still written."""
+    dots = [dot if dot.mean and 0 < dot.mean < math.inf else replace(dot, mean=None) for dot in dots]
+    known = [dot.mean for dot in dots if dot.mean is not None] or [1.0]
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     axis = _Axis(10.0**low, 10.0 ** max(high, low + 1), log=True)
     step = math.ceil((max(high, low + 1) - low) / 5)
