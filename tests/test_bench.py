@@ -331,6 +331,7 @@ def test_the_page_is_whole_and_fetches_nothing(lm: LanguageModel, tmp_path: Path
     assert not re.search(r'="[^"]*nan', text)
     for row in summary["rows"]:
         assert all(file in text for file in row["files"])
+    assert "| MB at once |" in markdown(summary) and "<th>MB at once</th>" in text  # of a group, not per edit
     assert markdown(summary).count("\n| calm |") == 8  # metrics, teacher-forced, side effects (KL), families
 
 

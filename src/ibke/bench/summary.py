@@ -21,7 +21,7 @@ COSTS = {
     "seconds_per_edit": "s/edit",
     "bytes_per_edit": "bytes/edit",
     "shared_bytes": "bytes shared",
-    "memory_per_edit_mb": "MB/edit",
+    "memory_per_edit_mb": "MB at once",  # of all edits of a group, where others are per edit
     "rate_nats": "nats/edit",
     "training_seconds": "s to train",
 }
