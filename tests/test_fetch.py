@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -69,8 +70,30 @@ def test_fetches_what_is_missing_and_tells_of_it(home: str, tmp_path: Path):
     assert done == sorted(done) and done[-1] == wanted.bytes
     assert len(told) > 10 and {state[2] for state in told} == {wanted.bytes}
     assert fetch(wanted, tmp_path) == []
-    fetched[0].write_bytes(b"damaged")
+    fetched[0].unlink()
     assert fetch(wanted, tmp_path) == [fetched[0]]
+
+
+@pytest.mark.parametrize("own", [b"mine", bytes(len(BODY)), b""], ids=["another size", "another content", "empty"])
+def test_what_lies_in_the_place_of_a_file_is_named_and_stays(home: str, tmp_path: Path, own: bytes):
+    wanted, place = source(home, "a.json", "b.json"), tmp_path / "small" / "b.json"
+    place.parent.mkdir()
+    place.write_bytes(own)
+    with pytest.raises(IBKEError, match=r"not the file that small has.*Move it away, or set IBKE_DATA") as caught:
+        fetch(wanted, tmp_path)
+    assert caught.value.where == str(place) and place.read_bytes() == own
+    assert everything_in(tmp_path) == {"small/b.json"}  # nothing was fetched
+    assert wanted.missing(tmp_path) == list(wanted.files)
+
+
+def test_any_edition_of_a_file_without_a_checksum_is_there(home: str, tmp_path: Path):
+    wanted, place = source(home, "a.json", sha256=None), tmp_path / "small" / "a.json"
+    place.parent.mkdir()
+    place.write_bytes(b"a newer edition")
+    assert fetch(wanted, tmp_path) == [] and place.read_bytes() == b"a newer edition"
+    place.write_bytes(b"")
+    with pytest.raises(IBKEError, match="not the file that small has"):
+        fetch(wanted, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +159,13 @@ def test_command(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert json.loads(run.invoke(app, ["ls", "data", "--json"]).stdout)[0]["here"] is True
     again = run.invoke(app, ["data", "fetch", "small"])
     assert "all there already" in again.stdout
+    (tmp_path / "small" / "a.json").rename(tmp_path / "small" / "b.json")
+    (tmp_path / "small" / "a.json").write_text("mine")
+    others = {"more": replace(source(home, "c.json"), name="more"), "small": source(home, "a.json")}
+    monkeypatch.setattr(fetching, "load_sources", lambda: others)
+    refused = run.invoke(app, ["data", "fetch", "more", "small"])
+    assert (refused.exit_code, refused.stdout) == (2, "") and "Move it away" in refused.stderr
+    assert everything_in(tmp_path) == {"small/a.json", "small/b.json"}  # nor of the first
     unknown = run.invoke(app, ["data", "fetch", "smal"])
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     assert "Did you mean 'small'?" in unknown.stderr

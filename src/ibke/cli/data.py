@@ -18,12 +18,17 @@ def fetch(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="As `ibke ls data` calls them.")],
     as_json: JSON = False,
 ) -> None:
-    """Download data sets into IBKE_DATA, or else into the cache folder; files that are there stay."""
+    """Download data sets into IBKE_DATA, or else into the cache folder; files that are there stay.
+
+    Where another file lies in the place of one, nothing is downloaded.
+    """
     from ibke.data.fetch import fetch as fetch_source
     from ibke.data.fetch import find_source
 
     console, root = screen(as_json), data_folder()
     sources = [find_source(name) for name in dict.fromkeys(names)]
+    for source in sources:
+        source.to_fetch(root)  # what is in the way of the last is better known before the first is fetched
     documents = []
     with Bars() as tick:
         for source in sources:

@@ -70,8 +70,24 @@ class Source:
         return sum(file.bytes for file in self.files)
 
     def missing(self, root: Path) -> list[SourceFile]:
-        """The files that do not lie below ``root``, or lie there in another size than they should."""
+        """The files that do not lie below ``root``; what lies in their place with another content is not them."""
         return [file for file in self.files if not _fits(root / self.folder / file.path, file)]
+
+    def to_fetch(self, root: Path) -> list[SourceFile]:
+        """The files missing below ``root``, where their places are free.
+
+        Raises:
+            IBKEError: something else lies in the place of one.
+        """
+        wanted = self.missing(root)
+        for file in wanted:
+            if (place := root / self.folder / file.path).exists():
+                raise IBKEError(
+                    f"this is not the file that {self.name} has by this name, and is not overwritten.",
+                    str(place),
+                    "Move it away, or set IBKE_DATA to another folder.",
+                )
+        return wanted
 
 
 def load_sources() -> dict[str, Source]:
@@ -108,9 +124,10 @@ def fetch(source: Source, root: Path, progress: Progress | None = None) -> list[
         The files fetched now.
 
     Raises:
-        IBKEError: no network, an answer that is not the file, too little disk, or a folder that cannot be written.
+        IBKEError: no network, an answer that is not the file, too little disk, a folder that cannot be written, or
+            something else in a file's place.
     """
-    wanted, fetched, before = source.missing(root), [], 0
+    wanted, fetched, before = source.to_fetch(root), [], 0
     total = sum(file.bytes for file in wanted)
     _check_room(root, total)
 
@@ -182,8 +199,12 @@ def _check_room(root: Path, needed: int) -> None:
 
 
 def _fits(path: Path, file: SourceFile) -> bool:
+    """Whether a file is the one listed; of one without a checksum any edition is, unless it is empty."""
     try:
         size = path.stat().st_size
+        if file.sha256 is None:
+            return size > 0
+        with path.open("rb") as content:
+            return size == file.bytes and hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
     except OSError:
         return False
-    return size == file.bytes if file.sha256 else size > 0
