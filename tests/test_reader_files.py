@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.reader_records import RECORDS
 from ibke.data.readers import Skipped, read
 
 ZSRE = RECORDS["zsre"]["MEND"]
+DOCS = Path(__file__).parents[1] / "docs" / "data.md"
 
 
 def write(folder: Path, text: str, name: str = "data.json") -> Path:
@@ -39,3 +41,14 @@ def test_copies_and_leftovers_in_a_folder_are_not_read(tmp_path: Path) -> None:
     for name in ("data.json", "data.json.bak", ".data.json-x1"):
         write(tmp_path, json.dumps([ZSRE]), name)
     assert len(list(read(tmp_path, "zsre"))) == 1
+
+
+def test_the_example_of_faults_prints_what_it_says(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.+?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setenv("IBKE_DATA", str(data_folder))
+    exec(block, {})
+    wanted = re.findall(r"  # (.+)", block)
+    printed = capsys.readouterr().out.replace(str(data_folder), "…").splitlines()
+    assert printed == wanted and len(wanted) == 2
