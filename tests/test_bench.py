@@ -20,7 +20,6 @@ import pytest
 from random_editor import REQUESTS, RandomEditor
 
 from ibke.bench.cell import Progress, data_digest
-from ibke.bench.charts import Dot, costs
 from ibke.bench.compare import METRICS, bootstrap, by_edit, paired
 from ibke.bench.effects import EFFECTS, effect
 from ibke.bench.page import page
@@ -403,19 +402,6 @@ def test_names_are_text_and_not_markup(lm: LanguageModel) -> None:
     document = {"failed": "<b>x & y</b>", "cell_seconds": 1.0}
     text = page(summarise(plan, [document] * len(plan.cells)))
     assert "&lt;b&gt;x &amp; y&lt;/b&gt;" in text and Page(text).open == []
-
-
-def test_what_is_no_number_is_null_and_draws_nothing() -> None:
-    assert json.loads(to_json({"a": float("nan"), "b": [1.0, float("inf")]})) == {"a": None, "b": [1.0, None]}
-    drawn = costs("x", [Dot("broken", float("inf"), text="inf"), Dot("whole", 2.0, text="2")])
-    assert drawn.count("<circle") == 1 and "nan" not in drawn
-
-
-def test_a_cost_of_nothing_is_written_though_no_logarithm_is_drawn() -> None:
-    drawn = costs("x", [Dot("free", 0.0, text="0", bold=True), Dot("dear", 2.0, text="2"), Dot("unknown", None)])
-    assert "free: 0<" in drawn and "dear: 2<" in drawn and "unknown: nothing measured<" in drawn
-    assert drawn.count("<circle") == 1 and 'class="row bold"' in drawn
-    assert "free: 0<" in costs("x", [Dot("free", 0.0, text="0")])
 
 
 def test_json_for_people_is_the_same_json() -> None:

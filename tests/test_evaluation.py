@@ -17,7 +17,7 @@ from ibke.errors import RequestError
 from ibke.evaluation import questions as questions_module
 from ibke.evaluation.baseline import Baseline
 from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
-from ibke.evaluation.protocols import Protocol, evaluate, sample
+from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import FRAMES, encode_pair
@@ -363,44 +363,6 @@ def test_wrong_settings_are_refused(tiny_model: Callable[..., LanguageModel]) ->
         with pytest.raises(RequestError, match=message):
             evaluate(lm, editor, **{"requests": REQUESTS, **settings})
     assert not editor.seen
-
-
-def test_targets_that_no_answer_can_be_are_counted(tiny_model: Callable[..., LanguageModel]) -> None:
-    lm = tiny_model("llama")
-    targets = {  # of 40 tokens an answer may be
-        "\x01" * 39: 0,  # and the space before it
-        "\x01" * 40: 1,
-        "\x01" * 39 + ".": 0,  # what ends a sentence does not count
-        "one\ntwo": 1,
-    }
-    for target, beyond in targets.items():
-        request = replace(REQUESTS[1], target_new=target)
-        report = evaluate(lm, RandomEditor(lm), [REQUESTS[0], request], frames=("bare", "question"))
-        assert report["unreachable"] == beyond, target
-    # Of what is overwritten nothing is asked.
-    twice = [replace(REQUESTS[1], target_new="one\ntwo"), REQUESTS[1]]
-    assert evaluate(lm, RandomEditor(lm), twice, Protocol("sequential"))["unreachable"] == 0
-
-
-@pytest.mark.parametrize("protocol", ["single", "sequential"])
-@pytest.mark.parametrize(
-    ("fields", "lengths"),
-    [
-        ({"locality": (Probe("\x00" * 100),)}, r"100 tokens in the frame 'bare'\) and an answer of 40"),
-        ({"portability": (Probe("\x00", "\x00" * 150),)}, "answer of 151 tokens"),
-        ({"target_new": "\x00" * 150}, "answer of 151 tokens"),
-        ({"target_true": "\x00" * 150}, "answer of 151 tokens"),
-    ],
-    ids=["prompt", "answer to follow", "target", "old answer"],
-)
-def test_what_does_not_fit_the_window_is_refused_before_any_edit(
-    tiny_model: Callable[..., LanguageModel], protocol: str, fields: dict[str, Any], lengths: str
-) -> None:
-    lm = tiny_model("gpt2")  # learned positions: there is none for a token beyond the window
-    editor, last = RandomEditor(lm), replace(REQUESTS[2], **fields)
-    with pytest.raises(RequestError, match=f"{lengths}.*window of 128") as caught:
-        evaluate(lm, editor, [*REQUESTS[:2], last], Protocol.parse(protocol))
-    assert caught.value.where == "request 'The sky is'" and not editor.seen
 
 
 def test_samples_keep_order_and_repeat() -> None:
