@@ -13,6 +13,7 @@ import pytest
 from gradient_editor import GradientEditor
 from tests.commands import NEW, OLD, PROMPT, Run, refused
 
+from ibke.cli.console import Bars
 from ibke.cli.main import SPINS
 from ibke.cli.output import shorten
 from ibke.edit import Edit
@@ -256,6 +257,42 @@ def test_edits_of_a_file(run: Run, tmp_path: Path):
     assert second["already"] is True
     assert "window" in third["error"]
     assert sorted(path.name for path in out.iterdir()) == ["0001"]
+
+
+def test_a_file_of_edits_goes_on_where_it_was_left(run: Run, tmp_path: Path):
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    requests = [{"prompt": PROMPT, "target_new": NEW}, {"prompt": "The sky is", "target_new": "green"}]
+    command = ("edit", "--requests", file, "--out", out, "--method", "gradient")
+    file.write_text("\n".join(map(json.dumps, requests)))
+    assert json.loads(run(*command, "--json").stdout)["there"] == 0
+    (out / "0002" / INDEX).unlink()  # as if it had been stopped
+    before = (out / "0001" / INDEX).stat().st_mtime_ns
+    again = json.loads(run(*command, "--json").stdout)
+    assert (again["n"], again["there"]) == (2, 1)
+    assert again["edits"][0]["there"] and again["edits"][0]["prompt"] == PROMPT and "there" not in again["edits"][1]
+    assert (out / "0001" / INDEX).stat().st_mtime_ns == before and (out / "0002" / INDEX).exists()
+    file.write_text("\n".join(map(json.dumps, [{**requests[0], "subject": "Turkey"}, requests[1]])))
+    more = run(*command)
+    assert "1 were there already" in more.stdout
+    assert Edit.load(out / "0001").requests[0].subject == "Turkey"
+
+
+def test_a_file_of_edits_says_what_did_not_follow_and_what_changed(run: Run, tmp_path: Path):
+    file = tmp_path / "requests.jsonl"
+    request = {"prompt": PROMPT, "target_new": NEW, "rephrase_prompts": ["Two and two make"]}
+    file.write_text(json.dumps({**request, "locality": [PROMPT]}))
+    said = run("edit", "--requests", file, "--out", tmp_path / "out", "--method", "gradient").stdout
+    assert "wordings that follow 0 of 1 · answers kept 0 of 1" in " ".join(said.split())
+
+
+def test_where_there_is_no_terminal_time_left_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("ibke.cli.console.time.monotonic", lambda: now[0])
+    with Bars() as tick:
+        tick("Editing", 0, 100)
+        now[0] = 60.0
+        tick("Editing", 25, 100)
+    assert "Editing … 25% (0:03:00 left)" in capsys.readouterr().err
 
 
 def test_eval_writes_and_prints_its_report(run: Run, tmp_path: Path):

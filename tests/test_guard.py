@@ -426,6 +426,14 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     back = json.loads(run(*command).stdout)
     assert [one["outcome"] for one in back["edits"]] == ["there already", "kept"] and back["in_force"] == 2
     assert back["outcomes"] == {"there already": 1, "kept": 1}
+    # So is one that says more: a wording that the first edit did not follow.
+    worded = json.dumps({**json.loads(lines[1]), "rephrase_prompts": ["Two and two make"]})
+    file.write_text("\n".join([lines[0], worded]))
+    more = json.loads(run(*command).stdout)
+    assert [one["outcome"] for one in more["edits"]] == ["there already", "kept"]
+    nothing = tmp_path / "probes.txt"
+    nothing.write_text(" \n")
+    refused(run(*command[:-2], "--probes", nothing), str(nothing), "no prompt in it")
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))

@@ -234,6 +234,7 @@ class Bars:
         )
         self.tasks: dict[str, TaskID] = {}
         self.due: dict[str, float] = {}  # when the next line is
+        self.begun: dict[str, tuple[float, int]] = {}  # when each began, and how much was done then
 
     def __enter__(self) -> Bars:
         self.bars.start()
@@ -249,12 +250,19 @@ class Bars:
         if what not in self.tasks:
             self.tasks[what] = self.bars.add_task(what, total=total, figures=figures)
             self.due[what] = time.monotonic() + FIRST_LINE
+            self.begun[what] = (time.monotonic(), done)
         self.bars.update(self.tasks[what], completed=done, total=total, figures=figures, seconds_left=seconds_left)
         if not self.console.is_terminal and time.monotonic() >= self.due[what]:
             self.due[what] = time.monotonic() + LINE_EVERY
             share = f" {done / total:.0%}" if done and total else ""
-            left = "" if seconds_left is None else f" ({timedelta(seconds=int(seconds_left))} left)"
+            told = self._left(what, done, total) if seconds_left is None else seconds_left
+            left = "" if told is None else f" ({timedelta(seconds=int(told))} left)"
             self.console.print(f"{what} …{share} {figures}".rstrip() + left, markup=False, soft_wrap=True)
+
+    def _left(self, what: str, done: int, total: int | None) -> float | None:
+        """Seconds left at the pace so far; None as long as nobody knows."""
+        began, before = self.begun[what]
+        return (time.monotonic() - began) / (done - before) * (total - done) if total and done > before else None
 
     def print(self, console: Console, line: Any) -> None:
         """Print a line for people while bars are shown: above them where both are on a terminal."""

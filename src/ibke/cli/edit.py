@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,12 +39,13 @@ from ibke.cli.keep import (
 )
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
-from ibke.errors import IBKEError, RequestError
+from ibke.errors import FormatError, IBKEError, RequestError
 from ibke.request import EditRequest, Probe, read_requests, refuse_contradictions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ibke.edit import Edit
     from ibke.editors.base import Editor
     from ibke.models import LanguageModel
 
@@ -143,13 +144,18 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
 
 
 def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, force: bool, as_json: bool) -> int:
+    from ibke.edit import Edit
+
     console, digits = screen(as_json), max(4, len(str(count)))
     documents: list[dict[str, Any]] = []
-    unusable = achieved = 0
+    unusable = achieved = there = 0
     with Bars() as tick:
-        for index, outcome in enumerate(_corrections(lm, editor, path, force), start=1):
-            name = f"{index:0{digits}d}"
-            if isinstance(outcome, Exception):
+        names = (f"{index:0{digits}d}" for index in range(1, count + 1))
+        for index, (name, outcome) in enumerate(_corrections(lm, editor, path, out, names, force), start=1):
+            if isinstance(outcome, Edit):
+                document = _there(outcome, out / name, lm, editor)
+                there += 1
+            elif isinstance(outcome, Exception):
                 tick.print(console, Text.assemble(f"{name} ", ("✗ ", "red"), (str(outcome), "red")))
                 unusable += 1
                 document = {"error": str(outcome), "achieved": False}
@@ -162,23 +168,52 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
                 documents.append(document)
             tick("Editing", index, count)
     tail = f", {unusable} could not be used" if unusable else ""
+    tail += f"; {there} were there already (delete their folders to make them again)" if there else ""
     console.print(Text(f"{achieved} of {count} targets are generated{tail}; edits are in {out}.", style="bold"))
     if as_json:
-        print_json({"n": count, "achieved": achieved, "unusable": unusable, "edits": documents})
+        print_json({"n": count, "achieved": achieved, "unusable": unusable, "there": there, "edits": documents})
     if unusable:
         return WRONG_INPUT
     return DONE if achieved == count else NOT_ACHIEVED
 
 
-def _corrections(lm: LanguageModel, editor: Editor, path: Path, force: bool) -> Iterator[Correction | Exception]:
-    """One outcome a request; one that does not fit the model does not keep the others from theirs."""
+def _corrections(
+    lm: LanguageModel, editor: Editor, path: Path, out: Path, names: Iterable[str], force: bool
+) -> Iterator[tuple[str, Correction | Edit | Exception]]:
+    """One outcome a request, with its folder's name: the edit itself, where an earlier run has made it.
+
+    One that does not fit the model does not keep the others from theirs.
+    """
     from ibke.evaluation.costs import OF_ONE
 
-    for request in read_requests(path):
+    for name, request in zip(names, read_requests(path), strict=True):
+        if made := _made(out / name, request, lm, editor):
+            yield name, made
+            continue
         try:
-            yield correct(lm, editor, request, asked_by(request), force=force)
+            yield name, correct(lm, editor, request, asked_by(request), force=force)
         except OF_ONE as error:
-            yield error
+            yield name, error
+
+
+def _made(folder: Path, request: EditRequest, lm: LanguageModel, editor: Editor) -> Edit | None:
+    """The edit of a request that is in its folder; None where there is none, or another one."""
+    from ibke.edit import Edit
+
+    try:
+        edit = Edit.load(folder)
+    except FormatError:
+        return None
+    same = (edit.info.method, edit.info.fingerprint) == (editor.name, lm.fingerprint)
+    return edit if same and [one.to_dict() for one in edit.requests] == [request.to_dict()] else None
+
+
+def _there(edit: Edit, folder: Path, lm: LanguageModel, editor: Editor) -> dict[str, Any]:
+    request, info = edit.requests[0], edit.info
+    # Whether the target comes is known from when it was made, by methods that ask.
+    document = {"prompt": request.prompt, "target_new": request.target_new, "achieved": info.achieved is not False}
+    document |= {"there": True, "rate_nats": info.rate_nats, "refine_steps": info.refine_steps}
+    return {**document, "folder": str(folder), "model": lm.name, "fingerprint": lm.fingerprint, "method": editor.name}
 
 
 def _save(correction: Correction, folder: Path | None) -> Path | None:
@@ -205,4 +240,7 @@ def _advise(correction: Correction, folder: Path | None, console: Console) -> No
 def _line(name: str, correction: Correction) -> Text:
     mark, style = ("✓", "green") if correction.achieved else ("✗", "red")
     prompt, target = shorten(correction.request.prompt, 50), shorten(correction.request.target_new, 30)
-    return Text.assemble(f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction))
+    told = {"wording": "wordings that follow", "keep": "answers kept"}
+    fine = {role: [a.ok for a in correction.asked if a.role == role] for role in told}
+    said = "".join(f" · {told[role]} {sum(ok)} of {len(ok)}" for role, ok in fine.items() if not all(ok))
+    return Text.assemble(f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction), (said, "red"))

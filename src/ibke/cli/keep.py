@@ -16,6 +16,7 @@ from rich.text import Text
 from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
 from ibke.cli.output import print_json, screen, shorten
 from ibke.errors import IBKEError, RequestError
+from ibke.files import digest
 from ibke.request import EditRequest, read_requests
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class Keeping:
                     f"it cannot be read ({error}).", str(self.probes), "Give one prompt a line."
                 ) from None
             asked = [(line.strip(), "bare") for line in lines if line.strip()]
+            if not asked:
+                raise RequestError("there is no prompt in it.", str(self.probes), "Give one prompt a line.")
         return Guard(lm, Limits.read(limits) if limits else None, asked)
 
 
@@ -171,20 +174,18 @@ class _Tally:
         return NOT_ACHIEVED if self.missed else DONE
 
 
-def _mark(request: EditRequest, place: str) -> tuple[str, str, str]:
-    """What a request of a file is known by: its place, and what it says, since a file may change."""
-    return place, request.prompt, request.target_new
+def _mark(request: EditRequest, place: str) -> tuple[str, str]:
+    """What a request of a file is known by: its place, and all it says, since a file may change."""
+    return place, digest(request.to_dict())
 
 
-def _there(ledger: Ledger) -> set[tuple[str, str, str]]:
+def _there(ledger: Ledger) -> set[tuple[str, str]]:
     """The marks of the latest edit from each place in a file, taken back or not."""
+    latest = {}
     with ledger.reading():
-        commits = (event for event in ledger.events() if event.action == "commit")
-        places = {event.edit: _PLACE.match(event.note) for event in commits}
-        latest = {}
-        for entry in ledger.entries():
-            if place := places.get(entry.id):
-                latest[place[1]] = _mark(entry.requests[0], place[1])
+        for request, note in ledger.made():
+            if place := _PLACE.match(note):
+                latest[place[1]] = _mark(request, place[1])
     return set(latest.values())
 
 

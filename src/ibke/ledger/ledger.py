@@ -35,6 +35,7 @@ from ibke.ledger.records import Entry, Event
 from ibke.ledger.schema import advice, connect, note_prompts, seal
 from ibke.ledger.shared import offer_shared, share_needs
 from ibke.models import LanguageModel
+from ibke.request import EditRequest
 
 DATABASE, TENSORS = "ledger.sqlite", "tensors"
 LATENT = "latent/"
@@ -233,6 +234,13 @@ class Ledger:
     def entries(self) -> Iterator[Entry]:
         """All edits ever made, oldest first."""
         return (self._entry(row) for row in self.rows(f"{_ENTRIES} ORDER BY edits.id"))
+
+    def made(self) -> Iterator[tuple[EditRequest, str]]:
+        """What each edit was first asked for, and the note it was made with, oldest first and one at a time."""
+        question = "SELECT record, note FROM edits JOIN events ON edit = edits.id WHERE action = 'commit' ORDER BY edit"
+        for row in self.base.execute(question):
+            for one in json.loads(row["record"])["requests"][:1]:
+                yield EditRequest.from_dict(one), row["note"]
 
     def events(self) -> Iterator[Event]:
         """All that was ever done, oldest first."""
