@@ -188,3 +188,31 @@ def test_many_edits_must_be_surer_each(generic_DD, constant_D, monkeypatch):
         several = [one(axis) for axis in range(count)]
         found_ED = Told.join(several).addresses(constant_D)
         torch.testing.assert_close(found_ED, torch.cat([told.kept_ED for told in several]) * 0.6 / threshold)
+
+
+def test_edits_that_come_one_after_another_end_where_they_end_together(generic_DD, constant_D, monkeypatch):
+    keys = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(5))
+    edits = [
+        neurons(keeping(generic_DD, constant_D, keys[seed], 0.2 + seed % 5 / 10, seed), constant_D, seed)
+        for seed in range(60)
+    ]
+    together = Neurons.join(edits)
+    asked: list[int] = []
+    foreign = Told._foreign
+
+    def counted(self, found_ED, keys_UD, constant_D, some, among):
+        asked.append(len(some) * len(among))
+        return foreign(self, found_ED, keys_UD, constant_D, some, among)
+
+    monkeypatch.setattr(Told, "_foreign", counted)
+    whole = Neurons.join(edits[:20])
+    for first in range(20, 60, 10):
+        asked.clear()
+        whole = Neurons.join([whole, Neurons.join(edits[first : first + 10])])
+        # Nobody is asked again about those that have met.
+        assert sum(asked[-2:]) == 2 * ((first + 10) ** 2 - first**2)
+    torch.testing.assert_close(whole.gate, together.gate, rtol=1e-5, atol=1e-4)  # c is read off the gates again
+    assert together.told.met.loud
+    # In another order, with what is known standing behind.
+    turned = Neurons.join([edits[0], Neurons.join(edits[1:])])
+    torch.testing.assert_close(turned.gate, together.gate, rtol=1e-5, atol=1e-4)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ LEAST = 0.05  # response at an edit's own keys that is still made 1
 LEAST_CONSTANT = 0.1  # c·x, by which responses are divided, counts as so much at least
 FEW, SURER = 100, 0.05  # edits, and response (ratio 0–1)
 AT_ONCE = 256  # edits whose responses are held at a time
+NEAR = 1e-3  # of a response: so near a bound double precision decides, so that it hangs on nothing else
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,32 @@ class Gate:
     threshold: float
     sharpness: float
     ramp: float
+
+
+@dataclass
+class Met:
+    """What is known of some edits that came together before: it need not be found out again beside others.
+
+    Args:
+        edits: which; they stand side by side.
+        keys: those that answer to them.
+        loud: by edit, keys of the others that answer too loudly, in order.
+        changes: by edit, what was found for such keys: those keys, d, and the response left of its own (ratio).
+    """
+
+    edits: range = range(0)
+    keys: range = range(0)
+    loud: dict[int, list[int]] = field(default_factory=dict)
+    changes: dict[int, tuple[list[int], Tensor, float]] = field(default_factory=dict)
+
+    def behind(self, edits: int, keys: int) -> Met:
+        """The same where so many edits and keys stand before them."""
+        return Met(
+            range(self.edits.start + edits, self.edits.stop + edits),
+            range(self.keys.start + keys, self.keys.stop + keys),
+            {edit + edits: [key + keys for key in some] for edit, some in self.loud.items()},
+            {e + edits: ([key + keys for key in some], d, left) for e, (some, d, left) in self.changes.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,7 @@ class Told:
         owner_T: the edit each answering key belongs to, from 0; edit e has the neurons 2e and 2e + 1.
         gate: of all of them.
         kept_ED: addresses that are kept but for what answers to other edits; None where they are found from the keys.
+        met: what is known of them, or some of them, already.
     """
 
     answer_TD: Tensor
@@ -73,6 +101,7 @@ class Told:
     owner_T: Tensor
     gate: Gate
     kept_ED: Tensor | None = None
+    met: Met = field(init=False, default_factory=Met, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -136,11 +165,13 @@ class Told:
                 "edits to compose",
                 "Make them with one editor.",
             )
-        owners, first = [], 0
+        owners, edits, keys, met = [], 0, 0, Met()
         for told in several:
-            owners.append(told.owner_T + first)
-            first += told.count
-        return cls(
+            owners.append(told.owner_T + edits)
+            if len(told.met.edits) > len(met.edits):
+                met = told.met.behind(edits, keys)
+            edits, keys = edits + told.count, keys + len(told.owner_T)
+        whole = cls(
             torch.cat([told.answer_TD for told in several]),
             torch.cat([told.silent_SD for told in several]),
             torch.cat(
@@ -151,6 +182,8 @@ class Told:
             several[0].gate,
             torch.cat(kept) if kept else None,
         )
+        object.__setattr__(whole, "met", met)
+        return whole
 
     def addresses(self, constant_D: Tensor) -> Tensor:
         """Where each edit answers when all are in force (E × D, float32).
@@ -159,7 +192,7 @@ class Told:
             constant_D: c, with c·x = 1 for every input.
         """
         if self.kept_ED is not None:
-            return self._amended(self.kept_ED.double(), constant_D.double()).float()
+            return self._amended(self.kept_ED, constant_D)
         rows_TD = self._solved()
         found_ED = rows_TD.new_zeros(self.count, rows_TD.shape[1]).index_add(0, self.owner_T, rows_TD)
         answer_TD = self.answer_TD.double()
@@ -190,46 +223,77 @@ class Told:
 
     def _loudest(self, found_ED: Tensor, constant_D: Tensor) -> Tensor:
         """The largest response of each address at a key that is not its own (E); single precision does for a length."""
-        keys_UD = torch.cat([self.answer_TD, self.silent_SD]).float()
-        some = self._foreign(found_ED.float(), keys_UD, constant_D.float())
+        keys_UD, edits = torch.cat([self.answer_TD, self.silent_SD]).float(), range(len(found_ED))
+        some = self._foreign(found_ED.float(), keys_UD, constant_D.float(), edits, range(len(keys_UD)))
         return torch.cat([response_EU.amax(-1) for _, response_EU in some]).double()
 
-    def _foreign(self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The response of addresses at every key but their own, where it is 0 (E × U); answering keys come first.
+    def _foreign(
+        self, found_ED: Tensor, keys_UD: Tensor, constant_D: Tensor, edits: range, keys: range
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The response of some addresses at some keys, 0 at their own (E × U); answering keys come first.
 
         Some addresses at a time, each time with the first one's number: of ten thousand edits all of it were gigabytes.
         """
-        level_U = (keys_UD @ constant_D).clamp_min(LEAST_CONSTANT)
-        own_T = torch.arange(len(self.owner_T))
-        for first in range(0, len(found_ED), AT_ONCE):
-            response_EU = found_ED[first : first + AT_ONCE] @ keys_UD.T / level_U
-            mine_T = (self.owner_T >= first) & (self.owner_T < first + AT_ONCE)
-            response_EU[self.owner_T[mine_T] - first, own_T[mine_T]] = 0.0
+        some_UD = keys_UD[keys.start : keys.stop]
+        level_U = (some_UD @ constant_D).clamp_min(LEAST_CONSTANT)
+        owner_T = self.owner_T[keys.start : keys.stop]
+        own_T = torch.arange(len(owner_T))
+        for first in range(edits.start, edits.stop, AT_ONCE):
+            last = min(first + AT_ONCE, edits.stop)
+            response_EU = found_ED[first:last] @ some_UD.T / level_U
+            mine_T = (owner_T >= first) & (owner_T < last)
+            response_EU[owner_T[mine_T] - first, own_T[mine_T]] = 0.0
             yield first, response_EU
 
+    def _loud(self, kept_ED: Tensor, constant_D: Tensor) -> dict[int, list[int]]:
+        """By edit, keys of other edits at which its address answers too loudly; few, for others' keys seldom answer."""
+        bound, known = QUIET * self.gate.threshold, self.met
+        everyone, all_keys = range(len(kept_ED)), range(len(self.answer_TD))
+        pairs = [
+            (range(known.edits.start), all_keys),
+            (range(known.edits.stop, everyone.stop), all_keys),
+            (known.edits, range(known.keys.start)),
+            (known.edits, range(known.keys.stop, all_keys.stop)),
+        ]
+        found = {edit: list(some) for edit, some in known.loud.items()}
+        for edits, keys in pairs:
+            if not len(edits) or not len(keys):
+                continue
+            for first, response_EU in self._foreign(kept_ED, self.answer_TD, constant_D, edits, keys):
+                near_P2 = (response_EU > bound - NEAR).nonzero()
+                edit_P, key_P = near_P2[:, 0] + first, near_P2[:, 1] + keys.start
+                u_PD = self.answer_TD[key_P].double()
+                level_P = (u_PD @ constant_D.double()).clamp_min(LEAST_CONSTANT)
+                loud_P = (kept_ED[edit_P].double() * u_PD).sum(-1) / level_P > bound
+                for edit, key in zip(edit_P[loud_P].tolist(), key_P[loud_P].tolist(), strict=True):
+                    found.setdefault(edit, []).append(key)
+        return {edit: sorted(found[edit]) for edit in sorted(found)}
+
     def _amended(self, kept_ED: Tensor, constant_D: Tensor) -> Tensor:
-        """Addresses that answer to other edits' keys no more (E × D, float64)."""
-        keys_TD, pulled_TD = self.answer_TD.double(), self.pulled_UD[: len(self.answer_TD)].double()
-        loud: dict[int, Tensor] = {}
-        # Which are loud single precision tells; this is all edits against all keys.
-        for first, response_ET in self._foreign(kept_ED.float(), self.answer_TD.float(), constant_D.float()):
-            loud_ET = response_ET > QUIET * self.gate.threshold
-            some = loud_ET.any(-1).nonzero().flatten().tolist()  # few: others' keys seldom answer
-            loud |= {first + row: loud_ET[row].nonzero().flatten() for row in some}
-        found_ED = kept_ED.clone()
+        """Addresses that answer to other edits' keys no more (E × D, float32)."""
+        loud, changes = self._loud(kept_ED, constant_D), self.met.changes
+        for edit, keys in loud.items():
+            if edit not in changes or changes[edit][0] != keys:
+                changes[edit] = (keys, *self._change(edit, keys, kept_ED[edit].double()))
+        known = self.met
+        known.edits, known.keys, known.loud = range(len(kept_ED)), range(len(self.answer_TD)), loud
         threshold = self.gate.threshold + SURER * max(0.0, math.log10(self.count / FEW))
-        for edit, loud_U in loud.items():
-            own_T = self.owner_T == edit
-            chosen_T = own_T.index_fill(0, loud_U, True)
-            u_CD, p_CD, own_C = keys_TD[chosen_T], pulled_TD[chosen_T], own_T[chosen_T]
-            response_C = u_CD @ kept_ED[edit]
-            gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
-            change_D = FIRM * torch.linalg.solve(gram_CC, response_C.masked_fill(own_C, 0.0)) @ p_CD
-            left = (response_C[own_C] - u_CD[own_C] @ change_D).mean() / response_C[own_C].mean()
-            # Else both say the same of the same: there is nothing to tell apart.
-            if left >= max(STILL, threshold + SLACK):
-                found_ED[edit] -= change_D
-        return found_ED * (self.gate.threshold / threshold)
+        # Else both say the same of the same: there is nothing to tell apart.
+        told = [edit for edit in loud if changes[edit][2] >= max(STILL, threshold + SLACK)]
+        found_ED = kept_ED.double()
+        if told:
+            found_ED[told] -= torch.stack([changes[edit][1] for edit in told])
+        return (found_ED * (self.gate.threshold / threshold)).float()
+
+    def _change(self, edit: int, loud: Sequence[int], kept_D: Tensor) -> tuple[Tensor, float]:
+        """What takes an address's answers at some keys back (D, float64), and what it leaves of its own (ratio)."""
+        chosen_T = (self.owner_T == edit).index_fill(0, torch.tensor(loud), True).nonzero().flatten()
+        u_CD, p_CD = self.answer_TD[chosen_T].double(), self.pulled_UD[chosen_T].double()
+        own_C, response_C = self.owner_T[chosen_T] == edit, u_CD @ kept_D
+        gram_CC = torch.eye(len(u_CD), dtype=u_CD.dtype) + FIRM * u_CD @ p_CD.T
+        change_D = FIRM * torch.linalg.solve(gram_CC, response_C.masked_fill(own_C, 0.0)) @ p_CD
+        left = (response_C[own_C] - u_CD[own_C] @ change_D).mean() / response_C[own_C].mean()
+        return change_D, float(left)
 
     def _mean_by_edit(self, values_T: Tensor) -> Tensor:
         zeros_E = torch.zeros(self.count, dtype=values_T.dtype)

@@ -198,7 +198,7 @@ class Keeper:
             for part in ([one for one in made if one.place in gone], standing):
                 self._keep(part, found)
             return
-        after = Edit.join([edit for n, edit in self._edits.items() if n not in gone] + [one.edit for one in standing])
+        after = self._with(before, [one.edit for one in standing], gone)
         verdicts: dict[int, Verdict] = {}
         if self.guard:
             earlier = self._nearest(standing, gone, self.guard.limits.edits)
@@ -221,6 +221,12 @@ class Keeper:
         self._state = (tuple(self._edits), after)
         if self.guard:
             self.guard.keep(after)
+
+    def _with(self, before: Edit | None, new: Sequence[Edit], gone: set[int]) -> Edit:
+        """What is in force with some new edits and without some old ones."""
+        if before is None or any(number > 0 for number in gone):
+            return Edit.join([edit for number, edit in self._edits.items() if number not in gone] + list(new))
+        return Edit.join([before, *new])  # what have met are not compared again
 
     def _write(
         self,
