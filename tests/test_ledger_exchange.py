@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def test_no_two_edits_of_one_prompt_come_into_force(
     lines = list(export_lines(ledger))
     with Ledger(tmp_path / "copy", lm) as copy:
         copy.commit(second)
-        import_lines(copy, lines, "lines")
+        first = {name: value for name, value in json.loads(lines[0]).items() if name != "shared"}
+        import_lines(copy, [json.dumps({**first, "version": 1}), *lines[1:]], "lines")
         assert copy.active() == [2, 3]  # what was here of the same prompt gives way
         import_lines(copy, lines, "lines")
         assert copy.active() == [5, 6] and verify(copy) == []

@@ -19,6 +19,7 @@ from ibke.ledger.schema import note_prompts, seal
 from ibke.ledger.shared import share
 
 FORMAT, VERSION = "ibke-ledger", 2
+READABLE = (1, VERSION)  # the first had no files in common
 COUNTED = ("edits", "events", "shared")
 COPIED = ("at", "who", "method", "editor", "parent", "record", "scores")
 
@@ -81,7 +82,7 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                 one = json.loads(line)
                 if not count:
                     _check_head(one, ledger, at)
-                    told = {name: int(one[name]) for name in found}
+                    told = {name: int(one.get(name, 0)) for name in found}
                 elif "shared" in one:
                     share(ledger, one["shared"], one["kind"], base64.b64decode(one["file"], validate=True))
                     found["shared"] += 1
@@ -108,7 +109,7 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
 
 
 def _check_head(one: Any, ledger: Ledger, at: str) -> None:
-    if not isinstance(one, dict) or (one.get("format"), one.get("version")) != (FORMAT, VERSION):
+    if not isinstance(one, dict) or one.get("format") != FORMAT or one.get("version") not in READABLE:
         raise FormatError("this is no exported ledger of this version.", at, f"Its `format` should be {FORMAT!r}.")
     if one.get("fingerprint") != ledger.fingerprint:
         raise FingerprintMismatchError(
