@@ -59,3 +59,12 @@ class RandomEditor(Editor):
         edit = random_edit(self.lm, 1 + len(self.seen) % 3, len(self.seen), self.scale)
         edit.info.refine_steps, edit.info.rate_nats, edit.info.achieved = len(self.seen), 10.0, len(self.seen) % 2 == 0
         return edit
+
+
+class Careless(RandomEditor):
+    """Edits of requests for "much" change everything, all others nothing; none makes its target come."""
+
+    def edit(self, requests):
+        scale = 1.0 if requests[0].target_new == "much" else 0.0
+        made = random_edit(self.lm, 1, seed=1, scale=scale)
+        return Edit(made.factors, tuple(requests), made.info)
