@@ -95,6 +95,18 @@ def test_a_state_is_compared_with_the_one_before(lm: LanguageModel) -> None:
     assert strict.check(first, first, [])[1].passed  # it adds nothing to what others have done
 
 
+def test_what_the_unedited_model_says_is_measured_once(lm: LanguageModel, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("IBKE_CACHE", str(tmp_path))
+    edit = RandomEditor(lm, scale=0.1).edit([EditRequest("The harbour lies between", "x")])
+    (_, first), ran = Guard(lm, LOOSE, PROBES).check(None, edit, []), []
+    run = Guard._run
+    monkeypatch.setattr(Guard, "_run", lambda self, state, how: (ran.append(state), run(self, state, how))[1])
+    (_, again) = Guard(lm, LOOSE, PROBES).check(None, edit, [])
+    assert ran == [edit] and again.scores == first.scores
+    Guard(lm, LOOSE, PROBES[:2]).check(None, edit, [])  # other probes are another question
+    assert ran == [edit, None, edit]
+
+
 def test_edits_that_put_a_text_in_front_of_the_question_are_measured_too(tmp_path: Path) -> None:
     lm = make_tiny("llama", max_position_embeddings=512)
     request, info = EditRequest("Boats leave before", "noon"), random_edit(lm, 1, seed=1).info

@@ -166,8 +166,9 @@ class Guard:
         self.lm, self.limits = lm, limits or Limits()
         self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
         prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
+        self.baseline = Baseline.in_cache(lm)
         with set_aside(lm):  # the answers are kept, and have to be the unedited model's
-            answers = self._answered(prompts, Baseline.in_cache(lm))
+            answers = self._answered(prompts)
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
@@ -178,14 +179,14 @@ class Guard:
         self._after: dict[_How, tuple[Edit | None, Measured]] = {}
         self._unedited: dict[_How, Measured] = {}
 
-    def _answered(self, prompts: list[list[int]], baseline: Baseline) -> list[list[int]]:
+    def _answered(self, prompts: list[list[int]]) -> list[list[int]]:
         """What the unedited model answers, known from an earlier time or asked now."""
         if not prompts:
             return []
         identity = ["probes", CONTINUATION, prompts]
-        if (known := baseline.recall(identity)) is None:
+        if (known := self.baseline.recall(identity)) is None:
             known = continuations(self.lm.model, self.lm.tokenizer, prompts)
-            baseline.keep(identity, known)
+            self.baseline.keep(identity, known)
         return known
 
     def _how(self, *states: Edit | None) -> _How:
@@ -203,8 +204,20 @@ class Guard:
             self._rows[first] = part, build_groups(part, self.pairs, [OUTSIDE] * count, range(count), pad_id)
         return self._rows[first]
 
-    @torch.inference_mode()
     def _measure(self, state: Edit | None, how: _How) -> Measured:
+        """What a state does; of the unedited model it is known from an earlier time, or kept for a later one."""
+        if state:
+            return self._run(state, how)
+        read = [[pair.prompt, pair.answer] for pair in (*self.pairs, *self.text.windows)]
+        identity = ["guard", how.first, how.asked, len(self.pairs), read]
+        if (known := self.baseline.recall(identity)) is None:
+            found = self._run(None, how)
+            known = [found.kept_P.tolist(), found.kl_nats, found.nll]
+            self.baseline.keep(identity, known)
+        return Measured(torch.tensor(known[0], dtype=torch.bool), *known[1:])
+
+    @torch.inference_mode()
+    def _run(self, state: Edit | None, how: _How) -> Measured:
         kept_P, kl = torch.zeros(len(self.probes), dtype=torch.bool), 0.0
         part, groups = self._groups(how.first)
         edits = (state,) if state else ()
