@@ -270,6 +270,7 @@ def test_a_file_of_edits_goes_on_where_it_was_left(run: Run, tmp_path: Path):
     again = json.loads(run(*command, "--json").stdout)
     assert (again["n"], again["there"]) == (2, 1)
     assert again["edits"][0]["there"] and again["edits"][0]["prompt"] == PROMPT and "there" not in again["edits"][1]
+    assert again["edits"][0]["achieved"] is True  # of the prompt, as when it was made
     assert (out / "0001" / INDEX).stat().st_mtime_ns == before and (out / "0002" / INDEX).exists()
     file.write_text("\n".join(map(json.dumps, [{**requests[0], "subject": "Turkey"}, requests[1]])))
     more = run(*command)

@@ -117,6 +117,12 @@ def correct(
     return Correction(request, tuple(judged), edit, seconds)
 
 
+def comes(lm: LanguageModel, request: EditRequest, edit: Edit) -> bool:
+    """Whether a request's own prompt is answered with its target, an edit being in force."""
+    asked = Asked("prompt", request.prompt)
+    return _judge(asked, "", answers(lm, [asked], edit)[0], request).ok
+
+
 def asked_by(request: EditRequest) -> list[Asked]:
     """What a request itself gives to ask."""
     wordings = [Asked("wording", text) for text in request.rephrase_prompts]

@@ -25,7 +25,7 @@ from ibke.cli.console import (
     NoRefine,
     load_for_editing,
 )
-from ibke.cli.correction import Correction, asked_by, correct, figures, render
+from ibke.cli.correction import Correction, asked_by, comes, correct, figures, render
 from ibke.cli.keep import (
     HOME,
     Guarded,
@@ -210,8 +210,7 @@ def _made(folder: Path, request: EditRequest, lm: LanguageModel, editor: Editor)
 
 def _there(edit: Edit, folder: Path, lm: LanguageModel, editor: Editor) -> dict[str, Any]:
     request, info = edit.requests[0], edit.info
-    # Whether the target comes is known from when it was made, by methods that ask.
-    document = {"prompt": request.prompt, "target_new": request.target_new, "achieved": info.achieved is not False}
+    document = {"prompt": request.prompt, "target_new": request.target_new, "achieved": comes(lm, request, edit)}
     document |= {"there": True, "rate_nats": info.rate_nats, "refine_steps": info.refine_steps}
     return {**document, "folder": str(folder), "model": lm.name, "fingerprint": lm.fingerprint, "method": editor.name}
 

@@ -19,7 +19,7 @@ class HypernetworkSettings(RunSettings):
         out: empty is a folder of the model and the method in the cache folder, where editors are looked for.
         batch: edits made together: of one step, and of one turn where a step has several. Published: 1 with gradients
             of ten steps added up (MEND), 512 (MALMEN).
-        minutes: wall-clock budget of the run, caching included; 0 is none. As long as IBKE's shipped weights took.
+        minutes: wall-clock budget of the run, caching included; 0 is none. About what IBKE's shipped weights took.
         learning_rate: of Adam. Published: 1e-6 for up to 100,000 steps (MEND), 1e-5 (MALMEN, RLEdit).
         scalar_step: how much larger the steps of logarithms of sizes are.
         config: of the method.
