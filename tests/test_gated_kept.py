@@ -10,13 +10,18 @@ from tests.commands import refused
 from ibke.edit import Edit
 from ibke.editors.gated import question
 from ibke.editors.gated.editor import GatedIBKE
-from ibke.editors.gated.memory import first_of
+from ibke.editors.gated.memory import GatedNeurons, first_of
 from ibke.editors.gated.question import load_gate, save_gate
 from ibke.errors import FormatError
+from ibke.evaluation import running_text
+from ibke.evaluation.running_text import STRETCH, WINDOW, RunningText
 from ibke.ledger import Ledger
+from ibke.ledger import guard as guard_module
 from ibke.ledger.care import replay, verify
 from ibke.ledger.conflicts import ALIKE, alike, superseded
 from ibke.ledger.exchange import export_lines, import_lines
+from ibke.ledger.guard import Guard
+from ibke.parts import Part
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
@@ -126,3 +131,41 @@ def test_edits_of_a_batch_are_found_again_one_by_one_in_the_numbers_of_the_model
         halved = replace(part.neurons[name], out=part.neurons[name].out * 0.5)
         ledger.commit(replace(each[0], parts={place: replace(part, neurons={**part.neurons, name: halved})}))
         assert [text.partition(":")[0] for text in replay(ledger, editor).problems] == ["edit 3"]
+
+
+def test_only_text_that_an_edit_reaches_is_read_again(gated, edit, monkeypatch):
+    plain = "Boats leave before sunrise, and bread is sold at noon. " * 24  # more than a window
+    ids = gated.lm.tokenizer(f"{plain}{REQUEST.prompt} English. {plain}", add_special_tokens=False)["input_ids"]
+    end = next(at for at in range(len(ids)) if gated.lm.tokenizer.decode(ids[:at]).endswith(REQUEST.prompt))
+    running = RunningText(gated.lm, gated.lm.tokenizer.decode(ids[(end - 1) % STRETCH :]), 1000)
+    asked, scored = [], running_text.score
+
+    def score(lm, rows, *more, **how):
+        asked.append(len(rows))
+        return scored(lm, rows, *more, **how)
+
+    monkeypatch.setattr(running_text, "score", score)
+    found = running.nll([edit])
+    windows, stretches = len(running.windows), len(running.stretches)
+    assert windows > 2 and asked[0] == stretches and 0 < asked[1] <= WINDOW // STRETCH
+    assert running.nll([edit]) == found and asked[2:] == asked[1:2]  # what the unedited model makes of it is known
+    monkeypatch.setattr(GatedNeurons, "reaches", Part.reaches)
+    assert running.nll([edit]) == pytest.approx(found, abs=1e-5) and asked[-1] == stretches
+    assert abs(found - running.nll([], asked=True)) > 1e-2
+
+
+def test_only_probes_that_an_edit_reaches_are_asked_again(gated, edit, monkeypatch):
+    about = [("Danielle Darrieux's first language was", "bare"), ("Danielle Darrieux died in the city of", "bare")]
+    probes = [*about, ("The capital of Canada is", "bare"), ("Water boils when", "bare")]
+    guard = Guard(gated.lm, probes=probes)
+    guard.check(None, edit, [])
+    ran, states = [], guard_module.answer_states
+    monkeypatch.setattr(
+        guard_module, "answer_states", lambda model, batch: ran.append(batch.rows) or states(model, batch)
+    )
+    (_, found), asked = guard.check(None, edit, []), sum(ran)
+    monkeypatch.setattr(GatedNeurons, "reaches", Part.reaches)
+    (_, whole) = guard.check(None, edit, [])
+    assert asked == 2 and sum(ran) == asked + 4
+    assert found.changed == whole.changed == (about[0][0],)
+    assert found.scores == pytest.approx(whole.scores, abs=1e-5)

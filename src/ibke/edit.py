@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from ibke.errors import FingerprintMismatchError, FormatError, IBKEError
 from ibke.neurons import Neurons, packed_told, unpacked_neurons
 from ibke.parts import Part, join_parts, part_class
 from ibke.request import EditRequest
+
+if TYPE_CHECKING:
+    from ibke.batch import Batch
+    from ibke.models import LanguageModel
 
 Factors = tuple[Tensor, Tensor]
 
@@ -101,6 +105,18 @@ class Edit:
     def all_neurons(self) -> dict[str, Neurons]:
         """Neurons by MLP, those of parts too."""
         return {name: some for part in self.parts.values() for name, some in part.own_neurons.items()} | self.neurons
+
+    def reaches(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        """In which rows it can change anything at all, as far as is easily told (R, bool); nothing is attached.
+
+        Args:
+            lm: the model it was made for.
+            batch: rows to come.
+        """
+        if self.factors or self.neurons:
+            return torch.ones(batch.rows, dtype=torch.bool)
+        rows = [part.reaches(lm, place, batch) for place, part in self.parts.items()]
+        return torch.stack(rows).any(0) if rows else torch.zeros(batch.rows, dtype=torch.bool)
 
     def delta(self, module: str) -> Tensor:
         """The dense update of one linear module (O × I, float32).

@@ -257,6 +257,11 @@ class Site:
         ones_BKD = constant_D.expand_as(rows_BKD) if self.value else None
         return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 
+    def said(self, neurons: Neurons, x_RTD: Tensor) -> Tensor:
+        """What neurons (K × D) say where the MLP is fed x (R × T × K, float32)."""
+        hidden_RTK = self.activation(x_RTD @ neurons.gate.T)
+        return hidden_RTK if neurons.value is None else hidden_RTK * (x_RTD @ neurons.value.T)
+
     def attach(self, neurons: Neurons, counted: Callable[[Tensor], Tensor] | None = None) -> list[RemovableHandle]:
         """Let neurons work beside the MLP's own, computed in float32; differentiable.
 

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ibke.errors import FormatError
 
 if TYPE_CHECKING:
+    from ibke.batch import Batch
     from ibke.models import LanguageModel
 
 # One line a kind: its name in files and where its class is. A file can name nothing that is not here.
@@ -115,6 +116,17 @@ class Part(ABC):
             FormatError: shapes differ.
             ModuleNotEditableError: there is no such place.
         """
+
+    def reaches(self, lm: LanguageModel, place: str, batch: Batch) -> Tensor:
+        """In which rows it can change anything at all, as far as is easily told (R, bool); nothing is attached.
+
+        Args:
+            lm: the model.
+            place: where it acts.
+            batch: rows to come.
+        """
+        del lm, place
+        return torch.ones(batch.rows, dtype=torch.bool)
 
     @classmethod
     @abstractmethod

@@ -119,7 +119,7 @@ class Battery:
     def __post_init__(self) -> None:
         if self.text is None and not self.suites and not self.harness:
             raise RequestError("there is neither text nor a question.", "side effects", "Name a file of either.")
-        self._text = RunningText(self.lm, self.text or "", self.tokens)
+        self._text = RunningText(self.lm, self.text or "", self.tokens, self.baseline)
         if self.text is not None and not self._text.windows:
             raise RequestError("the text has less than two tokens.", "side effects", "Give a longer one.")
         self._asked = {name: [self._pairs(choice) for choice in choices] for name, choices in self.suites.items()}

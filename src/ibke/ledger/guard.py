@@ -172,7 +172,7 @@ class Guard:
         self.pairs = [Pair(prompt, answer, (0, 1)) for prompt, answer in zip(prompts, answers, strict=True)]
         self.tokens = sum(len(pair.answer) for pair in self.pairs)
         text = files("ibke.data").joinpath("text.txt").read_text(encoding="utf-8")
-        self.text = RunningText(lm, text, TOKENS)
+        self.text = RunningText(lm, text, TOKENS, self.baseline)
         self._rows: dict[int, tuple[PartialModel, list[RowGroup]]] = {}
         # The state last kept and the one last checked, by how they were run.
         self._known: dict[_How, tuple[Edit | None, Measured]] = {}
@@ -220,6 +220,8 @@ class Guard:
     def _run(self, state: Edit | None, how: _How) -> Measured:
         kept_P, kl = torch.zeros(len(self.probes), dtype=torch.bool), 0.0
         part, groups = self._groups(how.first)
+        if state and how.asked:  # twice a pass, but for what it can change
+            kept_P, groups = self._measure(None, how).kept_P.clone(), list(self._reached(state, groups))
         edits = (state,) if state else ()
         with in_force(self.lm, Together(edits) if edits else None):
             for group in groups:
@@ -232,6 +234,13 @@ class Guard:
                 kept_P[terms.owner_R.cpu()] = terms.right_R.cpu()
                 kl += float(terms.forward_R.sum())
         return Measured(kept_P, kl / max(1, self.tokens), self.text.nll(edits, how.asked))
+
+    def _reached(self, state: Edit, groups: Sequence[RowGroup]) -> Iterator[RowGroup]:
+        """The rows in which a state can change anything."""
+        for group in groups:
+            rows_R = state.reaches(self.lm, group.batch).to(group.owner_R.device)
+            if rows_R.any():
+                yield group.select(rows_R)
 
     def check(
         self,

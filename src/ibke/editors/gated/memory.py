@@ -33,12 +33,15 @@ from ibke.editors.gated.question import entrance, gate_file, offer_gate, questio
 from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
 from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
+from ibke.partial import PartialModel
 from ibke.parts import Part, of_question, told_ends, watch_passes
 
 if TYPE_CHECKING:
+    from ibke.batch import Batch
     from ibke.models import LanguageModel
 
 
+AT_ONCE = 2048  # neurons whose words are held at a time
 SPOKEN = 1.0  # what a first neuron says at least where its edit is in force; nearby keys make it say a little too
 
 
@@ -174,6 +177,20 @@ class GatedNeurons(Part):
             width = in_out(site.entrance)[0]
             if some.gate.shape[1] != width or (site.value is None) != (some.value is None):
                 raise FormatError("the neurons do not fit the MLP.", name, "Use the model the edit was made for.")
+
+    @torch.inference_mode()
+    def reaches(self, lm: LanguageModel, place: str, batch: Batch) -> Tensor:
+        """Rows with a token at which some first neuron says enough: in others no edit is heard."""
+        del place
+        first = first_of(self.neurons)
+        site, neurons = Site.find(lm.model, first), self.neurons[first].to(lm.device)
+        part = PartialModel(lm.model, lm.architecture.layers, layer_index(first) or 0)
+        x_RTD = part.inputs_of(site.entrance, batch)
+        loud_RT = torch.zeros(batch.ids_RT.shape, dtype=torch.bool, device=x_RTD.device)
+        for begin in range(0, neurons.count, AT_ONCE):
+            some = neurons[begin : begin + AT_ONCE]
+            loud_RT |= (site.said(some, x_RTD) > SPOKEN).any(-1)
+        return (loud_RT & batch.attention_RT.bool()).any(1).cpu()
 
     @classmethod
     def attach(cls, lm: LanguageModel, place: str, rows: Sequence[GatedNeurons | None]) -> list[RemovableHandle]:
