@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from random_editor import REQUESTS, RandomEditor
 
-from ibke.bench.cell import Progress, data_digest
+from ibke.bench.cell import Progress
 from ibke.bench.compare import METRICS, bootstrap, by_edit, paired
 from ibke.bench.effects import EFFECTS, effect
 from ibke.bench.page import page
@@ -157,28 +157,6 @@ def test_a_setting_without_bound_comes_back_as_it_was_written(lm: LanguageModel,
     assert run(plan, tmp_path, execute=execute) == run(plan, tmp_path, execute=execute)
     assert len(ran) == len(plan.cells)
     assert plan.cells[0].spec["contender"]["settings"] == {"scale": 0.1, "bound": "inf", "bounds": [1.0, ["-inf"]]}
-
-
-def test_a_cell_of_a_data_file_that_has_changed_is_run_again(lm: LanguageModel, tmp_path: Path) -> None:
-    file = tmp_path / "towns.jsonl"
-    file.write_text("one")
-    plan = replace(make_plan(seeds=(0,)), data=[DataSet("towns", str(file), "jsonl")])
-    bench = Bench(lm)
-
-    def execute(cell: Cell, progress: Any) -> dict[str, Any]:
-        report = bench(cell, progress)
-        report["config"]["data_sha256"] = data_digest(file)
-        return report
-
-    run(plan, tmp_path, execute=execute)
-    run(plan, tmp_path, execute=execute)
-    assert len(bench.ran) == 4
-    file.write_text("two")
-    run(plan, tmp_path, execute=execute)
-    assert len(bench.ran) == 8
-    file.unlink()  # what cannot be compared is not thrown away
-    run(plan, tmp_path, execute=execute)
-    assert len(bench.ran) == 8
 
 
 def test_a_failed_cell_says_why_and_is_tried_again(lm: LanguageModel, tmp_path: Path) -> None:

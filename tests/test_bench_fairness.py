@@ -15,10 +15,10 @@ import pytest
 from random_editor import RandomEditor
 from tests.test_bench import MANY, Bench, make_plan
 
-from ibke.bench.cell import Progress
+from ibke.bench.cell import Progress, data_digest
 from ibke.bench.compare import by_edit
 from ibke.bench.page import page
-from ibke.bench.plan import Cell
+from ibke.bench.plan import Cell, DataSet
 from ibke.bench.run import run
 from ibke.bench.summary import csv_text, markdown, summarise
 from ibke.edit import Edit
@@ -126,3 +126,25 @@ def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> 
     changed = {"scores": loud["scores"] | scores}
     found = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])["rows"][1]["minus"]["locality"]
     assert found["n"] == 3 and found["mean"] == pytest.approx(gap)
+
+
+def test_a_cell_of_a_data_file_that_has_changed_is_run_again(lm: LanguageModel, tmp_path: Path) -> None:
+    file = tmp_path / "towns.jsonl"
+    file.write_text("one")
+    plan = replace(make_plan(seeds=(0,)), data=[DataSet("towns", str(file), "jsonl")])
+    bench = Bench(lm)
+
+    def execute(cell: Cell, progress: Any) -> dict[str, Any]:
+        report = bench(cell, progress)
+        report["config"]["data_sha256"] = data_digest(file)
+        return report
+
+    run(plan, tmp_path, execute=execute)
+    run(plan, tmp_path, execute=execute)
+    assert len(bench.ran) == 4
+    file.write_text("two")
+    run(plan, tmp_path, execute=execute)
+    assert len(bench.ran) == 8
+    file.unlink()  # what cannot be compared is not thrown away
+    run(plan, tmp_path, execute=execute)
+    assert len(bench.ran) == 8

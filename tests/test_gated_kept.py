@@ -12,7 +12,7 @@ from ibke.editors.gated import question
 from ibke.editors.gated.editor import GatedIBKE
 from ibke.editors.gated.memory import GatedNeurons, first_of
 from ibke.editors.gated.question import load_gate, save_gate
-from ibke.errors import FormatError
+from ibke.errors import FormatError, LedgerError
 from ibke.evaluation import running_text
 from ibke.evaluation.running_text import STRETCH, WINDOW, RunningText
 from ibke.ledger import Ledger
@@ -79,10 +79,13 @@ def test_a_ledger_keeps_the_maps_that_its_edits_are_of(gated, edit, tmp_path, mo
         assert len(ledger.rows("SELECT * FROM shared")) == 1 and verify(ledger) == []
         lines = list(export_lines(ledger))
     (tmp_path / question.FILE).unlink()  # what made them is gone
+    with Ledger(tmp_path / "three", gated.lm) as ledger, pytest.raises(LedgerError, match="cannot act without"):
+        ledger.commit(older)
     for known in (question._KNOWN, question._FILES):
         monkeypatch.delitem(known, own.name)
     with pytest.raises(FormatError, match=own.name):
         EditSession(gated.lm).attach(older)
+    monkeypatch.setitem(question._FILES, own.name, tmp_path / question.FILE)  # a place where they are no more
     with Ledger(tmp_path / "two", gated.lm) as ledger:
         import_lines(ledger, lines, "lines")
         with EditSession(gated.lm).attach(ledger.load(1)):

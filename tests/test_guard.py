@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import refused
 from conftest import make_tiny
+from keeping import LOOSE, PROBES, said
 from random_editor import Careless, RandomEditor, random_edit
 
 from ibke.context import Context
@@ -30,18 +31,11 @@ from ibke.parts import PROMPT
 from ibke.request import EditRequest, Probe
 
 ANKARA = EditRequest("The capital of Turkey is", "Ankara", "Turkey")
-PROBES = [("Water boils when", "bare"), ("What is the capital of Canada?", "question"), ("A triangle has", "bare")]
-LOOSE = Limits(changed=1.0, drift=1.0, kl_nats=1e9, perplexity=1e9)
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return make_tiny("llama")
-
-
-def said(lm: LanguageModel, prompt: str, state=None) -> str:
-    ids = [encode_pair(prompt, "-", "bare", lm.tokenizer).prompt]
-    return generate(lm, ids, Together((state,)) if state else None)[0].text
 
 
 def parroted(lm: LanguageModel, scale: float, prompt: str = "The harbour lies between") -> EditRequest:

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny
+from keeping import LOOSE, PROBES, said
 from random_editor import Careless, RandomEditor, random_edit
 
 from ibke.editors.fine_tuning import BoundedFineTuning, FineTuning
 from ibke.errors import RequestError
-from ibke.evaluation.generate import Together, generate
 from ibke.fingerprint import mark
-from ibke.frames import encode_pair
 from ibke.ledger import Ledger
 from ibke.ledger.guard import Guard, Limits
 from ibke.ledger.keeper import ATTEMPTS, Keeper
@@ -24,19 +23,10 @@ from ibke.request import EditRequest, refuse_contradictions
 from ibke.rows import continuations
 from ibke.session import EditSession
 
-ANKARA = EditRequest("The capital of Turkey is", "Ankara", "Turkey")
-PROBES = [("Water boils when", "bare"), ("What is the capital of Canada?", "question"), ("A triangle has", "bare")]
-LOOSE = Limits(changed=1.0, drift=1.0, kl_nats=1e9, perplexity=1e9)
-
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return make_tiny("llama")
-
-
-def said(lm: LanguageModel, prompt: str, state=None) -> str:
-    ids = [encode_pair(prompt, "-", "bare", lm.tokenizer).prompt]
-    return generate(lm, ids, Together((state,)) if state else None)[0].text
 
 
 def test_of_a_group_only_what_does_harm_is_refused(lm: LanguageModel, tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ class Site:
         return Neurons(rows_BKD, ones_BKD, torch.stack([values_BD, -values_BD], dim=1) / gate.ramp)
 
     def said(self, neurons: Neurons, x_RTD: Tensor) -> Tensor:
-        """What neurons (K × D) say where the MLP is fed x (R × T × K, float32)."""
-        hidden_RTK = self.activation(x_RTD @ neurons.gate.T)
-        return hidden_RTK if neurons.value is None else hidden_RTK * (x_RTD @ neurons.value.T)
+        """What neurons (K × D, or R × K × D) say where the MLP is fed x (R × T × K, float32)."""
+        hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
+        return hidden_RTK if neurons.value is None else hidden_RTK * (x_RTD @ neurons.value.transpose(-1, -2))
 
     def attach(self, neurons: Neurons, counted: Callable[[Tensor], Tensor] | None = None) -> list[RemovableHandle]:
         """Let neurons work beside the MLP's own, computed in float32; differentiable.
@@ -276,7 +276,7 @@ class Site:
         whole = neurons.gate.dim() == 2
         # Gates all have the same value branch, so that it is one product however many they are.
         alike = whole and neurons.value is not None and bool((neurons.value == neurons.value[:1]).all())
-        value = neurons.value[:1] if neurons.value is not None and alike else neurons.value
+        speaking = replace(neurons, value=neurons.value[:1]) if neurons.value is not None and alike else neurons
 
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[:] = [args[0]]
@@ -285,9 +285,7 @@ class Site:
             # Some models flatten rows and tokens before a linear module.
             rows = (len(neurons.gate), -1) if neurons.gate.dim() == 3 else (-1,)
             x_RTD = seen.pop().float().view(*rows, neurons.gate.shape[-1])
-            hidden_RTK = self.activation(x_RTD @ neurons.gate.transpose(-1, -2))
-            if value is not None:
-                hidden_RTK = hidden_RTK * (x_RTD @ value.transpose(-1, -2))
+            hidden_RTK = self.said(speaking, x_RTD)
             if counted is not None:
                 hidden_RTK = counted(hidden_RTK)
             if not whole:

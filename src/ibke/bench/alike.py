@@ -60,9 +60,9 @@ def _other_editors(ran: Mapping[str, Sequence[Document]]) -> list[str]:
     """Which methods were not one method all the time: other weights, or what they are told of."""
     marks = {label: {report["config"].get("editor_mark") for report in reports} for label, reports in ran.items()}
     several = [label for label, own in marks.items() if len(own) > 1]
-    return [f"Not all by one editor under its name: {', '.join(several)}; seeds are of different weights."] * bool(
-        several
-    )
+    if not several:
+        return []
+    return [f"Not all by one editor under its name: {', '.join(several)}; seeds are of different weights."]
 
 
 def _said(what: str, ran: Mapping[str, Sequence[Document]], name: Callable[[Document], str]) -> str:

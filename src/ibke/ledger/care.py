@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,8 +40,11 @@ def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
     ]
     missing = "SELECT id FROM edits WHERE id NOT IN (SELECT edit FROM events WHERE action = 'commit')"
     problems += [f"edit {row[0]} was never put in force." for row in ledger.rows(missing)]
-    for event in broken_seals(ledger.base):
-        problems.append(f"event {event} is not what it was when it was written down; see `ibke log`.")
+    try:
+        broken = broken_seals(ledger.base)
+    except sqlite3.DatabaseError as error:
+        return [*problems, f"{ledger.folder}: the database cannot be read ({error})."]
+    problems += [f"event {event} is not what it was when it was written down; see `ibke log`." for event in broken]
     shared = {row["name"] for row in ledger.rows("SELECT name FROM shared")}
     problems += _unreadable(ledger)
     numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]

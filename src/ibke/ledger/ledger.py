@@ -238,9 +238,12 @@ class Ledger:
     def made(self) -> Iterator[tuple[EditRequest, str]]:
         """What each edit was first asked for, and the note it was made with, oldest first and one at a time."""
         question = "SELECT record, note FROM edits JOIN events ON edit = edits.id WHERE action = 'commit' ORDER BY edit"
-        for row in self.base.execute(question):
-            for one in json.loads(row["record"])["requests"][:1]:
-                yield EditRequest.from_dict(one), row["note"]
+        try:
+            for row in self.base.execute(question):
+                for one in json.loads(row["record"])["requests"][:1]:
+                    yield EditRequest.from_dict(one), row["note"]
+        except sqlite3.DatabaseError as error:
+            raise self._failed(error) from error
 
     def events(self) -> Iterator[Event]:
         """All that was ever done, oldest first."""

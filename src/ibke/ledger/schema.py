@@ -130,6 +130,9 @@ def connect(path: Path) -> sqlite3.Connection:
         _migrate(base, path)
     except sqlite3.DatabaseError as error:
         raise LedgerError(f"the database cannot be used ({error}).", str(path), advice(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"its edits cannot be read, to bring it up to date ({error!r})."
+        raise LedgerError(what, str(path), "Restore it from a copy.") from error
     return base
 
 

@@ -5,9 +5,11 @@ Whoever opens a ledger is told where they are, so its edits act even where the e
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibke.edit import Edit
+from ibke.errors import LedgerError
 from ibke.parts import part_class
 
 if TYPE_CHECKING:
@@ -18,13 +20,21 @@ def share_needs(ledger: Ledger, edit: Edit) -> None:
     """Keep what an edit's parts cannot act without, where it is not kept yet.
 
     Raises:
-        LedgerError: there is no room.
+        LedgerError: there is no room, or it cannot be read.
     """
     known = {row["name"] for row in ledger.rows("SELECT name FROM shared")}
     for part in edit.parts.values():
         for name, path in part.needs().items():
             if path and name not in known:
-                share(ledger, name, part.kind, path.read_bytes())
+                share(ledger, name, part.kind, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        what = f"what the edit cannot act without cannot be read ({error.strerror or error})."
+        raise LedgerError(what, str(path), "Put it back, or load the editor that made the edit again.") from error
 
 
 def share(ledger: Ledger, name: str, kind: str, raw: bytes) -> None:

@@ -215,8 +215,9 @@ def gate_file(name: str) -> Path | None:
 
 
 def offer_gate(name: str, path: Path) -> None:
-    """Take note of where the maps of a name are kept."""
-    _FILES.setdefault(name, path)
+    """Take note of where the maps of a name are kept, unless they are known to be somewhere else."""
+    if name not in _FILES or not _FILES[name].exists():
+        _FILES[name] = path
 
 
 def question_gate(name: str, lm: LanguageModel) -> QuestionGate:
