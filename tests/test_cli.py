@@ -278,6 +278,14 @@ def test_a_file_of_edits_goes_on_where_it_was_left(run: Run, tmp_path: Path):
     assert Edit.load(out / "0001").requests[0].subject == "Turkey"
 
 
+def test_a_file_of_edits_under_other_settings_is_made_again(run: Run, tmp_path: Path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPT, "target_new": NEW}))
+    command = ("edit", "--requests", file, "--out", tmp_path / "out", "--method", "ft", "--json")
+    there = [json.loads(run(*command, "--set", f"epochs={epochs}").stdout)["there"] for epochs in (1, 1, 2, 1)]
+    assert there == [0, 1, 0, 0]
+
+
 def test_a_file_of_edits_says_what_did_not_follow_and_what_changed(run: Run, tmp_path: Path):
     file = tmp_path / "requests.jsonl"
     request = {"prompt": PROMPT, "target_new": NEW, "rephrase_prompts": ["Two and two make"]}

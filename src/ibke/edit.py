@@ -52,6 +52,7 @@ class EditInfo:
         seconds: wall-clock time it took.
         nll_before: NLL of the targets at the request's own prompt on the base, in nats, mean over the requests.
         nll_after: NLL with the edit, mean over the frames and wordings asked; None where nobody asked.
+        editor: mark of the editor that made it (:attr:`~ibke.editors.base.Editor.mark`); empty where nobody noted it.
         latent: tensors of the code, e.g. ``{"z": …}``, or whatever else the method must know to go on from the edit.
     """
 
@@ -65,6 +66,7 @@ class EditInfo:
     seconds: float = 0.0
     nll_before: float | None = None
     nll_after: float | None = None
+    editor: str = ""
     latent: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -136,7 +136,7 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
         tick("Editing", 0, None)
         correction = correct(lm, editor, request, asked_by(request), force=force)
     console.print(render(correction))
-    folder = _save(correction, out)
+    folder = _save(correction, out, editor)
     _advise(correction, folder, console)
     if as_json:
         print_json(_document(correction, folder, lm, editor))
@@ -160,7 +160,7 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
                 unusable += 1
                 document = {"error": str(outcome), "achieved": False}
             else:
-                folder = _save(outcome, out / name)
+                folder = _save(outcome, out / name, editor)
                 tick.print(console, _line(name, outcome))
                 document = _document(outcome, folder, lm, editor)
             achieved += bool(document["achieved"])
@@ -197,14 +197,14 @@ def _corrections(
 
 
 def _made(folder: Path, request: EditRequest, lm: LanguageModel, editor: Editor) -> Edit | None:
-    """The edit of a request that is in its folder; None where there is none, or another one."""
+    """The edit of a request that is in its folder; None where there is none, or one of other settings or weights."""
     from ibke.edit import Edit
 
     try:
         edit = Edit.load(folder)
     except FormatError:
         return None
-    same = (edit.info.method, edit.info.fingerprint) == (editor.name, lm.fingerprint)
+    same = (edit.info.fingerprint, edit.info.editor) == (lm.fingerprint, editor.mark)
     return edit if same and [one.to_dict() for one in edit.requests] == [request.to_dict()] else None
 
 
@@ -215,8 +215,11 @@ def _there(edit: Edit, folder: Path, lm: LanguageModel, editor: Editor) -> dict[
     return {**document, "folder": str(folder), "model": lm.name, "fingerprint": lm.fingerprint, "method": editor.name}
 
 
-def _save(correction: Correction, folder: Path | None) -> Path | None:
-    return correction.edit.save(folder) if correction.edit and folder else None
+def _save(correction: Correction, folder: Path | None, editor: Editor) -> Path | None:
+    if not (correction.edit and folder):
+        return None
+    correction.edit.info.editor = editor.mark
+    return correction.edit.save(folder)
 
 
 def _document(correction: Correction, folder: Path | None, lm: LanguageModel, editor: Editor) -> dict[str, Any]:
