@@ -288,11 +288,12 @@ def tuned() -> str:
         for protocol, found in by_protocol.items():
             scores = {str(one["settings"]): one["score"] for one in found["tried"]}
             chosen = ", ".join(f"{name} {value}" for name, value in found["settings"].items()) or "our defaults"
+            published = "updates as the network makes them" if method in TRAINED else PUBLISHED[method]
             lines.append(
-                f"| {method} | {PUBLISHED[method]} | {protocol} | {found['edits']} | {chosen} (of {len(scores)}) "
+                f"| {method} | {published} | {protocol} | {found['edits']} | {chosen} (of {len(scores)}) "
                 f"| {max(scores.values()):.3f} | {scores.get('{}', float('nan')):.3f} |"
             )
-    lines += [f"| {method} | {PUBLISHED[method]} | – | – | {trained(method)} | – | – |" for method in TRAINED]
+    lines += [f"| {method} | {PUBLISHED[method]} | training | – | {trained(method)} | – | – |" for method in TRAINED]
     return "\n".join(lines)
 
 

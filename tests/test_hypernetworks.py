@@ -14,6 +14,7 @@ from tests.test_tuning import ARCHITECTURES, FACTS, dense_loss
 
 from ibke.edit import Edit
 from ibke.editors.base import method_class
+from ibke.editors.hypernetwork.editor import ScaleSettings
 from ibke.editors.malmen import MALMEN, ridge_rows
 from ibke.editors.mend import MEND, MENDConfig
 from ibke.editors.rledit import RLEdit
@@ -112,6 +113,14 @@ def test_mend_is_the_dense_formula(architecture):
         step = editor.network.log_step[place].exp()
         wanted = -step * sum(torch.outer(g, k) for k, g in zip(keys, grads, strict=True))
         assert (edit.delta(name) - wanted).norm() < 5e-4 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_as_much_of_the_networks_own_as_is_wanted(kind):
+    editor, _ = grounded(kind, make_tiny("llama"))
+    whole, half = editor.edit(FACTS), kind(editor.lm, editor.network, ScaleSettings(0.5)).edit(FACTS)
+    for name in whole.factors:
+        assert (half.delta(name) - whole.delta(name) / 2).norm() < 1e-5 * whole.delta(name).norm()
 
 
 def test_mend_untrained_and_unnormalised_is_a_step_down_the_gradient():

@@ -39,11 +39,11 @@ def test_published_settings_stand_beside_ours_for_every_rival(
     assert set(rivals.TRAINED) == hypernetworks
     # IKE without retrieval has no settings.
     assert set(rivals.PUBLISHED) == set(rivals.RIVALS.split(",")) - {"ike"}
-    assert not set(rivals.CANDIDATES) & hypernetworks and set(rivals.CANDIDATES) <= set(rivals.PUBLISHED)
+    assert hypernetworks <= set(rivals.CANDIDATES) <= set(rivals.PUBLISHED)
     table = report.tuned()
     for method in rivals.TRAINED:
-        (line,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
-        assert line == f"| {method} | {rivals.PUBLISHED[method]} | – | – | {rivals.trained(method)} | – | – |"
+        line = f"| {method} | {rivals.PUBLISHED[method]} | training | – | {rivals.trained(method)} | – | – |"
+        assert line in table.splitlines()
 
 
 def test_what_a_rival_is_said_to_be_trained_with_is_what_it_is(rivals: ModuleType) -> None:

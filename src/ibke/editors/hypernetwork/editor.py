@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +20,27 @@ from ibke.editors.hypernetwork.network import Hypernetwork, HypernetworkConfig
 from ibke.editors.hypernetwork.storage import kept_folder, read_folder, write_folder
 from ibke.editors.hypernetwork.tokens import take_tokens
 from ibke.editors.row_statistics import History, from_latent, joined, to_latent
-from ibke.errors import FormatError, IBKEError
+from ibke.editors.settings import refuse_not_positive
+from ibke.errors import FormatError
 from ibke.models import LanguageModel
 from ibke.modules import first_layer, in_out, resolve
 from ibke.partial import PartialModel
 from ibke.request import EditRequest
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """All that can be set once a network is trained.
+
+    Args:
+        scale: what its updates are multiplied by. Published: none has it, so 1; it is there to be tuned, as training
+            anew for every number of edits at once is not.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        refuse_not_positive(self, "scale")
 
 
 class HypernetworkEditor(Editor):
@@ -35,15 +51,17 @@ class HypernetworkEditor(Editor):
     Args:
         lm: the model.
         network: trained for it.
+        settings: see :class:`ScaleSettings`.
     """
 
+    Settings: ClassVar[type[Any]] = ScaleSettings
     Config: ClassVar[type[HypernetworkConfig]]
     Network: ClassVar[type[Hypernetwork]]
     trained_by = "ibke.training.hypernetwork.trainer"
 
-    def __init__(self, lm: LanguageModel, network: Hypernetwork):
+    def __init__(self, lm: LanguageModel, network: Hypernetwork, settings: ScaleSettings | None = None):
         super().__init__(lm)
-        self.network = network
+        self.network, self.settings = network, settings or ScaleSettings()
         self.modules = resolve(lm.model, network.sizes)
         self.part = PartialModel(lm.model, lm.architecture.layers, first_layer(network.sizes))
         self.history: History = {}
@@ -72,16 +90,14 @@ class HypernetworkEditor(Editor):
         Args:
             lm: the model.
             path: folder of a trained editor; None takes the one in the cache folder.
-            settings: there are none.
+            settings: see :class:`ScaleSettings`.
 
         Raises:
+            IBKEError: a setting that there is not, or a scale that is not positive.
             FormatError: none has been trained for this model, or the folder holds none.
             FingerprintMismatchError: it was trained for other weights.
         """
-        if settings:
-            raise IBKEError(
-                f"there is no setting {next(iter(settings))!r}.", cls.name, "All is decided by training; leave it out."
-            )
+        chosen = cls._settings(settings)
         folder = Path(path) if path else kept_folder(lm, cls.name)
         manifest, tensors = read_folder(folder, lm, cls.name)
         try:
@@ -90,7 +106,7 @@ class HypernetworkEditor(Editor):
             network.load_state_dict(tensors)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"the editor is damaged ({error}).", str(folder), "Train it again.") from None
-        editor = cls(lm, network.requires_grad_(False).eval().to(lm.device))
+        editor = cls(lm, network.requires_grad_(False).eval().to(lm.device), chosen)
         editor.training_seconds = manifest.get("seconds")
         return editor
 
@@ -131,7 +147,8 @@ class HypernetworkEditor(Editor):
             nll_before=float(nll_B.mean()),
             latent=to_latent(own),
         )
-        return Edit({name: _factors(*rows) for name, rows in made.items()}, tuple(requests), info)
+        scaled = {name: _factors(a_NI, self.settings.scale * b_NO) for name, (a_NI, b_NO) in made.items()}
+        return Edit(scaled, tuple(requests), info)
 
     def after(self, edit: Edit) -> HypernetworkEditor:
         """The editor for what follows; it knows the statistics of the edit, where these go on after training.
