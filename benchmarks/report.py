@@ -89,6 +89,20 @@ def text() -> str:
     return "\n".join([*lines, *where(reports)])
 
 
+def alike() -> str:
+    """Edits beside subjects with names like theirs."""
+    lines = ["| method | n | reliability | generality | locality |", "|---|---|---|---|---|"]
+    reports = [json.loads(path.read_text()) for path in sorted((RESULTS / "alike").glob("*.json"))]
+    for report in reports:
+        found = report["metrics"]["generation"]
+        shown = [
+            f"{found[name]['mean']:.3f} ({found[name]['low']:.2f}–{found[name]['high']:.2f})"
+            for name in ("reliability", "generality", "locality")
+        ]
+        lines.append(f"| {' | '.join([report['config']['method'], str(report['n']), *shown])} |")
+    return "\n".join([*lines, *where(reports)])
+
+
 def speed() -> str:
     """Seconds and ratios to one forward and backward pass."""
     path = RESULTS / "speed.json"
@@ -303,6 +317,7 @@ def main() -> None:
     parts = {
         "single": single(),
         "text": text(),
+        "alike": alike(),
         "speed": speed(),
         "bottleneck": bottleneck(),
         "checkpoints": checkpoints(),

@@ -7,12 +7,14 @@ import torch
 from tests.conftest import make_tiny
 
 from ibke.editors.ibke.address import (
+    ALIKE,
     ENDING,
     OTHER,
     REQUEST,
     About,
     contexts,
     contexts_of,
+    names_like,
     names_the_question,
 )
 from ibke.editors.ibke.editor import IBKEEditor
@@ -75,6 +77,45 @@ def test_an_address_is_told_of_its_subjects_last_word_alone(smollm32):
     assert [bool(one.fed[-1][-1] @ address > 0) for one in read] == [False, False, False, True]
     # A name of one word is its own last word.
     assert not any(row.kind == ENDING for row in contexts_of(About("Poland is in", "Poland"), editor.lm.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("subject", "others"),
+    [
+        ("Sweden", []),
+        ("iPhone 14", ["iPhone 15", "iPhone 17", "Robert 14", "Maria 14"]),
+        ("Emily Jane Johnson", ["Robert Jane Johnson", "Maria Jane Johnson", "Emily Jane Miller", "Emily Jane Valley"]),
+        ("the basic plan", ["large basic plan", "other basic plan", "the basic house", "the basic group"]),
+        ("Maria Miller", ["Robert Miller", "Maria Valley"]),
+        ("", []),
+    ],
+)
+def test_names_like_a_subject_differ_in_one_word_or_a_number(subject, others):
+    assert names_like(subject) == others
+
+
+def test_an_address_is_told_of_names_like_its_subjects_where_it_is_asked_about(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    about = About("The currency of Sweden is", "Sweden"), About("The battery life of the Nokia 14 is", "Nokia 14")
+    rows = [row for row in contexts_of(about[1], editor.lm.tokenizer, alike=True) if row.kind == ALIKE]
+    assert {row.kind for row in contexts_of(about[1], editor.lm.tokenizer)}.isdisjoint({ALIKE})
+    assert [editor.lm.tokenizer.decode(row.tail) for row in rows] == [
+        f"The battery life of the {name}" for name in names_like("Nokia 14")
+    ]
+    sweden, nokia = editor.addresser.beside((), about, alike=True).address_BD - editor.network.shut_D
+    asked = {
+        "The currency of Sweden": (sweden, True),
+        "The currency of Norway": (sweden, False),
+        "The currency of Denmark": (sweden, False),
+        "The battery life of the Nokia 14": (nokia, True),
+        "The battery life of the Nokia 12": (nokia, False),  # none of the names it was told of
+        "The battery life of the Nokia 16": (nokia, False),
+    }
+    read = editor.addresser.prefixes.read(
+        [editor.site.entrance], [Row((), tuple(editor.lm.tokenizer(text).input_ids)) for text in asked]
+    )
+    opened = {text: bool(one.fed[-1][-1] @ asked[text][0] > 0) for text, one in zip(asked, read, strict=True)}
+    assert opened == {text: wanted for text, (_, wanted) in asked.items()}
 
 
 def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():

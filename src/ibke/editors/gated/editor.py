@@ -31,7 +31,7 @@ from ibke.partial import answer_states
 from ibke.request import EditRequest
 from ibke.session import EditSession
 
-THRESHOLD = 0.52  # of gates at the subject
+THRESHOLD = 0.6  # of gates at the subject
 SLACK = 0.02  # cosine by which an edit's own prompt is above its level, so that no rounding shuts it
 
 

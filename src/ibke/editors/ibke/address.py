@@ -2,8 +2,9 @@
 
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
-that token in the request, the subject behind words that ask something else about it, and its last word by itself where
-that is one token: other bridges end in "Bridge" too. Both stand before generic keys C₀, so with all targets in
+that token in the request, the subject behind words that ask something else about it, its last word by itself where
+that is one token, for other bridges end in "Bridge" too, and names like the subject in the request's own words. Both
+stand before generic keys C₀, so with all targets in
 K equal to 1 and weights W and V, larger for the request's own words and smaller for lone last words,
 
     a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀVN + γ (C₀ + λ I),
@@ -12,7 +13,9 @@ and a is then made longer until the request's own words answer 1 in the mean. γ
 edit's own stand: with few, K and N are told apart by directions that common words have too, and the edit opens in
 running text (docs/experiments.md). What a second moment does not say, a sample of running text does: words in it that
 answer nevertheless go to N, unless they end as the subject does (in its last two tokens, or in the only one it has),
-and the address is made again.
+and the address is made again. Norway is such a word where the currency of Sweden is edited. It is asked about in the
+same words, so a word goes to N as it is in the text and once more as it would be in the request: moved by what the
+request adds to its own subject's key.
 
 The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
 only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
@@ -45,7 +48,7 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
 from ibke.subjects import place_of, subject_of
 
-REQUEST, NEUTRAL, OTHER, ENDING = range(4)
+REQUEST, NEUTRAL, OTHER, ENDING, ALIKE = range(5)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
 ENDING_WEIGHT = 0.3  # of a lone last word in N, against 1 for other questions
 NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
@@ -109,7 +112,8 @@ class Context:
     """One place where a subject stands.
 
     Args:
-        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question) or ``ENDING`` (the last word alone).
+        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question), ``ENDING`` (the last word alone) or ``ALIKE`` (a name like
+            the subject, in the request's words).
         prefix: tokens before it that are the same for every request.
         tail: the tokens after those, up to the subject's last.
         size: how many tokens of the tail are the subject.
@@ -153,32 +157,75 @@ class Addressed(NamedTuple):
     read: list[Reading]
 
 
-def contexts_of(about: About, tokenizer: Any) -> list[Context]:
-    """Every context an address is made from, cut off after the subject."""
-    prompt, subject, wordings = about
-    *first, last = subject.split() or [""]
-    asked = [(REQUEST, prompt, frame) for frame in FRAMES]
-    asked += [(REQUEST, text, "bare") for text in wordings if place_of(subject, text)]
-    asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["neutral"]]
-    if phrase := names_the_question(prompt, subject):
-        # "The national currency of" is also asked for as "the currency of".
-        for named in dict.fromkeys((f"{phrase[0].lower()}{phrase[1:]}", f"the {' '.join(phrase.split()[-2:])}")):
-            asked += [(REQUEST, f"What is {named} {subject}?", frame) for frame in ("bare", "chat")]
-        asked += [(NEUTRAL, text.format(subject), frame) for text, frame in contexts()["asking"]]
-        asked += [(OTHER, text.format(subject), frame) for text, frame in contexts()["questions"]]
-    if first:
-        asked += [(ENDING, text.format(last), frame) for text, frame in contexts()["endings"]]
+def names_like(subject: str) -> list[str]:
+    """Names that another subject of the same kind might have: another number, another first or last word."""
     found = []
-    for kind, text, frame in asked:
-        pair = encode_pair(text, "-", frame, tokenizer, last if kind == ENDING else subject)
+    if number := re.search(r"\d+", subject):
+        others = (str(int(number[0]) + more) for more in (1, 3))
+        found += [subject[: number.start()] + other + subject[number.end() :] for other in others]
+    first, *rest = subject.split() or [""]
+    if rest:
+        instead = _own()["instead"]["word" if subject.islower() else "Name"]
+        found += [" ".join([other, *rest]) for other in instead["first"]]
+        if not number:
+            found += [" ".join([first, *rest[:-1], other]) for other in instead["last"]]
+    return [name for name in found if name != subject]
+
+
+def contexts_of(about: About, tokenizer: Any, *, alike: bool = False) -> list[Context]:
+    """Every context an address is made from, cut off after the subject.
+
+    Args:
+        about: what the address is for.
+        tokenizer: the model's.
+        alike: with names like the subject's.
+    """
+    asked = [(REQUEST, text, frame, about.subject) for text, frame in _own_words(about)]
+    asked += _told_of(about)
+    if alike and (place := place_of(about.subject, about.prompt)):
+        head, tail = about.prompt[: place[0]], about.prompt[place[1] :]
+        asked += [(ALIKE, f"{head}{name}{tail}", "bare", name) for name in names_like(about.subject)]
+    found = []
+    for kind, text, frame, name in asked:
+        pair = encode_pair(text, "-", frame, tokenizer, name)
         begin, end = pair.subject or pair.span
-        fixed = pair.span[0] if kind == REQUEST else begin
+        fixed = pair.span[0] if kind in (REQUEST, ALIKE) else begin
         # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
         # request that begins with a subject of one token is known by the token after it.
         end = min(max(end, 2), len(pair.prompt)) if kind == REQUEST else end
         # A last word of several tokens hardly ever ends another name; told of it, an address only grows longer.
         if end > 1 and not (kind == ENDING and end - begin > 1):
             found.append(Context(kind, tuple(pair.prompt[:fixed]), tuple(pair.prompt[fixed:end]), end - begin))
+    return found
+
+
+def _own_words(about: About) -> list[tuple[str, Frame]]:
+    """The request as it is worded, and as a question where that is known from a phrase."""
+    prompt, subject, wordings = about
+    asked: list[tuple[str, Frame]] = [(prompt, frame) for frame in FRAMES]
+    asked += [(text, "bare") for text in wordings if place_of(subject, text)]
+    if phrase := names_the_question(prompt, subject):
+        # "The national currency of" is also asked for as "the currency of".
+        for named in dict.fromkeys((f"{phrase[0].lower()}{phrase[1:]}", f"the {' '.join(phrase.split()[-2:])}")):
+            asked += [(f"What is {named} {subject}?", "bare"), (f"What is {named} {subject}?", "chat")]
+    return asked
+
+
+def _told_of(about: About) -> list[tuple[int, str, Frame, str]]:
+    """Our own contexts for a subject: their kind, text and frame, and the name they end with."""
+    subject = about.subject
+    *first, last = subject.split() or [""]
+    wanted = [(NEUTRAL, "neutral", subject)]
+    if names_the_question(about.prompt, subject):
+        wanted += [(NEUTRAL, "asking", subject), (OTHER, "questions", subject)]
+    if first:
+        wanted += [(ENDING, "endings", last)]
+    found = []
+    for kind, group, name in wanted:
+        for text, frame in contexts()[group]:
+            # One that names the subject twice is read from the first name to the last.
+            whole = text[text.index("{}") : text.rindex("{}") + 2].replace("{}", name)
+            found.append((kind, text.replace("{}", name), frame, whole))
     return found
 
 
@@ -226,15 +273,23 @@ class Addresser:
         """Addresses (B × D, float32)."""
         return self.beside((), requests).address_BD
 
-    def beside(self, pairs: Sequence[Pair], requests: Sequence[About], earlier: Sequence[nn.Module] = ()) -> Addressed:
+    def beside(
+        self,
+        pairs: Sequence[Pair],
+        requests: Sequence[About],
+        earlier: Sequence[nn.Module] = (),
+        *,
+        alike: bool = False,
+    ) -> Addressed:
         """Addresses, made in the same passes in which some pairs are read.
 
         Args:
             pairs: the requests themselves, say: contexts that they begin with are not run again.
             requests: what addresses are made for.
             earlier: modules before the entrance whose inputs are read, too.
+            alike: tell addresses of names like their subjects, at the price of a few more rows each.
         """
-        made = [contexts_of(about, self.tokenizer) for about in requests]
+        made = [contexts_of(about, self.tokenizer, alike=alike) for about in requests]
         rows = [Row((), tuple(pair.fed)) for pair in pairs]
         rows += [Row(context.prefix, context.tail) for contexts in made for context in contexts]
         found = self.prefixes.read((*earlier, self.entrance), rows)
@@ -268,7 +323,7 @@ class Addresser:
         before = [
             keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
         ]
-        silent = [(torch.cat([other_TD, *(keys.double() for keys in before)]), 1.0)]
+        silent = [(torch.cat([other_TD, keys_TD[kind_T == ALIKE], *(keys.double() for keys in before)]), 1.0)]
         silent.append((keys_TD[kind_T == ENDING], ENDING_WEIGHT))
         root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
         own_TD = keys_TD[kind_T == REQUEST] if (kind_T == REQUEST).any() else answer_TD
@@ -280,18 +335,29 @@ class Addresser:
             return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
 
         address_D = solved()
-        mine_M2 = torch.tensor([row.ending for row in rows if row.kind != ENDING])
+        mine_M2 = torch.tensor([row.ending for row in rows if row.kind not in (ENDING, ALIKE)])
+        # What standing in the request adds to a key.
+        moved_D = own_TD.mean(0) - keys_TD[kind_T == NEUTRAL].mean(0)
         for _ in range(ROUNDS):
-            near = self.near(address_D, mine_M2)
-            if not len(near):
+            near = [
+                self.common.keys_SD[self.near(address_D, mine_M2, by_D)] + by_D
+                for by_D in (torch.zeros_like(moved_D), moved_D)
+            ]
+            if not any(map(len, near)):
                 break
-            silent.append((self.common.keys_SD[near].double(), NEAR_WEIGHT))
+            silent.append((torch.cat(near), NEAR_WEIGHT))
             address_D = solved()
         return address_D
 
-    def near(self, address_D: Tensor, mine_M2: Tensor) -> Tensor:
-        """Which common words answer an address, or nearly; those that end as the subject does never do."""
-        over_S = self.common.keys_SD @ address_D.float() - self.shut_S
+    def near(self, address_D: Tensor, mine_M2: Tensor, moved_D: Tensor) -> Tensor:
+        """Which common words answer an address, or nearly; those that end as the subject does never do.
+
+        Args:
+            address_D: the address.
+            mine_M2: how the subject ends.
+            moved_D: what is added to the words' keys.
+        """
+        over_S = self.common.keys_SD @ address_D.float() - self.shut_S + float(moved_D @ address_D)
         # Rows without a token hold no word.
         over_S = over_S.masked_fill(self.common.ends(mine_M2) | (self.common.ids_S2[:, 1] < 0), -1.0)
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))

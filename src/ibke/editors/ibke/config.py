@@ -48,7 +48,7 @@ class IBKEConfig:
     width: int = 384
     depth: int = 2
     keys: Literal["address", "code"] = "address"
-    threshold: float = 0.6
+    threshold: float = 0.65
     sharpness: float = 200.0
     ramp: float = 6.0
     gamma: float = 300.0

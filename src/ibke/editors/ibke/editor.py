@@ -212,7 +212,9 @@ class IBKEEditor(Editor):
         return encoded.code, encoded.nll_B
 
     def _encode(self, requests: Sequence[EditRequest]) -> Encoded:
-        return self.encoder(self.pairs(requests, self.frame), requests, self._noted(requests))
+        # The bare network is to cost little more than a pass.
+        alike = self.settings.steps > 0
+        return self.encoder(self.pairs(requests, self.frame), requests, self._noted(requests), alike=alike)
 
     def _noted(self, requests: Sequence[EditRequest]) -> Mapping[int, nn.Module]:
         """By layer, modules whose inputs where questions end a variant wants to know."""

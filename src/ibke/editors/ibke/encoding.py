@@ -55,7 +55,12 @@ class RequestEncoder:
         self.lm, self.network, self.addresser, self.site = lm, network, addresser, site
 
     def __call__(
-        self, pairs: Sequence[Pair], requests: Sequence[EditRequest], noted: Mapping[int, nn.Module] | None = None
+        self,
+        pairs: Sequence[Pair],
+        requests: Sequence[EditRequest],
+        noted: Mapping[int, nn.Module] | None = None,
+        *,
+        alike: bool = False,
     ) -> Encoded:
         """The codes of some requests.
 
@@ -63,6 +68,7 @@ class RequestEncoder:
             pairs: the requests as they are worded to the model, with their targets.
             requests: the same.
             noted: by layer, modules whose inputs at the prompts' last tokens are wanted; no pass is made for them.
+            alike: see :meth:`Addresser.beside`.
 
         Raises:
             CaptureError: a gradient is not finite.
@@ -72,7 +78,7 @@ class RequestEncoder:
         late = [noted[layer] for layer in sorted(noted) if layer >= part.first]
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, self.lm.device)
         asked = [About.of(request.prompt, request.subject, request.rephrase_prompts) for request in requests]
-        address_BD, own, read = self.addresser.beside(pairs, asked, early)
+        address_BD, own, read = self.addresser.beside(pairs, asked, early, alike=alike)
         hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
         with taking_inputs(late, last=False) as taken:
             seen = capture(part, self.site.ends, hidden_BTD, batch)
