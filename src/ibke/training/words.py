@@ -36,9 +36,9 @@ class CountingAddresser(Addresser):
 
     counts_S: Tensor
 
-    def near(self, address_D: Tensor, mine_M2: Tensor, moved_D: Tensor) -> Tensor:
+    def near(self, over_S: Tensor) -> Tensor:
         """See :meth:`Addresser.near`."""
-        found = super().near(address_D, mine_M2, moved_D)
+        found = super().near(over_S)
         self.counts_S[found] += 1
         return found
 

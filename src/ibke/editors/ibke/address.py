@@ -160,7 +160,7 @@ class Addressed(NamedTuple):
 def names_like(subject: str) -> list[str]:
     """Names that another subject of the same kind might have: another number, another first or last word."""
     found = []
-    if number := re.search(r"\d+", subject):
+    if number := re.search(r"\d{1,9}", subject):
         others = (str(int(number[0]) + more) for more in (1, 3))
         found += [subject[: number.start()] + other + subject[number.end() :] for other in others]
     first, *rest = subject.split() or [""]
@@ -335,31 +335,27 @@ class Addresser:
             return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
 
         address_D = solved()
-        mine_M2 = torch.tensor([row.ending for row in rows if row.kind not in (ENDING, ALIKE)])
+        bar_S = self._bar(torch.tensor([row.ending for row in rows if row.kind not in (ENDING, ALIKE)]))
         # What standing in the request adds to a key.
         moved_D = own_TD.mean(0) - keys_TD[kind_T == NEUTRAL].mean(0)
         for _ in range(ROUNDS):
-            near = [
-                self.common.keys_SD[self.near(address_D, mine_M2, by_D)] + by_D
-                for by_D in (torch.zeros_like(moved_D), moved_D)
-            ]
+            over_S = self.common.keys_SD @ address_D.float() - bar_S
+            near = [self.near(over_S), self.near(over_S + float(moved_D @ address_D))]
             if not any(map(len, near)):
                 break
-            silent.append((torch.cat(near), NEAR_WEIGHT))
+            in_text_SD, asked_SD = (self.common.keys_SD[some].double() for some in near)
+            silent.append((torch.cat([in_text_SD, asked_SD + moved_D]), NEAR_WEIGHT))
             address_D = solved()
         return address_D
 
-    def near(self, address_D: Tensor, mine_M2: Tensor, moved_D: Tensor) -> Tensor:
-        """Which common words answer an address, or nearly; those that end as the subject does never do.
-
-        Args:
-            address_D: the address.
-            mine_M2: how the subject ends.
-            moved_D: what is added to the words' keys.
-        """
-        over_S = self.common.keys_SD @ address_D.float() - self.shut_S + float(moved_D @ address_D)
+    def _bar(self, mine_M2: Tensor) -> Tensor:
+        """What responses of common words have to exceed; those that end as the subject does never do (S)."""
         # Rows without a token hold no word.
-        over_S = over_S.masked_fill(self.common.ends(mine_M2) | (self.common.ids_S2[:, 1] < 0), -1.0)
+        never_S = self.common.ends(mine_M2) | (self.common.ids_S2[:, 1] < 0)
+        return self.shut_S.masked_fill(never_S, torch.inf)
+
+    def near(self, over_S: Tensor) -> Tensor:
+        """Which common words answer, or nearly, given by how much each is above its bar."""
         most_S, which_S = over_S.topk(min(LOUDEST, len(over_S)))
         return which_S[most_S > -NEAR]
 
