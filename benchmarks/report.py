@@ -95,10 +95,7 @@ def alike() -> str:
     reports = [json.loads(path.read_text()) for path in sorted((RESULTS / "alike").glob("*.json"))]
     for report in reports:
         found = report["metrics"]["generation"]
-        shown = [
-            f"{found[name]['mean']:.3f} ({found[name]['low']:.2f}–{found[name]['high']:.2f})"
-            for name in ("reliability", "generality", "locality")
-        ]
+        shown = [cell(found[name]) for name in ("reliability", "generality", "locality")]
         lines.append(f"| {' | '.join([report['config']['method'], str(report['n']), *shown])} |")
     return "\n".join([*lines, *where(reports)])
 

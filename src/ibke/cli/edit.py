@@ -136,7 +136,7 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
         tick("Editing", 0, None)
         correction = correct(lm, editor, request, asked_by(request), force=force)
     console.print(render(correction))
-    folder = _save(correction, out, editor)
+    folder = _save(correction, out, editor.mark)
     _advise(correction, folder, console)
     if as_json:
         print_json(_document(correction, folder, lm, editor))
@@ -146,12 +146,12 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
 def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, force: bool, as_json: bool) -> int:
     from ibke.edit import Edit
 
-    console, digits = screen(as_json), max(4, len(str(count)))
+    console, digits, mark = screen(as_json), max(4, len(str(count))), editor.mark  # a digest of all weights
     documents: list[dict[str, Any]] = []
     unusable = achieved = there = 0
     with Bars() as tick:
         names = (f"{index:0{digits}d}" for index in range(1, count + 1))
-        for index, (name, outcome) in enumerate(_corrections(lm, editor, path, out, names, force), start=1):
+        for index, (name, outcome) in enumerate(_corrections(lm, editor, mark, path, out, names, force), start=1):
             if isinstance(outcome, Edit):
                 document = _there(outcome, out / name, lm, editor)
                 there += 1
@@ -160,7 +160,7 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
                 unusable += 1
                 document = {"error": str(outcome), "achieved": False}
             else:
-                folder = _save(outcome, out / name, editor)
+                folder = _save(outcome, out / name, mark)
                 tick.print(console, _line(name, outcome))
                 document = _document(outcome, folder, lm, editor)
             achieved += bool(document["achieved"])
@@ -178,7 +178,7 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
 
 
 def _corrections(
-    lm: LanguageModel, editor: Editor, path: Path, out: Path, names: Iterable[str], force: bool
+    lm: LanguageModel, editor: Editor, mark: str, path: Path, out: Path, names: Iterable[str], force: bool
 ) -> Iterator[tuple[str, Correction | Edit | Exception]]:
     """One outcome a request, with its folder's name: the edit itself, where an earlier run has made it.
 
@@ -187,7 +187,7 @@ def _corrections(
     from ibke.evaluation.costs import OF_ONE
 
     for name, request in zip(names, read_requests(path), strict=True):
-        if made := _made(out / name, request, lm, editor):
+        if made := _made(out / name, request, lm, mark):
             yield name, made
             continue
         try:
@@ -196,7 +196,7 @@ def _corrections(
             yield name, error
 
 
-def _made(folder: Path, request: EditRequest, lm: LanguageModel, editor: Editor) -> Edit | None:
+def _made(folder: Path, request: EditRequest, lm: LanguageModel, mark: str) -> Edit | None:
     """The edit of a request that is in its folder; None where there is none, or one of other settings or weights."""
     from ibke.edit import Edit
 
@@ -204,7 +204,7 @@ def _made(folder: Path, request: EditRequest, lm: LanguageModel, editor: Editor)
         edit = Edit.load(folder)
     except FormatError:
         return None
-    same = (edit.info.fingerprint, edit.info.editor) == (lm.fingerprint, editor.mark)
+    same = (edit.info.fingerprint, edit.info.editor) == (lm.fingerprint, mark)
     return edit if same and [one.to_dict() for one in edit.requests] == [request.to_dict()] else None
 
 
@@ -215,10 +215,10 @@ def _there(edit: Edit, folder: Path, lm: LanguageModel, editor: Editor) -> dict[
     return {**document, "folder": str(folder), "model": lm.name, "fingerprint": lm.fingerprint, "method": editor.name}
 
 
-def _save(correction: Correction, folder: Path | None, editor: Editor) -> Path | None:
+def _save(correction: Correction, folder: Path | None, mark: str) -> Path | None:
     if not (correction.edit and folder):
         return None
-    correction.edit.info.editor = editor.mark
+    correction.edit.info.editor = mark
     return correction.edit.save(folder)
 
 
