@@ -58,7 +58,9 @@ def test_an_edit_by_ones_own_maps_is_asked_with_their_editor(gated, edit, run, t
     assert said.exit_code == 0 and said.stdout.startswith("English")
 
 
-def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path):
+@pytest.mark.parametrize("refined", [True, False])
+def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path, refined):
+    edit = edit if refined else GatedIBKE.for_model(gated.lm, refine=False).edit([REQUEST])
     again = gated.rebuild(Edit.load(edit.save(tmp_path / "edit")))
     mine, theirs = edit.tensors(), again.tensors()
     assert mine.keys() == theirs.keys() and edit.records() == again.records()

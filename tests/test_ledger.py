@@ -181,6 +181,19 @@ def test_a_change_of_what_was_written_down_is_found(ledger: Ledger, edits: list[
     assert [problem.split(" is ")[0] for problem in verify(ledger)] == ["event 2", "event 4"]
 
 
+def test_a_record_that_is_cut_off_is_found_and_named(ledger: Ledger, edits: list[Edit]) -> None:
+    for edit in edits[:2]:
+        ledger.commit(edit)
+    with sqlite3.connect(ledger.folder / "ledger.sqlite") as base:
+        base.execute("DROP TRIGGER edits_no_update")
+        base.execute("UPDATE edits SET record = substr(record, 1, 20) WHERE id = 1")
+    sealed, damaged = verify(ledger)
+    assert sealed.startswith("event 1 is not what it was") and "edit 1" in damaged and "record" in damaged
+    for read in (ledger.entries, ledger.made):
+        with pytest.raises(LedgerError, match="what is written down is damaged: record"):
+            list(read())
+
+
 def test_a_ledger_of_the_first_version_is_brought_up_to_date(ledger: Ledger, edits: list[Edit]) -> None:
     ledger.commit(replace(edits[0], requests=(EditRequest("The  harbour is", "x"),)))
     ledger.commit(edits[1])

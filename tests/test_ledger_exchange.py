@@ -150,6 +150,25 @@ def test_what_was_taken_in_stands_over_what_was_there_whatever_is_taken_back(
     assert ledger.active() == [1]
 
 
+def test_what_was_taken_in_stands_over_what_the_edits_of_its_prompt_stood_over(
+    ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path
+) -> None:
+    one, other, third = "The capital of Turkey is", "What is the capital of Turkey?", "Turkey's capital is"
+    ledger.commit(about(edits[0], one))
+    ledger.commit(about(edits[1], other), supersedes=[1])
+    with Ledger(tmp_path / "there", lm) as there:
+        there.commit(about(edits[2], other))
+        there.commit(about(edits[3], third), supersedes=[1])
+        import_lines(ledger, export_lines(there), "lines")
+    assert ledger.active() == [4] and ledger.entry(4).supersedes == (1, 2, 3)
+    ledger.revert([2])
+    assert ledger.active() == [4]
+    ledger.revert([4])
+    assert ledger.active() == [3]
+    ledger.revert([3])
+    assert ledger.active() == [1]
+
+
 def test_what_goes_out_is_of_one_moment(ledger: Ledger, edits: list[Edit], lm: LanguageModel, tmp_path: Path) -> None:
     for edit in edits[:3]:
         ledger.commit(edit)

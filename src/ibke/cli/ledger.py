@@ -169,7 +169,7 @@ def verify(
         problems = care.verify(ledger, lambda done, total: tick("Checking", done, total))
         if editing and not problems:
             problems, left_out = care.replay(ledger, editing, lambda done, total: tick("Making again", done, total))
-        count = len(list(ledger.entries()))
+        count = ledger.rows("SELECT count(*) FROM edits")[0][0]
     for text in left_out:
         console.print(Text(text, style="yellow"))
     for problem in problems:
@@ -209,7 +209,7 @@ def export(
             write_atomically(path, (line.encode() for line in export_lines(ledger)))
         except OSError as error:
             raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
-        count = len(list(ledger.entries()))
+        count = ledger.rows("SELECT count(*) FROM edits")[0][0]
     screen(as_json).print(f"{count} edits written to {out}.", markup=False)
     if as_json:
         print_json({"edits": count, "file": out})

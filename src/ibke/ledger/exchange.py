@@ -96,16 +96,29 @@ def import_lines(ledger: Ledger, lines: Iterable[str], where: str) -> int:
                     found["events"] += 1
             except (ValueError, KeyError, TypeError, RecursionError, sqlite3.IntegrityError) as error:
                 raise FormatError(f"this is no line of a ledger ({error!r}).", at, "Export it again.") from error
-        # What was taken in takes the place of all that was there and has the same prompt, in force or not: what is not
-        # in force may be, once something is taken back.
-        pairs = "SELECT new.edit, old.edit FROM asks AS new JOIN asks AS old USING (prompt) WHERE old.edit <= ?1"
-        ledger.base.execute(f"INSERT OR IGNORE INTO supersedes {pairs} AND new.edit > ?1", (last,))
+        _stand_over(ledger, last)
         seal(ledger.base)
         if found != told:
             counted = ", ".join(f"{found[name]} of {told[name]} {name}" for name in told) or "there is nothing in it"
             raise FormatError(f"it is not whole: {counted}.", where, "Export it again.")
         ledger.state()  # which has to come together
     return len(numbers)
+
+
+def _stand_over(ledger: Ledger, last: int) -> None:
+    """Let edits after one take the place of all up to it that have their prompts, and of all that these stand over.
+
+    In force or not: what is not in force may be, once something is taken back.
+    """
+    pairs = "SELECT new.edit, old.edit FROM asks AS new JOIN asks AS old USING (prompt) WHERE old.edit <= ?1"
+    ledger.base.execute(f"INSERT OR IGNORE INTO supersedes {pairs} AND new.edit > ?1", (last,))
+    reached = """
+        WITH RECURSIVE reached (edit, old) AS (
+            SELECT edit, old FROM supersedes WHERE edit > ?
+            UNION SELECT reached.edit, further.old FROM reached JOIN supersedes AS further ON further.edit = reached.old
+        )
+    """
+    ledger.base.execute(f"{reached} INSERT OR IGNORE INTO supersedes SELECT edit, old FROM reached", (last,))
 
 
 def _check_head(one: Any, ledger: Ledger, at: str) -> None:

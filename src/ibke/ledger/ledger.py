@@ -32,7 +32,7 @@ from ibke.evaluation.metrics import signed
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.conflicts import same_fact
 from ibke.ledger.records import Entry, Event
-from ibke.ledger.schema import advice, connect, note_prompts, seal
+from ibke.ledger.schema import advice, connect, note_prompts, seal, written
 from ibke.ledger.shared import offer_shared, share_needs
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
@@ -240,7 +240,7 @@ class Ledger:
         question = "SELECT record, note FROM edits JOIN events ON edit = edits.id WHERE action = 'commit' ORDER BY edit"
         try:
             for row in self.base.execute(question):
-                for one in json.loads(row["record"])["requests"][:1]:
+                for one in written(row, "record", str(self.folder))["requests"][:1]:
                     yield EditRequest.from_dict(one), row["note"]
         except sqlite3.DatabaseError as error:
             raise self._failed(error) from error
@@ -275,7 +275,7 @@ class Ledger:
                 raise LedgerError(f"these are no tensors ({error}).", where, "Restore it from a copy.") from error
         where = f"edit {number} of {self.folder}"
         try:
-            return Edit.unpack(json.loads(row["record"]), tensors, where)
+            return Edit.unpack(written(row, "record", where), tensors, where)
         except FormatError as error:
             raise LedgerError(error.what, where, "Restore the ledger from a copy.") from error
 
@@ -330,7 +330,7 @@ class Ledger:
     def _entry(self, row: sqlite3.Row) -> Entry:
         old = self.rows("SELECT old FROM supersedes WHERE edit = ? ORDER BY old", row["id"])
         head = (row["id"], row["at"], row["who"], row["method"], row["editor"], row["parent"])
-        texts = (json.loads(row["record"]), json.loads(row["scores"]))
+        texts = (written(row, name, f"edit {row['id']} of {self.folder}") for name in ("record", "scores"))
         return Entry(*head, *texts, tuple(one[0] for one in old), row["latent_bytes"], row["factors_bytes"])
 
     def rows(self, question: str, *given: Any) -> list[sqlite3.Row]:

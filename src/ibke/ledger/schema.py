@@ -69,6 +69,22 @@ MIGRATIONS = (
 APPENDED = ("about", "blobs", "edits", "supersedes", "events", "asks", "seals", "shared")
 
 
+def written(row: sqlite3.Row, column: str, where: str) -> dict[str, Any]:
+    """What a row holds as JSON.
+
+    Raises:
+        LedgerError: it is none, or not what ibke writes there.
+    """
+    try:
+        found = dict(json.loads(row[column]))
+        if column == "record" and not isinstance(found["requests"], list):
+            raise TypeError("no requests")
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"what is written down is damaged: {column} ({type(error).__name__})."
+        raise LedgerError(what, where, "Restore the ledger from a copy.") from error
+    return found
+
+
 def note_prompts(base: sqlite3.Connection, edit: int, record: dict[str, Any]) -> None:
     """Write down what an edit's requests ask, from its record."""
     prompts = {signed(request["prompt"]) for request in record["requests"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -283,6 +284,8 @@ class IBKEEditor(Editor):
     def rebuild(self, edit: Edit) -> Edit:
         """An edit again from its request and its code alone; what refining found is not looked for again.
 
+        One of the bare network is made as that makes it, whatever this editor's settings, and the other way about.
+
         Raises:
             FormatError: it has not one request and a code of this editor.
             CaptureError: a gradient is not finite.
@@ -291,6 +294,11 @@ class IBKEEditor(Editor):
         where = f"edit by {edit.info.method}"
         if len(edit.requests) != 1 or z_BZ is None:
             raise FormatError("it has not one request and a code.", where, "Make it again.")
+        # Where an edit applies is made otherwise for the bare network, which asks nobody what comes.
+        if (refined := edit.info.nll_after is not None) != (self.settings.steps > 0):
+            maker = copy(self)
+            maker.settings = replace(self.settings, steps=int(refined))
+            return maker.rebuild(edit)
         encoded = self._encode(edit.requests)
         code = encoded.code
         z_BZ, relayed_BD = z_BZ.to(code.mean.device).tensor_split([code.mean.shape[-1]], dim=-1)
