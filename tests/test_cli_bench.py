@@ -135,6 +135,7 @@ def test_bench_refuses_what_cannot_be_run(run: Run, tmp_path: Path) -> None:
     refused(bench("idle", "--editor", "ibke=folder"), "belongs to no method")
     refused(bench("idle", "--editor", f"idle={tmp_path}"), "'idle' has no trained weights")
     refused(bench("ibke", "--editor", f"ibke={tmp_path / 'none'}"), "no such folder", "ibke=")
+    refused(bench("ibke-gated", "--editor", f"ibke-gated={tmp_path / 'none'}"), "no such folder", "ibke-gated=")
     refused(bench("idle", "--model", "smolm2-135m"), "Did you mean 'smollm2-135m'?")
     refused(bench("idle", "--protocols", "batch"), "needs a size")
     refused(bench("idle", "--protocols", "single,serial:2"), "'serial'")

@@ -16,11 +16,12 @@ from ibke.editors.ibke.editor import IBKEEditor
 from ibke.errors import RequestError
 from ibke.evaluation import questions as questions_module
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import Answer, generate, stack_factors, stack_neurons
+from ibke.evaluation.generate import generate, stack_factors, stack_neurons
 from ibke.evaluation.protocols import evaluate, sample
 from ibke.evaluation.questions import Outcome, Question, judge, questions
 from ibke.evaluation.scoring import Forced, divergence, score
 from ibke.frames import FRAMES, encode_pair
+from ibke.greedy import Answer
 from ibke.models import LanguageModel
 from ibke.modules import ARCHITECTURES, target_modules
 from ibke.neurons import Neurons
@@ -32,6 +33,14 @@ PROMPTS = ("The capital of France is", "Who wrote the play?", "Rain", "The autho
 
 def encode(lm: LanguageModel, prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
     return [encode_pair(prompt, "", "bare", lm.tokenizer).prompt for prompt in prompts]
+
+
+def test_an_answer_ends_at_a_new_line_whoever_asks(smollm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, answer in (("\nAnkara is", ""), (" Ankara \n is", "Ankara")):
+        chosen = smollm.tokenizer(text, add_special_tokens=False).input_ids
+        for module in ("models", "evaluation.generate"):
+            monkeypatch.setattr(f"ibke.{module}.greedy", lambda *_, chosen=chosen: [chosen])
+        assert smollm.answer(PROMPTS[0]) == generate(smollm, encode(smollm)[:1])[0].text == answer
 
 
 # OPT flattens rows and tokens before its MLP, and per-row updates want them apart.

@@ -249,6 +249,10 @@ def test_without_refining_the_wordings_given_are_read_all_the_same(gated):
     mine, theirs = (only_part(one.edit_each([odd])[0]) for one in (bare, gated))
     assert torch.allclose(mine.keys_EK, theirs.keys_EK, atol=1e-4)
     assert torch.allclose(mine.levels_E, theirs.levels_E, atol=1e-4)
+    alone = [only_part(bare.edit_each([one])[0]) for one in (REQUEST, odd)]
+    for one, beside in zip(alone, map(only_part, bare.edit_each([REQUEST, odd])), strict=True):
+        assert torch.allclose(one.keys_EK, beside.keys_EK, atol=1e-4)
+        assert torch.allclose(one.levels_E, beside.levels_E, atol=1e-4)
 
 
 def test_states_do_not_depend_on_what_is_known_of_a_prompt(gated):

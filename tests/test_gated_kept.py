@@ -58,6 +58,11 @@ def test_an_edit_by_ones_own_maps_is_asked_with_their_editor(gated, edit, run, t
     assert said.exit_code == 0 and said.stdout.startswith("English")
 
 
+def test_where_none_ships_the_method_without_a_gate_is_named(tiny_model):
+    with pytest.raises(FormatError, match="no trained editor ships .* Use the method `ibke`"):
+        GatedIBKE.for_model(tiny_model("llama"))
+
+
 @pytest.mark.parametrize("refined", [True, False])
 def test_an_edit_is_made_again_from_its_code(gated, edit, tmp_path, refined):
     edit = edit if refined else GatedIBKE.for_model(gated.lm, refine=False).edit([REQUEST])

@@ -262,6 +262,13 @@ def test_an_answer_is_not_to_stay_that_another_edit_in_force_changes(tiny_model:
         assert seen[-1][1:] == (asked, asked)
         counts[str(protocol)] = report["rewritten"]
     assert counts == {"single": 0, "batch:1": 0, "batch:2": 1, "sequential:1": 1}
+    # What is not asked about has no probes to be left out.
+    later = replace(MANY[0], target_new="Elsewhere", locality=(free,))
+    seen.clear()
+    report = evaluate(
+        lm, Watcher(lm, 0.2), [*requests, later], Protocol("sequential"), progress=lambda *what: seen.append(what)
+    )
+    assert (report["superseded"], report["rewritten"]) == (1, 0) and seen[-1][1] == seen[-1][2]
 
 
 def test_targets_that_no_answer_can_be_are_counted(tiny_model: Callable[..., LanguageModel]) -> None:

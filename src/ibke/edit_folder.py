@@ -63,6 +63,26 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     return index, _read_tensors(folder, index)
 
 
+def clear_folder(folder: Path) -> None:
+    """Take an edit out of its folder, which goes too where nothing else is in it; any other folder is left alone.
+
+    Raises:
+        FormatError: it cannot be deleted.
+    """
+    try:
+        _read_index(folder)
+    except FormatError:
+        return
+    try:
+        (folder / INDEX).unlink()
+        for data in folder.glob("edit-*.safetensors"):
+            data.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise FormatError(f"the edit cannot be deleted ({error}).", str(folder), "Delete the folder.") from error
+
+
 def _read_index(folder: Path) -> Mapping[str, Any]:
     path = folder / INDEX
     try:

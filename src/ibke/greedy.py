@@ -9,11 +9,44 @@ Shape suffixes: R rows (prompts), T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        text: the answer up to the first newline, without space around it.
+        ids: the tokens chosen, the one that ended the answer included.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
+class Stops:
+    """Knows which tokens end an answer: a model's end tokens, and any that holds a newline."""
+
+    def __init__(self, ends: Iterable[int], tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.known = dict.fromkeys(ends, True)
+
+    def __contains__(self, token: Any) -> bool:
+        if token not in self.known:
+            self.known[token] = "\n" in self.tokenizer.decode([token])
+        return self.known[token]
+
+    def answer(self, tokens: list[int]) -> Answer:
+        """The answer in a row of chosen tokens, which may run on after its end."""
+        tokens = ended(tokens, self)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(text.split("\n")[0].strip(), tuple(tokens))
 
 
 @torch.inference_mode()

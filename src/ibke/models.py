@@ -18,7 +18,7 @@ from ibke.errors import IBKEError, ModelError
 from ibke.fingerprint import check_fingerprint, fingerprint
 from ibke.frames import Frame, encode_pair
 from ibke.gguf import complete, read_gguf
-from ibke.greedy import ended, greedy
+from ibke.greedy import Stops, greedy
 from ibke.linear import speed_up
 from ibke.modules import Architecture, architecture_of, end_tokens
 
@@ -57,6 +57,11 @@ class LanguageModel:
         """The weights' dtype."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def stops(self) -> Stops:
+        """What ends an answer of it."""
+        return Stops(end_tokens(self.model, self.tokenizer), self.tokenizer)
+
     def answer(self, prompt: str, frame: Frame = "bare", max_new_tokens: int = 40) -> str:
         """The model's greedy answer, edits that are attached included, up to its end token or a new line.
 
@@ -65,10 +70,9 @@ class LanguageModel:
             frame: how it is put to the model.
             max_new_tokens: the longest answer (tokens).
         """
-        asked, ends = encode_pair(prompt, "-", frame, self.tokenizer).prompt, end_tokens(self.model, self.tokenizer)
-        made = greedy(self.model, [asked], self.tokenizer.pad_token_id, ends, max_new_tokens)[0]
-        text: str = self.tokenizer.decode(ended(made, ends), skip_special_tokens=True)
-        return text.strip().partition("\n")[0].strip()
+        asked, stops = encode_pair(prompt, "-", frame, self.tokenizer).prompt, self.stops
+        (made,) = greedy(self.model, [asked], self.tokenizer.pad_token_id, stops, max_new_tokens)
+        return stops.answer(made).text
 
 
 def load_model(

@@ -236,7 +236,7 @@ def _check_editor(contender: Contender) -> None:
     if contender.editor is None:
         return
     where = f"--editor {contender.label}={contender.editor}"
-    if not method_class(contender.method).trained_by:
+    if not method_class(contender.method).Config:
         raise IBKEError(f"the method {contender.method!r} has no trained weights.", where, "Leave it out.")
     if not Path(contender.editor).is_dir():
         raise IBKEError("there is no such folder.", where, "Name the folder of a trained editor.")

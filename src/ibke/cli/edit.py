@@ -86,7 +86,11 @@ def edit(
     """
     ledger = ledger or (HOME if guard else None)
     if ledger and out:
-        raise IBKEError(f"edits are kept in the ledger {ledger}, not in folders.", "--out", "Give one of the two.")
+        raise IBKEError(
+            f"edits are kept in the ledger {ledger}, not in folders.",
+            "--out",
+            "Give one of the two, and unset IBKE_LEDGER to use folders.",
+        )
     how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
     refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
     single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
@@ -145,6 +149,7 @@ def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | No
 
 def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, force: bool, as_json: bool) -> int:
     from ibke.edit import Edit
+    from ibke.edit_folder import clear_folder
 
     console, digits, mark = screen(as_json), max(4, len(str(count))), editor.mark  # a digest of all weights
     documents: list[dict[str, Any]] = []
@@ -158,9 +163,11 @@ def _many(lm: LanguageModel, editor: Editor, path: Path, count: int, out: Path, 
             elif isinstance(outcome, Exception):
                 tick.print(console, Text.assemble(f"{name} ", ("✗ ", "red"), (str(outcome), "red")))
                 unusable += 1
+                clear_folder(out / name)
                 document = {"error": str(outcome), "achieved": False}
             else:
-                folder = _save(outcome, out / name, mark)
+                if not (folder := _save(outcome, out / name, mark)):
+                    clear_folder(out / name)  # an earlier file's edit, of another request
                 tick.print(console, _line(name, outcome))
                 document = _document(outcome, folder, lm, editor)
             achieved += bool(document["achieved"])

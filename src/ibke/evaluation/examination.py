@@ -9,7 +9,7 @@ from typing import Any
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Stops, Together, window_of
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together, window_of
 from ibke.evaluation.machine import describe
 from ibke.evaluation.questions import Question, ask, questions, reachable
 from ibke.evaluation.side_effects import Battery
@@ -60,7 +60,7 @@ class Examination:
         self.lm, self.requests, self.frames, self.batch_size = lm, requests, tuple(frames), batch_size
         self.tally, self.progress, self.answers, self.battery = Tally(), progress, 0, battery
         self.baseline, self.superseded, self.rewritten = baseline, superseded, 0
-        self.questions, beyond, stops = 0, set[int](), Stops(lm)
+        self.questions, beyond, stops = 0, set[int](), lm.stops
         for question in self._asked(range(len(requests)), requests):
             self._check_window(question)
             self.questions += 1
@@ -76,8 +76,7 @@ class Examination:
     def examine(self, part: range, edits: InForce, beside: Iterable[EditRequest] = ()) -> None:
         """Ask about some of the requests, of the base and of the edited model; not about those superseded.
 
-        Nor about answers to keep where an edit in force asks the same and says something else; ``rewritten`` counts
-        these.
+        Nor about answers to keep where another request of those in force asks the same; ``rewritten`` counts these.
 
         Args:
             part: indices of the requests.
@@ -92,7 +91,7 @@ class Examination:
 
         requests = [self.requests[index] for index in part]
         if isinstance(edits, Together):
-            requests = self._to_keep(requests, beside)
+            requests = self._to_keep(part, requests, beside)
         asked = list(self._asked(part, requests))
         for question, base, edited in ask(self.lm, asked, edits, self.batch_size, tick, self.baseline):
             self.tally.add("base", question.frame, part[question.edit], base)
@@ -122,11 +121,14 @@ class Examination:
                 "Shorten them, or leave them out.",
             )
 
-    def _to_keep(self, requests: Sequence[EditRequest], beside: Iterable[EditRequest]) -> list[EditRequest]:
-        """The requests without probes that ask what edits in force answer."""
+    def _to_keep(
+        self, part: range, requests: Sequence[EditRequest], beside: Iterable[EditRequest]
+    ) -> list[EditRequest]:
+        """A part of the requests without probes that ask what edits in force answer."""
         taken = {plain(prompt) for one in (*requests, *beside) for prompt in (one.prompt, *one.rephrase_prompts)}
         kept = [tuple(probe for probe in one.locality if plain(probe.prompt) not in taken) for one in requests]
-        dropped = sum(len(one.locality) for one in requests) - sum(map(len, kept))
+        pairs = zip(part, requests, kept, strict=True)
+        dropped = sum(len(one.locality) - len(some) for index, one, some in pairs if index not in self.superseded)
         self.rewritten += dropped
         self.questions -= dropped * len(self.frames)
         return [replace(one, locality=probes) for one, probes in zip(requests, kept, strict=True)]

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from ibke.edit import Edit
 from ibke.errors import RequestError
-from ibke.greedy import ended, greedy
+from ibke.greedy import Answer, greedy
 from ibke.models import LanguageModel
-from ibke.modules import end_tokens, resolve
+from ibke.modules import resolve
 from ibke.neurons import Neurons, Site, filled, row_neurons
 from ibke.partial import row_updates
 from ibke.parts import row_parts
@@ -42,19 +42,6 @@ class Together:
 
 InForce = Sequence[Edit | None] | Together | None
 """The edit of each row (None for none), edits of all rows together, or nothing at all."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said.
-
-    Args:
-        text: the answer up to the first newline, without space around it.
-        ids: the tokens chosen, the one that ended the answer included.
-    """
-
-    text: str
-    ids: tuple[int, ...]
 
 
 def generate(
@@ -80,7 +67,7 @@ def generate(
         RequestError: a prompt and its answer do not fit the model's window.
     """
     _check_window(lm, prompts, max_new_tokens)
-    stops = Stops(lm)
+    stops = lm.stops
     answers: dict[int, Answer] = {}
     with in_force(lm, edits) as on_rows:
         for rows in plan([len(prompt) for prompt in prompts], batch_size):
@@ -172,25 +159,6 @@ def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, dict[int, T]]:
     return found
 
 
-class Stops:
-    """Knows which tokens end an answer: the model's end tokens, and any that holds a newline."""
-
-    def __init__(self, lm: LanguageModel):
-        self.tokenizer = lm.tokenizer
-        self.known = dict.fromkeys(end_tokens(lm.model, lm.tokenizer), True)
-
-    def __contains__(self, token: Any) -> bool:
-        if token not in self.known:
-            self.known[token] = "\n" in self.tokenizer.decode([token])
-        return self.known[token]
-
-    def answer(self, tokens: list[int]) -> Answer:
-        """The answer in a row of chosen tokens, which may run on after its end."""
-        tokens = ended(tokens, self)
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.split("\n")[0].strip(), tuple(tokens))
-
-
 def window_of(lm: LanguageModel) -> int | None:
     """How many tokens a model can be fed; None where nothing bounds them."""
     return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
@@ -203,5 +171,5 @@ def _check_window(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_t
         raise RequestError(
             f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's window of {window}.",
             lm.name,
-            "Shorten the prompt.",
+            "Shorten the prompt." if longest > max_new_tokens else "Ask for a shorter answer.",
         )

@@ -12,10 +12,11 @@ import torch
 from ibke.batch import Pair
 from ibke.edit import Edit
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, Answer, InForce, Stops, Tick, Together, generate, of_rows
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Tick, Together, generate, of_rows
 from ibke.evaluation.metrics import contains, exact_match, normalise, shared_prefix
 from ibke.evaluation.scoring import Forced, Moved, divergence, score
 from ibke.frames import Frame, encode_pair
+from ibke.greedy import Answer, Stops
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
 
@@ -121,7 +122,7 @@ def ask(
         rows = of_rows(edits, [q.edit for q in batch])
         moved = divergence(lm, own, rows, batch_size=batch_size) if kind == "locality" else [None] * len(batch)
         read = _read(lm, batch, rows, batch_size)
-        stops = Stops(lm)
+        stops = lm.stops
         known = [_foretold(stops, *one) for one in zip(batch, base, read, moved, strict=True)]
         answers = _edited(lm, batch, rows, known, batch_size, tick)
         edited = [Outcome(said, *forced) for said, forced in zip(answers, read, strict=True)]

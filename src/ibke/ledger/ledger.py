@@ -330,7 +330,8 @@ class Ledger:
     def _entry(self, row: sqlite3.Row) -> Entry:
         old = self.rows("SELECT old FROM supersedes WHERE edit = ? ORDER BY old", row["id"])
         head = (row["id"], row["at"], row["who"], row["method"], row["editor"], row["parent"])
-        texts = (written(row, name, f"edit {row['id']} of {self.folder}") for name in ("record", "scores"))
+        where = f"edit {row['id']} of {self.folder}"
+        texts = (written(row, "record", where), written(row, "scores", where))
         return Entry(*head, *texts, tuple(one[0] for one in old), row["latent_bytes"], row["factors_bytes"])
 
     def rows(self, question: str, *given: Any) -> list[sqlite3.Row]:

@@ -24,6 +24,7 @@ from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.encoding import Encoded
 from ibke.editors.ibke.refine import mean_by_owner
 from ibke.editors.ibke.shipped import shipped_folder
+from ibke.errors import FormatError
 from ibke.fingerprint import mark
 from ibke.frames import FRAMES, Frame
 from ibke.models import LanguageModel
@@ -51,9 +52,13 @@ class GatedIBKE(IBKEEditor):
             FormatError: none ships for this model, or the folder holds none, or none with a gate.
             FingerprintMismatchError: it was trained for other weights.
         """
-        editor = super().for_model(lm, path, **settings)
+        try:
+            folder = Path(path) if path else shipped_folder(lm)
+        except FormatError as error:
+            raise FormatError(error.what, error.where, "Use the method `ibke`, with an editor of your own.") from error
+        editor = super().for_model(lm, folder, **settings)
         assert isinstance(editor, GatedIBKE)
-        editor.gate = load_gate(Path(path) if path else shipped_folder(lm), lm)
+        editor.gate = load_gate(folder, lm)
         if editor.training_seconds is not None:
             editor.training_seconds += editor.gate.training_seconds or 0.0
         return editor
@@ -84,20 +89,23 @@ class GatedIBKE(IBKEEditor):
     def _noted(self, requests: Sequence[EditRequest]) -> Mapping[int, torch.nn.Module]:
         """Without refining no pass is made for the question; it is what the edit's own pass leaves behind.
 
-        Other wordings given with a request have to be read all the same.
+        Where other wordings are given with a request, all of them have to be read.
         """
-        if self.settings.steps or any(request.rephrase_prompts for request in requests):
+        if self.settings.steps or all(request.rephrase_prompts for request in requests):
             return {}
         return {layer: entrance(self.lm, layer) for layer in self.gate.config.layers}
 
     def _finished(self, edits: list[Edit], encoded: Encoded) -> list[Edit]:
         """The edits with their neurons behind a gate at the prompt's end."""
         place, found = self.gate.place(self.lm), []
-        if encoded.ends_BLD is not None:
-            questions = self._questions_as_asked(encoded.ends_BLD)
-        else:
-            questions = self._questions([edit.requests[0] for edit in edits])
-        for edit, key_K, level in zip(edits, *questions, strict=True):
+        ends_BLD, requests = encoded.ends_BLD, [edit.requests[0] for edit in edits]
+        read = [row for row, one in enumerate(requests) if ends_BLD is None or one.rephrase_prompts]
+        noted = [row for row in range(len(requests)) if row not in read]
+        asked = [self._questions([requests[row] for row in read])] if read else []
+        asked += [self._questions_as_asked(ends_BLD[noted])] if ends_BLD is not None and noted else []
+        keys_BK, level_B = (torch.cat(some) for some in zip(*asked, strict=True))
+        order = torch.tensor([*read, *noted]).argsort()
+        for edit, key_K, level in zip(edits, keys_BK[order], level_B[order], strict=True):
             part = GatedNeurons(
                 self.gate.name,
                 key_K[None],

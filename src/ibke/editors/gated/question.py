@@ -196,7 +196,9 @@ def _read_gate(path: Path, lm: LanguageModel) -> QuestionGate:
         gate.load_state_dict(restore(tensors))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FormatError(
-            f"there is no gate at the prompt's end here ({error}).", str(path), "Use the method `ibke`, or train one."
+            f"there is no gate at the prompt's end here ({error}).",
+            str(path),
+            "Use the method `ibke`, or a folder with a gate.",
         ) from None
     gate = gate.requires_grad_(False).eval().to(lm.device)
     gate.training_seconds = header.get("seconds")
