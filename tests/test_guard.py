@@ -216,9 +216,10 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     assert kept.exit_code == 0, kept.stderr
     document = json.loads(kept.stdout)
     assert document["in_force"] == 1 and document["edits"][0]["outcome"] == "kept"
-    (place / "guard.json").write_text('{"kl_nats": -1}')
+    (place / "guard.json").write_text('{"kl_nats": -1, "probes": 2}')
     worse = run("edit", "The sky is", "green", *common)
     assert worse.exit_code == 3 and json.loads(worse.stdout)["edits"][0]["outcome"] == "refused"
+    assert f"{len(PROBES) - 2} probes are more than 2 and are not asked" in " ".join(worse.stderr.split())
     assert run("ask", ANKARA.prompt, "--ledger", place).stdout.strip() == "Ankara"
     log = json.loads(run("log", "--ledger", place, "--json").stdout)
     assert [(event["action"], event["note"], event["in_force"]) for event in log["events"]] == [("commit", "why", True)]

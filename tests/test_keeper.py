@@ -157,6 +157,7 @@ def test_what_a_later_request_of_a_group_takes_away_stays_away(lm: LanguageModel
     with Ledger(tmp_path, lm) as ledger:
         kept = Keeper(lm, ledger, Loud(lm)).add_all([right, EditRequest("The harbour lies", changed)])
         assert [one.number for one in kept] == [None, 1] and ledger.active() == [1]
+        assert [(one.already, one.overtaken) for one in kept] == [(False, True), (False, False)]
 
 
 def test_a_group_is_written_down_as_a_whole(lm: LanguageModel, tmp_path: Path, monkeypatch) -> None:

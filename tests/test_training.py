@@ -304,6 +304,11 @@ def test_an_episode_is_reproducible_and_asks_other_forms(ground):
 def test_an_unknown_source_is_named():
     with pytest.raises(TrainingError, match="unknown data source 'wikipedia'"):
         Source.parse("wikipedia")
+    for name in ("counterfact", "csv", "jsonl"):  # the folder at hand is not meant
+        with pytest.raises(TrainingError, match=f"Write {name}:FILE"):
+            Source.parse(name)
+    with pytest.raises(TrainingError, match="Write entityquestions:FILE"):
+        Split(0.2, ["entityquestions"])
     assert Source.parse("counterfact:a/b=c.json=2.5") == Source("counterfact", "a/b=c.json", 2.5)
 
 

@@ -121,7 +121,11 @@ def keep_all(
     console, tally = screen(as_json), _Tally(as_json)
     with Bars() as tick, Ledger(how.ledger, lm) as ledger:
         tick("Asking probes", 0, None)
-        keeper = Keeper(lm, ledger, editor, how.guard(lm))
+        guard = how.guard(lm)
+        if guard and guard.left_out:
+            most = f"{guard.left_out} probes are more than {guard.limits.probes} and are not asked"
+            console.print(Text(f"{most}; `probes` in {how.ledger / 'guard.json'} sets how many are.", style="yellow"))
+        keeper = Keeper(lm, ledger, editor, guard)
         known = _there(ledger)
         done = 0
         while some := list(islice(requests, how.group)):
@@ -228,6 +232,8 @@ def _line(kept: Kept) -> Text:
     fact = f"{shorten(kept.request.prompt, 50)} → {shorten(kept.request.target_new, 30)}"
     if kept.already:
         return Text(f"= {fact}  the model says so already", style="yellow")
+    if kept.overtaken:
+        return Text(f"= {fact}  a later request about the same fact holds", style="yellow")
     if kept.number is None:
         assert kept.verdict
         return Text(f"✗ {fact}  refused: {'; '.join(kept.verdict.broken)}", style="red")
@@ -241,7 +247,8 @@ def _line(kept: Kept) -> Text:
 def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
     if isinstance(kept, tuple):
         return {"prompt": kept[0].prompt, "outcome": "unusable", "error": str(kept[1])}
-    outcome = "already" if kept.already else "refused" if kept.number is None else "kept"
+    states = {"already": kept.already, "overtaken": kept.overtaken, "refused": kept.number is None, "kept": True}
+    outcome = next(name for name, holds in states.items() if holds)
     found: dict[str, Any] = {"prompt": kept.request.prompt, "target_new": kept.request.target_new, "outcome": outcome}
     if kept.edit is not None:
         found |= {"edit": kept.number, "supersedes": list(kept.supersedes), "seconds": kept.seconds}

@@ -24,7 +24,8 @@ from ibke.errors import TrainingError
 from ibke.files import data_folder, find_file
 from ibke.request import EditRequest
 
-TABLES = ("facts", "pararel", "lre", "entityquestions", "csv")
+PACKAGED = ("facts", "pararel", "lre", "entityquestions")  # tables whose files are where the data sets are
+TABLES = (*PACKAGED, "csv")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Source:
         """Read ``name[:path][=share]``.
 
         Raises:
-            TrainingError: unknown source or a share that is not a positive number.
+            TrainingError: unknown source, a share that is not a positive number, or no file where one is needed.
         """
         match = re.fullmatch(r"([a-z]+)(?::(.+?))?(?:=(\d+\.?\d*|\.\d+))?", text)
         if not match or match[1] not in (*TABLES, *READERS):
@@ -49,6 +50,8 @@ class Source:
         share = float(match[3] or 1)
         if share <= 0:
             raise TrainingError(f"the share of {text!r} is not positive.", "training data", "Leave it out instead.")
+        if not match[2] and match[1] not in PACKAGED:
+            raise TrainingError(f"{match[1]!r} is of no file.", "training data", f"Write {match[1]}:FILE.")
         return cls(match[1], match[2] or "", share)
 
 
@@ -98,6 +101,9 @@ class Split:
     Args:
         relations: share of relations held out (ratio 0–1).
         excluded: request files whose subjects and prompts are kept out, as ``format:path``.
+
+    Raises:
+        TrainingError: one is of an unknown format, or of no file.
     """
 
     def __init__(self, relations: float, excluded: Iterable[str] = ()):
@@ -105,6 +111,8 @@ class Split:
         self.words: set[str] = set()
         for text in excluded:
             source = Source.parse(text)
+            if not source.path:
+                raise TrainingError(f"{text!r} is of no file.", "exclude", f"Write {text}:FILE.")
             skipped: list[Skipped] = []
             for request in read(find_file(source.path), source.name, skipped):
                 self.words.add(request.prompt.lower())

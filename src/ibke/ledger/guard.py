@@ -159,12 +159,14 @@ class Guard:
     Args:
         lm: the pristine model.
         limits: see :class:`Limits`.
-        probes: prompts and how each is asked; None takes our own.
+        probes: prompts and how each is asked; None takes our own. ``left_out`` of them are beyond the limit.
     """
 
     def __init__(self, lm: LanguageModel, limits: Limits | None = None, probes: Sequence[Prompt] | None = None):
         self.lm, self.limits = lm, limits or Limits()
-        self.probes = list(own_probes() if probes is None else probes)[: self.limits.probes]
+        given = list(own_probes() if probes is None else probes)
+        self.probes = given[: self.limits.probes]
+        self.left_out = 0 if probes is None else len(given) - len(self.probes)
         prompts = [encode_pair(text, "-", frame, lm.tokenizer).prompt for text, frame in self.probes]
         self.baseline = Baseline.in_cache(lm)
         with set_aside(lm):  # the answers are kept, and have to be the unedited model's

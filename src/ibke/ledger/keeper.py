@@ -30,11 +30,12 @@ class Kept:
 
     Args:
         request: what was asked for.
-        number: of the edit in the ledger; None where it was refused, or the model says so already.
-        edit: how it was made; None where the model says so already.
+        number: of the edit in the ledger; None where it was refused, the model says so already, or it was overtaken.
+        edit: how it was made; None where the model says so already, or it was overtaken.
         supersedes: edits it takes the place of.
         verdict: what the guard found; None where nobody asked.
         seconds: wall-clock time of all of it; of several at once each one's share.
+        overtaken: whether a later request of the same call is about the same fact and holds instead.
     """
 
     request: EditRequest
@@ -43,11 +44,12 @@ class Kept:
     supersedes: tuple[int, ...] = ()
     verdict: Verdict | None = None
     seconds: float = 0.0
+    overtaken: bool = False
 
     @property
     def already(self) -> bool:
         """Whether there was nothing to correct."""
-        return self.edit is None
+        return self.edit is None and not self.overtaken
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Keeper:
             late = [_Made(row, requests[row], edit, notes[row], who) for row, edit in zip(unsaid, made, strict=True)]
             for one in late:
                 if self._overtaken(one, found):
-                    found[one.row] = Kept(one.request)
+                    found[one.row] = Kept(one.request, overtaken=True)
                 else:
                     self._keep([one], found)
         seconds = (time.perf_counter() - began) / len(requests)
