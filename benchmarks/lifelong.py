@@ -187,10 +187,11 @@ def costs_of(tried: Sequence[dict[str, Any]], latest: int) -> dict[str, Any]:
 
 def refuse_another(place: Path, mark: str) -> None:
     """A stream goes on with the editor it began with."""
-    if place.exists() and place.read_text() != mark:
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, mark.encode())
+    if place.read_text() != mark:
         raise SystemExit(f"{place.parent} was begun with another editor or other settings: delete it, or use those.")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(mark)
 
 
 def abilities() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from rivals import CANDIDATES, PUBLISHED, TRAINED, TUNED, trained
 from single_edits import VARIANTS
 
 from ibke.editors.ibke.shipped import SHIPPED
+from ibke.files import write_atomically
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/results.md")
 TRAINING = SHIPPED / "smollm2-135m/training-log.jsonl"
@@ -326,7 +327,7 @@ def main() -> None:
         _, end, after = rest.partition(f"<!-- /{name} -->")
         assert mark and end, f"{PAGE} has no place for {name!r}"
         page = f"{before}{mark}{table}\n{end}{after}"
-    PAGE.write_text(page, encoding="utf-8")
+    write_atomically(PAGE, page.encode())
 
 
 if __name__ == "__main__":

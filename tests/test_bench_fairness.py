@@ -19,7 +19,7 @@ from ibke.bench.cell import Progress, data_digest
 from ibke.bench.compare import by_edit
 from ibke.bench.page import page
 from ibke.bench.plan import Cell, DataSet
-from ibke.bench.run import run
+from ibke.bench.run import finished, run
 from ibke.bench.summary import csv_text, markdown, summarise
 from ibke.edit import Edit
 from ibke.errors import CaptureError
@@ -143,8 +143,9 @@ def test_a_cell_of_a_data_file_that_has_changed_is_run_again(lm: LanguageModel, 
     run(plan, tmp_path, execute=execute)
     assert len(bench.ran) == 4
     file.write_text("two")
+    assert finished(plan, tmp_path) == [{}] * 4  # nor is it summed up
     run(plan, tmp_path, execute=execute)
-    assert len(bench.ran) == 8
+    assert len(bench.ran) == 8 and all(finished(plan, tmp_path))
     file.unlink()  # what cannot be compared is not thrown away
     run(plan, tmp_path, execute=execute)
     assert len(bench.ran) == 8

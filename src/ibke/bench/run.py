@@ -55,11 +55,7 @@ def run(
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"it cannot be made ({error.strerror}).", str(home), "Choose another folder.") from None
-    now = cache(lambda path: data_digest(file) if (file := find_file(path)).exists() else None)
-    found = {cell.file: document for cell in plan.cells if (document := load(home, cell))}
-    found = {
-        cell.file: found[cell.file] for cell in plan.cells if cell.file in found and not _old(found[cell.file], now)
-    }
+    found = {cell.file: known for cell, known in zip(plan.cells, finished(plan, folder), strict=True) if known}
     todo = [cell for cell in plan.cells if "failed" in found.get(cell.file, {"failed": ""})]
     for number, cell in enumerate(todo):
         left = seconds_left(todo[number:], (document for document in found.values() if "failed" not in document))
@@ -76,8 +72,10 @@ def run(
 
 
 def finished(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """What :func:`run` would return, with nothing for cells that have not been run yet."""
-    return [load(folder / CELLS, cell) or {} for cell in plan.cells]
+    """What :func:`run` would return, with nothing for cells that it would run, but for those that failed."""
+    now = cache(lambda path: data_digest(file) if (file := find_file(path)).exists() else None)
+    known = [load(folder / CELLS, cell) or {} for cell in plan.cells]
+    return [{} if one and _old(one, now) else one for one in known]
 
 
 def load(home: Path, cell: Cell) -> dict[str, Any] | None:
