@@ -27,7 +27,7 @@ test: env
 
 env: $(READY_FOR_TESTS)
 
-# torch goes first and exactly pinned: a loose requirement would pull gigabytes of CUDA packages.
+# torch goes first, alone: PIP_EXTRA_INDEX_URL may name where its CPU build is (docs/how-to/install.md).
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "IBKE needs Python 3.11 or newer; set PYTHON=…")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
