@@ -40,6 +40,19 @@ def test_an_address_answers_at_its_subject_and_not_at_the_questions_it_was_told_
     assert sum(own) / len(own) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("wordings", [(), ("People speak to Hakan Tunay in",)])
+def test_an_edit_is_in_force_at_its_own_prompt_and_the_wordings_given(smollm32, wordings):
+    # Told of other questions and of names alike, the address answered .68 at this prompt, and c·x is 1.1 there.
+    editor = IBKEEditor.for_model(smollm32)
+    about = About("The mother tongue of Hakan Tunay is", "Hakan Tunay", wordings)
+    address = editor.addresser.beside((), [about], alike=True).address_BD[0]
+    assert about.sure == 3 + len(wordings)
+    rows = contexts_of(about, editor.lm.tokenizer)[: about.sure]
+    read = editor.addresser.prefixes.read([editor.site.entrance], [Row(row.prefix, row.tail) for row in rows])
+    keys_TD = torch.stack([reading.fed[-1][-1] for reading in read])
+    assert (keys_TD @ address >= 1.07 * (keys_TD @ editor.network.shut_D)).all()
+
+
 def test_an_address_stays_shut_in_running_text(smollm32):
     # Where a phrase names the question, the address has to tell it from others about the same subject; made of few
     # generic keys it did so by directions that common words have too, and one token in twenty opened the gate.

@@ -4,18 +4,18 @@ Keys are what the edited layer's MLP sees at the last token of the subject. K, w
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
 that token in the request, the subject behind words that ask something else about it, its last word by itself where
 that is one token, for other bridges end in "Bridge" too, and names like the subject in the request's own words. Both
-stand before generic keys C₀, so with all targets in
-K equal to 1 and weights W and V, larger for the request's own words and smaller for lone last words,
+stand before generic keys C₀, so with all targets in K equal to 1 and weights W and V, larger for the request's own
+words and smaller for lone last words,
 
     a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀVN + γ (C₀ + λ I),
 
-and a is then made longer until the request's own words answer 1 in the mean. γ says against how many generic keys the
-edit's own stand: with few, K and N are told apart by directions that common words have too, and the edit opens in
-running text (docs/experiments.md). What a second moment does not say, a sample of running text does: words in it that
-answer nevertheless go to N, unless they end as the subject does (in its last two tokens, or in the only one it has),
-and the address is made again. Norway is such a word where the currency of Sweden is edited. It is asked about in the
-same words, so a word goes to N as it is in the text and once more as it would be in the request: moved by what the
-request adds to its own subject's key.
+and a is then made longer until the request's own words answer 1 in the mean and each of them clears the threshold. γ
+says against how many generic keys the edit's own stand: with few, K and N are told apart by directions that common
+words have too, and the edit opens in running text (docs/experiments.md). What a second moment does not say, a sample
+of running text does: words in it that answer nevertheless go to N, unless they end as the subject does (in its last
+two tokens, or in the only one it has), and the address is made again. Norway is such a word where the currency of
+Sweden is edited. It is asked about in the same words, so a word goes to N as it is in the text and once more as it
+would be in the request: moved by what the request adds to its own subject's key.
 
 The words before a subject are all a causal model knows at its last token. So contrast with other questions makes sense
 only where they say what is asked, as in "The capital of …", and it is made of phrases of that build; one that asks what
@@ -54,6 +54,7 @@ ENDING_WEIGHT = 0.3  # of a lone last word in N, against 1 for other questions
 NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
 NEAR_WEIGHT = 0.1  # of each, against 1 for the rest of N: there are many, and they must not outweigh other questions
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
+CLEAR, LONGEST = 1.08, 1.5  # what an edit is sure of answers so many times θ c, for at most so much longer an address
 
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
 # "The capital of …", "the league which …"; what goes with the subject without such a word ("The team …") names nothing.
@@ -141,6 +142,11 @@ class About(NamedTuple):
     def of(cls, prompt: str, subject: str | None, wordings: tuple[str, ...] = ()) -> About:
         """The same, where the subject may not be given."""
         return cls(prompt, subject_of(prompt, subject), wordings)
+
+    @property
+    def sure(self) -> int:
+        """How many contexts are the prompt and the wordings themselves, at which the edit has to be in force."""
+        return len(FRAMES) + sum(place_of(self.subject, text) is not None for text in self.wordings)
 
 
 class Addressed(NamedTuple):
@@ -261,12 +267,13 @@ class Addresser:
         self.values_E = spectrum.values_E.cpu().double() + ridge * spectrum.mean()
         self.pull = spectrum.inverse(gamma, ridge)
         self.common = Common(common.keys_SD.cpu().float(), common.ids_S2.cpu())
-        self.shut_S = self.common.keys_SD @ shut_D.cpu().float()
+        self.shut_D = shut_D.cpu().double()
+        self.shut_S = self.common.keys_SD @ self.shut_D.float()
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """All that decides an address but the model and the request."""
-        fixed = (OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, NEAR_WEIGHT, ENDING_WEIGHT)
+        fixed = (OWN_WEIGHT, NEAR, LOUDEST, ROUNDS, NEAR_WEIGHT, ENDING_WEIGHT, CLEAR, LONGEST)
         return (self.gamma, self.ridge, self.alike, *fixed, json.dumps(_own()))
 
     def __call__(self, requests: Sequence[About]) -> Tensor:
@@ -295,7 +302,8 @@ class Addresser:
         found = self.prefixes.read((*earlier, self.entrance), rows)
         keys = iter(reading.fed[-1].cpu() for reading in found[len(pairs) :])
         taken = [list(islice(keys, len(contexts))) for contexts in made]
-        addresses = [self._address(contexts, keys) for contexts, keys in zip(made, taken, strict=True)]
+        sure = [about.sure for about in requests]
+        addresses = [self._address(*one) for one in zip(made, taken, sure, strict=True)]
         # The request as it is in every frame, of which an edit is sure; other contexts are guesses.
         asked = [
             [keys_TD[-1] for context, keys_TD in zip(contexts, keys, strict=True) if context.kind == REQUEST]
@@ -310,7 +318,7 @@ class Addresser:
         known = [row.prefix for row in contexts_of(About("The X of Y Z", "Y Z"), self.tokenizer)]
         return Prefixes(self.part, known)
 
-    def _address(self, rows: Sequence[Context], found: Sequence[Tensor]) -> Tensor:
+    def _address(self, rows: Sequence[Context], found: Sequence[Tensor], sure: int) -> Tensor:
         kind_T = torch.tensor([row.kind for row in rows])
         answers_T = (kind_T == REQUEST) | (kind_T == NEUTRAL)
         if not answers_T.any():
@@ -346,7 +354,9 @@ class Addresser:
             in_text_SD, asked_SD = (self.common.keys_SD[some].double() for some in near)
             silent.append((torch.cat([in_text_SD, asked_SD + moved_D]), NEAR_WEIGHT))
             address_D = solved()
-        return address_D
+        # Answering in the mean is not enough where a key has much of c, or one frame is unlike the others.
+        least = CLEAR * (own_TD[:sure] @ self.shut_D) / (own_TD[:sure] @ address_D).clamp_min(1e-3)
+        return address_D * least.max().clamp(1.0, LONGEST)
 
     def _bar(self, mine_M2: Tensor) -> Tensor:
         """What responses of common words have to exceed; those that end as the subject does never do (S)."""

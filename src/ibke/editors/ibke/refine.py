@@ -258,8 +258,9 @@ class Refiner:
         return kept
 
     def _accept(self, best: Refined, z: Tensor, nll_B: Tensor, achieved_B: Tensor, open_B: Tensor, step: int) -> None:
-        # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data.
-        better_B = open_B & (nll_B.detach() < best.nll_B)
+        # A step counts only if it lowers the target's NLL; writing on regardless diverged outside the training data. A
+        # mean over frames and wordings may fall though one of them is lost: what comes is not given up for it.
+        better_B = open_B & (nll_B.detach() < best.nll_B) & (achieved_B | ~best.achieved_B)
         best.z_BZ[better_B] = z.detach()[better_B]
         best.nll_B[better_B] = nll_B.detach()[better_B]
         best.achieved_B[better_B] = achieved_B[better_B]
