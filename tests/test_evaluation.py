@@ -43,6 +43,16 @@ def test_an_answer_ends_at_a_new_line_whoever_asks(smollm: LanguageModel, monkey
         assert smollm.answer(PROMPTS[0]) == generate(smollm, encode(smollm)[:1])[0].text == answer
 
 
+def test_what_cannot_be_asked_is_refused(tiny_model: Callable[..., LanguageModel]) -> None:
+    lm = tiny_model("llama")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        lm.answer(" ")
+    with pytest.raises(RequestError, match=r"exceed the model's window of 128\. Shorten the prompt"):
+        lm.answer("word " * 100)
+    with pytest.raises(RequestError, match="Ask for a shorter answer"):
+        lm.answer("word", max_new_tokens=128)
+
+
 # OPT flattens rows and tokens before its MLP, and per-row updates want them apart.
 @pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name != "opt"])
 def test_batched_answers_are_those_of_one_prompt_and_one_edit(

@@ -120,7 +120,7 @@ class _Inserting:
         self.choose = choose
         self.pad_id = lm.tokenizer.pad_token_id
         self.openings = opening(lm.tokenizer)
-        self.window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+        self.window = lm.window
         # Of passes whose keys and values are kept: which columns are real, those put in included.
         self.kept: WeakKeyDictionary[Any, tuple[Tensor, int]] = WeakKeyDictionary()
         self.columns_RT: Tensor | None = None

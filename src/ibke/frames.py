@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from ibke.batch import Pair
+from ibke.request import composed
 from ibke.subjects import place_of
 
 Frame = Literal["bare", "question", "chat"]
@@ -58,6 +59,8 @@ def encode_pair(
         subject: what the fact is about, to be marked among the tokens; ignored where it does not occur.
         context: running text that stands before it all.
     """
+    prompt, target, context = composed(prompt), composed(target), composed(context)
+    subject = subject and composed(subject)
     text, joiner = render(prompt, frame, tokenizer)
     text = f"{context} {text}" if context else text
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ibke.bundled import BUNDLED, MANIFEST, Progress, ensure
-from ibke.errors import IBKEError, ModelError
+from ibke.errors import IBKEError, ModelError, RequestError
 from ibke.fingerprint import check_fingerprint, fingerprint
 from ibke.frames import Frame, encode_pair
 from ibke.gguf import complete, read_gguf
@@ -58,6 +58,29 @@ class LanguageModel:
         return next(self.model.parameters()).dtype
 
     @property
+    def window(self) -> int | None:
+        """How many tokens it can be fed; None where nothing bounds them."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def refuse_beyond_window(self, asked: int, max_new_tokens: int) -> None:
+        """Refuse what it cannot be fed.
+
+        Args:
+            asked: length of the longest prompt (tokens).
+            max_new_tokens: of the longest answer (tokens).
+
+        Raises:
+            RequestError: both together are longer than its window.
+        """
+        if self.window and asked + max_new_tokens > self.window:
+            raise RequestError(
+                f"a prompt of {asked} tokens and an answer of {max_new_tokens} exceed the model's window of "
+                f"{self.window}.",
+                self.name,
+                "Shorten the prompt." if asked > max_new_tokens else "Ask for a shorter answer.",
+            )
+
+    @property
     def stops(self) -> Stops:
         """What ends an answer of it."""
         return Stops(end_tokens(self.model, self.tokenizer), self.tokenizer)
@@ -69,8 +92,14 @@ class LanguageModel:
             prompt: what is asked.
             frame: how it is put to the model.
             max_new_tokens: the longest answer (tokens).
+
+        Raises:
+            RequestError: a blank prompt, or one that does not fit the model's window with its answer.
         """
+        if not prompt.strip():
+            raise RequestError("the prompt is empty.", self.name, "Give it a text.")
         asked, stops = encode_pair(prompt, "-", frame, self.tokenizer).prompt, self.stops
+        self.refuse_beyond_window(len(asked), max_new_tokens)
         (made,) = greedy(self.model, [asked], self.tokenizer.pad_token_id, stops, max_new_tokens)
         return stops.answer(made).text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ class Probe:
 
     Raises:
         RequestError: an empty prompt, a field that is no text, or half a character.
+
+    Letters with marks are kept as one character each (NFC), here and in requests, however they were typed.
     """
 
     prompt: str
@@ -38,6 +41,8 @@ class Probe:
                 what = f"a probe's `{name}` is no text but {type(value).__name__}."
                 raise RequestError(what, "probe", "Write it as a text, or leave it out.")
         _refuse_halves("probe", self.prompt, self.target, self.family)
+        for name in ("prompt", "target"):
+            object.__setattr__(self, name, (text := getattr(self, name)) and composed(text))
 
     @property
     def answer(self) -> str:
@@ -60,7 +65,8 @@ class EditRequest:
         case: what requests that belong together have in common; they stand in the order in which they are to be made.
 
     Raises:
-        RequestError: empty prompt or target, a subject that does not occur in the prompt, or half a character.
+        RequestError: empty prompt or target, a field that is no text, a subject that does not occur in the prompt, or
+            half a character.
     """
 
     prompt: str
@@ -73,10 +79,13 @@ class EditRequest:
     case: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "target_new"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise RequestError(f"`{name}` is empty.", "edit request", f"Give `{name}` a text.")
+        if isinstance(self.rephrase_prompts, str) or not isinstance(self.rephrase_prompts, Iterable):
+            raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
+        object.__setattr__(self, "rephrase_prompts", tuple(self.rephrase_prompts))
+        for name in ("prompt", "target_new", "subject", "target_true", "case"):
+            object.__setattr__(self, name, _text(getattr(self, name), name, name in ("prompt", "target_new")))
+        texts = (_text(text, f"rephrase_prompts[{at}]", True) for at, text in enumerate(self.rephrase_prompts))
+        object.__setattr__(self, "rephrase_prompts", tuple(texts))
         # What is blank says nothing, and a space at a subject's end would move where it ends.
         object.__setattr__(self, "subject", (self.subject or "").strip() or None)
         object.__setattr__(self, "target_true", self.target_true if (self.target_true or "").strip() else None)
@@ -86,16 +95,9 @@ class EditRequest:
                 "edit request",
                 "Write it as it stands in the prompt, or leave `subject` out.",
             )
-        if isinstance(self.rephrase_prompts, str):
-            raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
-        object.__setattr__(self, "rephrase_prompts", tuple(self.rephrase_prompts))
         for name in ("locality", "portability"):
             probes = tuple(_probe(item, name) for item in _as_list(getattr(self, name), name))
             object.__setattr__(self, name, probes)
-        if any(not isinstance(text, str) or not text.strip() for text in self.rephrase_prompts):
-            raise RequestError("`rephrase_prompts` holds an empty text.", "edit request", "Remove it.")
-        texts = (self.prompt, self.target_new, self.subject, self.target_true, self.case, *self.rephrase_prompts)
-        _refuse_halves("edit request", *texts)
 
     def for_editor(self) -> EditRequest:
         """What an editor is shown when it is examined: paraphrases and probes are for the examination."""
@@ -120,20 +122,36 @@ class EditRequest:
         missing = {"prompt", "target_new"} - set(record)
         if missing:
             raise RequestError(f"field {sorted(missing)[0]!r} is missing.", "edit request", EXPECTED)
-        values = dict(record)
-        for name in ("subject", "target_true", "case"):
-            if not isinstance(values.get(name), str | None):
-                raise RequestError(f"`{name}` must be a text.", "edit request", EXPECTED)
-        rephrases = values.get("rephrase_prompts") or ()
-        if isinstance(rephrases, str) or not isinstance(rephrases, list | tuple):
+        rephrases = record.get("rephrase_prompts") or ()
+        if not isinstance(rephrases, list | tuple):
             raise RequestError("`rephrase_prompts` must be a list of texts.", "edit request", EXPECTED)
-        return cls(**values | {"rephrase_prompts": tuple(rephrases)})
+        return cls(**record | {"rephrase_prompts": tuple(rephrases)})
 
 
 EXPECTED = (
     "A request has `prompt`, `target_new`, and optionally `subject`, `target_true`, `rephrase_prompts`, "
     "`locality`, `portability`, `case`."
 )
+
+
+def composed(text: str) -> str:
+    """A text with each letter and its marks as one character (NFC), as tokenizers have mostly met them."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _text(value: Any, name: str, needed: bool) -> str | None:
+    """A field's text.
+
+    Raises:
+        RequestError: it is none, or blank where one is needed, or holds half a character.
+    """
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"`{name}` is no text but {type(value).__name__}.", "edit request", "Write it as a text.")
+    if needed and not (value or "").strip():
+        todo = "Remove it." if name.endswith("]") else f"Give `{name}` a text."
+        raise RequestError(f"`{name}` is empty.", "edit request", todo)
+    _refuse_halves("edit request", value)
+    return value and composed(value)
 
 
 def _refuse_halves(where: str, *texts: str | None) -> None:
@@ -233,8 +251,7 @@ def refuse_contradictions(requests: Iterable[EditRequest], where: str = "request
     known: dict[int, tuple[int, int, str]] = {}
     count = 0
     for count, request in enumerate(requests, start=1):
-        # Of the same target in another spelling both can come; a prompt in another spelling is another prompt, of
-        # which the later edit is in force.
+        # Of the same target in another spelling both can come.
         prompt, target = normal_form(request)
         first, said, shown = known.setdefault(hash(prompt), (count, hash(target), request.target_new[:60]))
         if said != hash(target):

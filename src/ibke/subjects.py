@@ -13,17 +13,22 @@ _OPENERS = frozenset(
     )
 )
 
+# A word with a capital in it (eBay), up to a possessive ("Microsoft's CEO") unless it is part of a title ("Schindler's
+# List").
+_NAME = r"\w*[A-Z0-9](?:[\w.-]|['’](?!s?(?!\w))|['’]s(?=\s+[A-Z][^\W\dA-Z]))*"
+_NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:of|in|the|de|van|von|la|and|{_NAME})(?!\w))*")
+
 
 def guess_subject(prompt: str) -> str | None:
     """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
     # Capitals of any alphabet, as one that a pattern can name.
     shadow = "".join("A" if letter.isupper() else letter for letter in prompt)
     named = []
-    for run in re.finditer(r"(?:[A-Z0-9][\w'’.-]*)(?:\s+(?:of|in|the|de|van|von|la|and|[A-Z0-9][\w'’.-]*))*", shadow):
+    for run in _NAMES.finditer(shadow):
         words = prompt[run.start() : run.end()].split()
         while words and words[0] in _OPENERS:
             words.pop(0)
-        while words and words[-1].islower():
+        while words and words[-1].isalpha() and words[-1].islower():
             words.pop()
         if words:
             named.append(" ".join(words).rstrip(".'’-"))

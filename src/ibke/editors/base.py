@@ -172,8 +172,7 @@ class Editor(ABC):
         from ibke.frames import encode_pair
 
         pair = encode_pair(prompt, target, frame, self.lm.tokenizer, subject, context)
-        window = getattr(self.lm.model.config.get_text_config(), "max_position_embeddings", None)
-        if window and len(pair) > window:
+        if (window := self.lm.window) and len(pair) > window:
             raise RequestError(
                 f"prompt and target are {len(pair)} tokens, the model's window is {window}.",
                 f"prompt {prompt[:60]!r}…",

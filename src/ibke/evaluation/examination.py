@@ -9,7 +9,7 @@ from typing import Any
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together, window_of
+from ibke.evaluation.generate import MAX_NEW_TOKENS, InForce, Together
 from ibke.evaluation.machine import describe
 from ibke.evaluation.questions import Question, ask, questions, reachable
 from ibke.evaluation.side_effects import Battery
@@ -111,7 +111,7 @@ class Examination:
         """
         known = [pair for pair in (question.pair, question.old_pair) if pair]
         asked, answer = len(question.pair.prompt), max(MAX_NEW_TOKENS, *(len(pair.answer) - 1 for pair in known))
-        window = window_of(self.lm)
+        window = self.lm.window
         if window and asked + answer > window:
             said = self.lm.tokenizer.decode(question.pair.prompt[slice(*question.pair.span)]).strip()
             raise RequestError(

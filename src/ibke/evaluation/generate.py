@@ -17,7 +17,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from ibke.edit import Edit
-from ibke.errors import RequestError
 from ibke.greedy import Answer, greedy
 from ibke.models import LanguageModel
 from ibke.modules import resolve
@@ -66,7 +65,7 @@ def generate(
     Raises:
         RequestError: a prompt and its answer do not fit the model's window.
     """
-    _check_window(lm, prompts, max_new_tokens)
+    lm.refuse_beyond_window(max(map(len, prompts), default=0), max_new_tokens)
     stops = lm.stops
     answers: dict[int, Answer] = {}
     with in_force(lm, edits) as on_rows:
@@ -157,19 +156,3 @@ def _by_name(rows: Sequence[Mapping[str, T]]) -> dict[str, dict[int, T]]:
         for name, item in named.items():
             found.setdefault(name, {})[row] = item
     return found
-
-
-def window_of(lm: LanguageModel) -> int | None:
-    """How many tokens a model can be fed; None where nothing bounds them."""
-    return getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _check_window(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    window = window_of(lm)
-    longest = max(map(len, prompts), default=0)
-    if window and longest + max_new_tokens > window:
-        raise RequestError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's window of {window}.",
-            lm.name,
-            "Shorten the prompt." if longest > max_new_tokens else "Ask for a shorter answer.",
-        )

@@ -22,7 +22,7 @@ from ibke.data.abilities import OWN, Choice, read_abilities
 from ibke.edit import Edit
 from ibke.errors import RequestError
 from ibke.evaluation.baseline import Baseline
-from ibke.evaluation.generate import Together, in_force, window_of
+from ibke.evaluation.generate import Together, in_force
 from ibke.evaluation.harness import Harness
 from ibke.evaluation.metrics import average, proportion
 from ibke.evaluation.running_text import RunningText
@@ -247,7 +247,7 @@ class Battery:
         prompt = self.lm.tokenizer(choice.prompt)["input_ids"]
         answers = [self.lm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in choice.choices]
         # A passage that is too long loses its beginning, as is the custom: the question stands at the end.
-        if window := window_of(self.lm):
+        if window := self.lm.window:
             prompt = prompt[-(window - max(map(len, answers))) :]
         return [Pair(prompt, answer, (0, len(prompt))) for answer in answers]
 
