@@ -20,6 +20,7 @@ from ibke.data.triples import (
     read_facts,
     read_lre,
     read_pararel,
+    shared_ends,
 )
 from ibke.errors import FormatError
 
@@ -140,7 +141,8 @@ def test_an_own_relation_with_its_own_wordings(tmp_path: Path) -> None:
     table = tmp_path / "tools.csv"
     table.write_text("object,subject,relation\nrack 4,valve 7,shelf\nrack 9,pump 2,shelf\n", encoding="utf-8")
     words = tmp_path / "words.json"
-    words.write_text(json.dumps({"shelf": {"statements": ["The {} is kept on"], "questions": ["Where is the {}?"]}}))
+    own = {"shelf": {"statements": ["The {} is kept on"], "questions": ["Where is the {}?"]}}
+    words.write_text(json.dumps(own), encoding="utf-8-sig")  # as some editors write
     made = list(generate(read_csv(table), load_wordings(words), seed=0))
     assert {one.request.subject for one in made} == {"valve 7", "pump 2"}
     assert {one.request.prompt for one in made} <= {
@@ -256,6 +258,12 @@ def test_every_source_yields_requests() -> None:
         assert len(made) == 60, name
         assert len({one.relation for one in made}) > 20, name
         assert all(one.source.startswith(name) for one in made)
+
+
+def test_what_questions_share_may_stand_at_either_end() -> None:
+    towns = ("Paris", "Rome", "Oslo")
+    assert shared_ends([f"Where is {town}?" for town in towns]) == ("Where is ", "?")
+    assert shared_ends([f"{town} is where?" for town in towns]) == ("", " is where?")
 
 
 @needs_data

@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 from tests.conftest import make_tiny
+from tests.random_editor import random_edit
 
 from ibke.editors import key_statistics
-from ibke.editors.key_statistics import CHUNK, key_moments, text_rows
+from ibke.editors.key_statistics import CHUNK, key_moments, lines_of, text_rows
+from ibke.editors.rome import ROMEEditor
 from ibke.errors import FormatError
 from ibke.modules import resolve, target_modules
 from ibke.partial import taking_input
+from ibke.session import EditSession
 
 pytestmark = pytest.mark.usefixtures("statistics_folder")
 
@@ -94,6 +97,23 @@ def test_a_text_is_found_in_the_data_folder_and_must_be_long_enough(monkeypatch,
         key_moments(lm, down(lm, 1), "short.txt")
     with pytest.raises(FormatError, match=r"none\.txt.*cannot be read"):
         key_moments(lm, down(lm, 1), "none.txt")
+
+
+def test_statistics_are_those_of_the_model_without_what_is_attached(tmp_path):
+    lm = make_tiny("llama")
+    kept = lambda: [path.read_bytes() for path in sorted((tmp_path / "cache").rglob("*.safetensors"))]  # noqa: E731
+    with EditSession(lm).attach(random_edit(lm, 1, seed=0, layers=[0], scale=1.0)):
+        ROMEEditor.for_model(lm, layer=1)
+    attached = kept()
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.unlink()
+    ROMEEditor.for_model(lm, layer=1)
+    assert kept() == attached != []
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text.txt").write_text("One line\n", encoding="utf-8-sig")
+    assert list(lines_of(str(tmp_path / "text.txt"))) == ["One line\n"]
 
 
 def test_rows_of_text_stop_at_the_budget():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from ibke.modules import (
     add_delta_,
     architecture_of,
     in_out,
+    linear_modules,
     resolve,
     target_modules,
     weight_OI,
@@ -97,8 +100,11 @@ def test_architecture_outside_the_table_works_with_named_modules(tiny_model):
     lm = tiny_model("stablelm")
     with pytest.raises(ModuleNotEditableError, match="'stablelm' is not in the table"):
         target_modules(lm, lm.architecture, [1])
+    with pytest.raises(ModuleNotEditableError, match="'stablelm' is not in the table"):
+        linear_modules(lm)
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 3)]
     arch = architecture_of(lm.model, names)
+    assert linear_modules(replace(lm, architecture=arch)) == names
     assert target_modules(lm, arch) == names
     assert target_modules(lm, arch, layers=[3]) == names[1:]
     with pytest.raises(ModuleNotEditableError, match="Did you mean"):

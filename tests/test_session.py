@@ -205,3 +205,17 @@ def test_attaching_twice_and_detaching_what_is_not_there(tiny_model):
     with pytest.raises(IBKEError, match="not attached"):
         session.detach(edit)
     assert hooks(lm) == 0
+
+
+def test_an_edit_is_in_force_once(tiny_model):
+    lm = tiny_model("llama")
+    edit, base = make_edit(lm), logits(lm)
+    with EditSession(lm).attach(edit) as session:
+        with pytest.raises(IBKEError, match="attached already"):
+            session.merge(edit)
+        session.detach(edit).merge(edit)
+        for again in (session.merge, session.attach):
+            with pytest.raises(IBKEError, match="merged already"):
+                again(edit)
+        assert session.merged == (edit,)
+    assert torch.equal(logits(lm), base)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ibke.errors import FingerprintMismatchError, FormatError, TrainingError
 from ibke.models import load_model
 from ibke.rows import EDIT, INSIDE, OUTSIDE, run_rows
 from ibke.training.episodes import EpisodeMaker
+from ibke.training.run import check_same
 from ibke.training.settings import TrainSettings
 from ibke.training.step import terms
 from ibke.training.trainer import (
@@ -299,6 +301,13 @@ def test_an_episode_is_reproducible_and_asks_other_forms(ground):
     assert all([asked.prompt for asked in e.outside] == [f"The job of {e.subject} is"] for e in episodes)
     assert all((asked.prompt, asked.frame) != (e.edit.prompt, "bare") for e in episodes for asked in e.inside)
     assert {asked.frame for episode in episodes for asked in episode.inside} == {"bare", "question", "chat"}
+
+
+def test_a_run_goes_on_wherever_it_lies():
+    before = {"out": "a", "cache": "b", "device": "cpu", "threads": 1, "steps": 9, "seed": 0}
+    check_same(before, {**before, "out": "/x/a", "cache": "", "device": "cuda", "threads": 2, "steps": 99}, Path("a"))
+    with pytest.raises(TrainingError, match="`seed` was 0 when this run began and is 1 now"):
+        check_same(before, {**before, "seed": 1}, Path("a"))
 
 
 def test_an_unknown_source_is_named():

@@ -10,6 +10,7 @@ from tests.locating import EDITORS, FAST, REQUESTS, close, key_at_subject, make_
 
 from ibke.editors import locate, value_optimisation
 from ibke.editors.value_optimisation import adding_at_first
+from ibke.errors import CaptureError
 from ibke.modules import resolve, target_modules, weight_OI
 from ibke.request import EditRequest
 
@@ -57,6 +58,14 @@ def test_a_value_is_looked_for_by_the_published_loss(monkeypatch):
         assert computed == pytest.approx(loss(delta_O), rel=1e-4)
     decay = 0.3 * float(seen[-1][0].norm() / start.norm().square())
     assert seen[-1][1] + decay < seen[0][1] - 0.05
+
+
+@pytest.mark.parametrize("method", EDITORS)
+def test_a_loss_that_is_no_number_is_no_value_found(method, monkeypatch):
+    objective = value_optimisation._objective
+    monkeypatch.setattr(value_optimisation, "_objective", lambda *given: (objective(*given)[0] * torch.nan, None))
+    with pytest.raises(CaptureError, match="not finite.*float32"):
+        make_editor(method).edit(REQUESTS[:1])
 
 
 @pytest.mark.parametrize("method", EDITORS)

@@ -101,6 +101,13 @@ def test_the_shipped_editor_keeps_as_many_as_it_can(smollm32):
     assert float(((kept.keys_SD @ network.constant_D) > 0.5).float().mean()) > 0.99
 
 
+def test_a_text_of_no_row_is_refused(ground, tmp_path):  # noqa: F811
+    (tmp_path / "short.txt").write_text("Only this.")
+    run = settings(ground, tmp_path / "run", words=str(tmp_path / "short.txt"), cache=str(tmp_path / "cache"))
+    with pytest.raises(FormatError, match="not even one row"):
+        with_words(run, *statistics_of(run)[::2], draw_episodes(run)[0], lambda _: None)
+
+
 def test_rows_that_hold_no_word_are_never_near(ground, tmp_path):  # noqa: F811
     run = settings(ground, tmp_path / "run")
     base, drawn, found = statistics_of(run)

@@ -34,7 +34,7 @@ class Pair:
     def place(self) -> int:
         """The token that is written: the subject's last; where no subject is known the prompt's own last word.
 
-        It is never a first position, whose activation belongs to no word.
+        It is no first position, whose activation belongs to no word, unless there is no other.
         """
         return min(max((self.subject or self.span)[1] - 1, 1), len(self.prompt) - 1)
 

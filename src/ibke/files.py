@@ -28,7 +28,8 @@ def data_folder() -> Path:
 
 def find_file(path: str) -> Path:
     """A file named as it is, or relative to :func:`data_folder`; it need not exist."""
-    return Path(path) if Path(path).exists() else data_folder() / path
+    place = Path(path).expanduser()
+    return place if place.exists() else data_folder() / place
 
 
 def new_beside(path: Path) -> BinaryIO:

@@ -137,7 +137,7 @@ def load_model(
             else:
                 model, tokenizer = _load_any(name, wanted, trust_remote_code)
                 mark = fingerprint(model)
-    except (IBKEError, KeyboardInterrupt):
+    except (IBKEError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # a damaged file makes transformers, gguf and safetensors raise all sorts of things
         raise ModelError(
@@ -169,6 +169,8 @@ def _load_bundled(name: str, dtype: torch.dtype, progress: Progress | None) -> t
     try:
         model, tokenizer = _load_folder(str(folder), dtype)
         expected = json.loads((folder / MANIFEST).read_text())["fingerprint"]
+    except MemoryError:
+        raise
     except Exception as error:
         raise ModelError(f"the cached copy is damaged ({_first_line(error)}).", str(folder), advice) from error
     mark = fingerprint(model)

@@ -181,8 +181,14 @@ def first_layer(names: Iterable[str]) -> int:
 
 
 def linear_modules(lm: Any, layers: Iterable[int] = ()) -> list[str]:
-    """Full dotted names of every linear map in the given layers (none is all), or of those the caller named."""
+    """Full dotted names of every linear map in the given layers (none is all), or of those the caller named.
+
+    Raises:
+        ModuleNotEditableError: the architecture is unknown, and the caller named none.
+    """
     arch = lm.architecture
+    if not arch.layers:
+        return target_modules(lm, arch)  # those named, or it says that some have to be
     return list(arch.modules) or [
         f"{arch.layers}.{layer}.{name}"
         for layer in layers or range(len(resolve_any(lm.model, arch.layers)))

@@ -72,10 +72,9 @@ class EditSession:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: it names a module the model has not.
             FormatError: its shapes are not the module's, or a part of another kind is in a place of its own.
-            IBKEError: it is attached already.
+            IBKEError: it is in force already.
         """
-        if any(edit is other for other in self.attached):
-            raise IBKEError("this edit is attached already.", "attach", "Detach it first.")
+        self._refuse_again(edit, "attach")
         if wide := next((name for name in edit.factors if name in self._narrow), None):
             raise IBKEError(
                 "a merged edit has added neurons to this module.", wide, "Merge this edit too, or restore first."
@@ -107,9 +106,10 @@ class EditSession:
             FingerprintMismatchError: the edit was made for another model.
             ModuleNotEditableError: a module does not exist, or its weight is packed or shared with another module.
             FormatError: its shapes are not the module's.
-            IBKEError: it has parts, which act while the model runs and are no weights.
+            IBKEError: it has parts, which act while the model runs and are no weights, or it is in force already.
         """
         check_fingerprint(edit.info.fingerprint, self.lm, "this edit")
+        self._refuse_again(edit, "merge")
         if edit.parts:
             kinds = ", ".join(sorted({part.kind for part in edit.parts.values()}))
             raise IBKEError(
@@ -161,6 +161,11 @@ class EditSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+    def _refuse_again(self, edit: Edit, what: str) -> None:
+        for state, known in (("attached", self.attached), ("merged", self._merged)):
+            if any(edit is other for other in known):
+                raise IBKEError(f"this edit is {state} already.", what, "Detach it, or restore the session, first.")
 
     def _checked(self, edit: Edit) -> dict[str, nn.Module]:
         """The linear modules of an edit that fits this model."""

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def _download(url: str, target: Path, file: SourceFile, tick: Callable[[int], No
         raise IBKEError(f"the server answered {error.code} {error.reason}.", url, by_hand) from None
     except urllib.error.URLError as error:
         raise IBKEError(f"it cannot be reached ({error.reason}).", url, by_hand) from None
-    except (TimeoutError, ConnectionError, HTTPException) as error:
+    except (TimeoutError, ConnectionError, HTTPException, ssl.SSLError) as error:
         raise IBKEError(f"the connection broke ({error or type(error).__name__}).", url, by_hand) from None
     except OSError as error:
         raise IBKEError(

@@ -157,7 +157,7 @@ def load_wordings(*files: str | Path, templates_from: str | Path | None = None) 
             relations |= _parse(item.read_text(encoding="utf-8"), item.name)
     for path in map(Path, files):
         try:
-            relations |= _parse(path.read_text(encoding="utf-8"), str(path))
+            relations |= _parse(path.read_text(encoding="utf-8-sig"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"cannot be read ({error}).", str(path), "Check the path.") from None
     if templates_from is not None:

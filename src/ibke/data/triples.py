@@ -194,7 +194,7 @@ def shared_ends(questions: list[str], share: float = 0.98) -> tuple[str, str]:
     """Longest beginning (up to a space) and longest end that at least ``share`` of the questions have in common."""
     prefix = _shared_start(questions, share)
     prefix = prefix[: prefix.rfind(" ") + 1]
-    return prefix, _shared_start([question[: len(prefix) - 1 : -1] for question in questions], share)[::-1]
+    return prefix, _shared_start([question[len(prefix) :][::-1] for question in questions], share)[::-1]
 
 
 def _shared_start(texts: list[str], share: float) -> str:

@@ -300,4 +300,7 @@ def place(
         half = distance / 2
         radii[at], alone = min(float(radii[at]), half), replace(alone, radii=torch.tensor([min(radius, half)]))
         changed = {at}
-    return Codebook.join([replace(book, radii=radii), alone]), {len(book.labels)}, changed
+    # Known to be a new key, so nothing has to be looked for as in joining.
+    keys, values = torch.cat([book.keys, alone.keys]), torch.cat([book.values, alone.values])
+    grown = Codebook(keys, values, torch.cat([radii, alone.radii]), (*book.labels, label))
+    return grown, {len(book.labels)}, changed

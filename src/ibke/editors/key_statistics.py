@@ -174,7 +174,7 @@ def lines_of(text: str) -> Iterator[str]:
     """
     place = find_file(text) if text else files("ibke.data").joinpath("text.txt")
     try:
-        with place.open(encoding="utf-8") as lines:
+        with place.open(encoding="utf-8-sig") as lines:
             if place.name.endswith(".json"):
                 for record in json.load(lines):
                     yield max((value for value in record.values() if isinstance(value, str)), key=len) + "\n"

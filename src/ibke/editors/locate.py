@@ -38,7 +38,7 @@ from ibke.models import LanguageModel
 from ibke.modules import first_layer, resolve, target_modules
 from ibke.partial import PartialModel, taking_input, taking_output
 from ibke.request import EditRequest
-from ibke.session import EditSession
+from ibke.session import EditSession, set_aside
 from ibke.subjects import subject_of
 
 Tap = Callable[[], AbstractContextManager[list[Tensor]]]
@@ -121,7 +121,8 @@ class LocateEditor(Editor):
         self.modules = resolve(lm.model, target_modules(lm, lm.architecture, layers))
         self.part = PartialModel(lm.model, lm.architecture.layers, first_layer(self.modules))
         self.upper = PartialModel(lm.model, lm.architecture.layers, layers[-1])
-        self.moments = key_moments(lm, self.modules, settings.text, settings.tokens)
+        with set_aside(lm):  # they are kept, and have to be the unedited model's
+            self.moments = key_moments(lm, self.modules, settings.text, settings.tokens)
         self._factors: dict[str, Tensor] = {}  # Cholesky's, of C₀
 
     @property

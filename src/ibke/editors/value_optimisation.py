@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ibke.batch import Pair
 from ibke.editors.settings import refuse_below, refuse_not_positive
+from ibke.errors import CaptureError
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes
 from ibke.rows import EDIT, OUTSIDE, RowGroup, build_groups, merge
@@ -118,6 +119,9 @@ def optimise_values(
         group: see :func:`value_rows`.
         start_BO: v₀.
         settings: how far and how.
+
+    Raises:
+        CaptureError: the loss is not finite.
     """
     limit_B1 = settings.clamp * start_BO.norm(dim=-1, keepdim=True)
     delta_BO = torch.zeros_like(start_BO, dtype=torch.float32).requires_grad_()
@@ -127,6 +131,9 @@ def optimise_values(
     for look in range(settings.steps):
         loss_B, base_BV = _objective(part, place, group, delta_BO, base_BV, settings.kl_weight)
         loss_B = loss_B + settings.weight_decay * delta_BO.norm(dim=-1) / start_BO.norm(dim=-1).square()
+        if not torch.isfinite(loss_B[open_B]).all():
+            todo = "Lower the learning rate, or load the model in float32."
+            raise CaptureError("the loss is not finite.", "looking for a value", todo)
         still_B = open_B & (loss_B.detach() >= settings.stop_below)
         if not still_B.any() or look == settings.steps - 1:
             break

@@ -328,18 +328,18 @@ def _settings_there(out: Path) -> dict[str, Any] | None:
     return found
 
 
-LENGTHS = ("threads", "steps", "minutes")
+FREE = ("threads", "steps", "minutes", "out", "cache", "device")
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """A run goes on under the settings it began with; only its threads and its length may differ.
+    """A run goes on under the settings it began with; its threads, its length and where it lies and works may differ.
 
     Raises:
         TrainingError: another setting differs; names it.
     """
     plain = json.loads(json.dumps(now))
     for name in sorted(set(before) & set(plain)):
-        if name not in LENGTHS and before[name] != plain[name]:
+        if name not in FREE and before[name] != plain[name]:
             raise TrainingError(
                 f"`{name}` was {before[name]!r} when this run began and is {plain[name]!r} now.",
                 str(where),

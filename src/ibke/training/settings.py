@@ -73,7 +73,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         refuse_not_finite(self)
-        for name in ("episodes", "validation", "steps", "batch", "validate_every"):
+        for name in ("episodes", "validation", "steps", "batch", "validate_every", "patience"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"`{name}` must be at least 1.", "training settings", "Give a larger number.")
         if not self.data:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ibke.editors.ibke.address import About, Addresser
 from ibke.editors.ibke.statistics import COMMON, Common
-from ibke.editors.key_statistics import ending_in, lines_of, row_batches, text_rows, words_of
+from ibke.editors.key_statistics import CHUNK, ending_in, lines_of, row_batches, text_rows, words_of
+from ibke.errors import SettingError
 from ibke.training.checkpoint import write_tensors
 from ibke.training.clock import Found, since, unnoticed
 from ibke.training.run import OnProgress
@@ -48,9 +49,11 @@ def read_words(addresser: Addresser, text: str, progress: Callable[[int, int], N
     """The words of a text file and what the edited layer's MLP sees at each.
 
     Raises:
-        FormatError: the text cannot be read.
+        SettingError: the text cannot be read, or is shorter than ``CHUNK`` tokens.
     """
     part, rows = addresser.part, list(text_rows(addresser.tokenizer, lines_of(text), READ))
+    if not rows:
+        raise SettingError(f"the text gives not even one row of {CHUNK} tokens.", text, "Name a longer text.")
     keys, ids, done = [], [], 0
     for batch in row_batches(rows, addresser.tokenizer, part.model.device):
         words_RT = words_of(batch)

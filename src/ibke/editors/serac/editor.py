@@ -35,6 +35,7 @@ from ibke.errors import FormatError
 from ibke.fingerprint import mark
 from ibke.parts import Part, of_question
 from ibke.request import EditRequest
+from ibke.session import set_aside
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -165,7 +166,7 @@ class SERAC(Editor):
 
     Args:
         lm: the model. Its scope classifier is trained now where it is not in the cache folder, 40 seconds for
-            SmolLM2-135M on one core, so it must be the pristine one: detach edits first.
+            SmolLM2-135M on one core, without what is attached; nothing may be merged into the model.
         settings: see :class:`~ibke.editors.serac.scope.ScopeSettings`.
 
     Raises:
@@ -179,7 +180,8 @@ class SERAC(Editor):
     def __init__(self, lm: LanguageModel, settings: ScopeSettings | None = None):
         super().__init__(lm)
         self.settings = settings or ScopeSettings()
-        self.scope = scope_for(lm, self.settings)
+        with set_aside(lm):  # it is kept, and has to be of the unedited model
+            self.scope = scope_for(lm, self.settings)
         self.training_seconds = self.scope.seconds
 
     @property
