@@ -157,7 +157,7 @@ PUBLISHED = {
     "memit": "layers 4 to 8 of 32, 25 steps of .5, clamp .75, λ of 1 in units of d_in",
     "alphaedit": "layers 4 to 8 of 32, clamp .75, threshold .02, ridge 10",
     "mend": "Adam 1e-6, ten single edits a step, clip 100, until 20,000 steps bring nothing; rank 1920, 2 blocks, "
-    "α from 1e-4, weights .1 and 1, last 3 layers of GPT-J's 28",
+    "α from 1e-4, weights .1 and 1, both projections of the last 3 layers of GPT-J's 28",
     "malmen": "Adam 1e-5, 512 edits a step, clip 1; rank 1920, 2 blocks, η from 1e-6, weights 1 and 1, last 6 layers "
     "of GPT-J's 28",
     "rledit": "Adam 1e-5, one step in all, of 400 turns; rank 1024, 4 blocks, η from 1e-6, weights 1 and .6, decay .95 "

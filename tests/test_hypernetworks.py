@@ -146,7 +146,8 @@ def test_mend_takes_only_tokens_with_a_gradient():
     edit = editor.edit(FACTS[:1])
     pair = encode_pair(FACTS[0].prompt, FACTS[0].target_new, "bare", lm.tokenizer)
     # What a token writes in the last layer is read at that token alone.
-    assert [len(a) for a, _ in edit.factors.values()] == [len(pair), len(pair.answer)]
+    # Both ways into each of two MLPs, and the way out.
+    assert [len(a) for a, _ in edit.factors.values()] == [len(pair), len(pair.answer)] * 3
 
 
 @pytest.mark.parametrize("kind", [MALMEN, RLEdit])

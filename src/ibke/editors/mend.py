@@ -23,6 +23,7 @@ from torch import Tensor
 from ibke.editors.hypernetwork.editor import HypernetworkEditor
 from ibke.editors.hypernetwork.network import Hypernetwork, HypernetworkConfig, RowFactors
 from ibke.editors.hypernetwork.tokens import Tokens
+from ibke.editors.ultraedit import input_projections
 from ibke.errors import IBKEError
 from ibke.models import LanguageModel
 from ibke.modules import by_depth, target_modules
@@ -64,5 +65,7 @@ class MEND(HypernetworkEditor):
 
     @classmethod
     def targets(cls, lm: LanguageModel, config: HypernetworkConfig) -> list[str]:
-        """Output projections of the last three layers of GPT-J's 28, as deep in this model."""
-        return target_modules(lm, lm.architecture, config.layers or by_depth(lm, (25, 27), of=28))
+        """All projections of the MLPs in the last three layers of GPT-J's 28, as deep in this model."""
+        layers = config.layers or by_depth(lm, (25, 27), of=28)
+        outs = target_modules(lm, lm.architecture, layers)
+        return list(lm.architecture.modules) or [*input_projections(lm, layers, layers), *outs]
