@@ -156,6 +156,16 @@ def test_wrong_checksum(tiny_spec, cache, field):
     assert left_behind(cache) == []
 
 
+def test_what_cannot_be_converted_is_no_full_disk(tiny_spec, cache, monkeypatch):
+    def fails(*_):
+        raise OSError("Can't load the configuration.\nMore of it.")
+
+    monkeypatch.setattr("ibke.bundled._convert", fails)
+    with pytest.raises(ModelError, match=r"cannot be converted \(Can't load the configuration\.\)\. Try again"):
+        ensure(tiny_spec)
+    assert left_behind(cache) == []
+
+
 @pytest.mark.parametrize("stage", ["Downloading", "Unpacking", "Converting"])
 def test_interruption_leaves_nothing(tiny_spec, cache, stage):
     def interrupt(what, _done, _total):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from ibke.edit import Edit, EditInfo
 from ibke.editors.ike import IKE
+from ibke.editors.lora import second_view
 from ibke.editors.wise.editor import WISE, WISESettings, mask, ties
 from ibke.editors.wise.memory import Memory, SideMemory
 from ibke.errors import FormatError, IBKEError
@@ -137,6 +138,18 @@ def test_padding_is_no_word(tiny_model):
     alone = [generate(lm, [prompt], [edit], max_new_tokens=6)[0] for prompt, edit in zip(prompts, edits, strict=True)]
     assert together == alone
     assert [answer.ids for answer in generate(lm, prompts[:2], max_new_tokens=6)] != [a.ids for a in alone[:2]]
+
+
+def test_a_copy_of_an_edited_model_decides_as_the_model_does(tiny_model):
+    lm = tiny_model("llama")
+    editor = WISE(lm, WISESettings(iterations=5, layer=1, contexts=(), beta=5.0, learning_rate=0.3))
+    asked = editor.pair(ONE.prompt, "-").prompt
+    padding = 40 * [lm.tokenizer.pad_token_id]
+    mask = torch.tensor([[0] * len(padding) + [1] * len(asked)])
+    with EditSession(lm).attach(editor.edit([ONE])):
+        fed = {"input_ids": torch.tensor([padding + asked]), "attention_mask": mask}
+        own, copied = (model(**fed).logits[:, len(padding) :] for model in (lm.model, second_view(lm.model)))
+    assert torch.equal(own, copied) and not torch.allclose(own, lm.model(**fed).logits[:, len(padding) :])
 
 
 def test_a_text_in_front_counts_as_words_whichever_came_first(tiny_model):

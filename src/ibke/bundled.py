@@ -93,6 +93,9 @@ def ensure(spec: BundledModel, progress: Progress | None = None) -> Path:
             if not (folder / MANIFEST).is_file():
                 _build(spec, folder, progress or (lambda *_: None))
     except OSError as error:
+        if error.errno is None:  # transformers raises such for whatever it cannot make sense of
+            what = f"the model cannot be converted ({str(error).strip().splitlines()[0]})."
+            raise ModelError(what, spec.name, "Try again; nothing was left behind.") from error
         raise ModelError(
             f"the model cannot be stored ({error}).",
             str(folder.parent),

@@ -128,9 +128,14 @@ class SideMemory(Part):
     def attach(cls, lm: LanguageModel, place: str, rows: Sequence[SideMemory | None]) -> list[RemovableHandle]:
         """Let each row's memories answer for a module."""
         routing = Routing(lm, rows)
+
+        def answer(*given: Any) -> Tensor:
+            # A copy of the model copies what a method is bound to, which would then know of no pass.
+            return routing.answer(*given)
+
         return [
             *watch_passes(lm, routing.before, routing.after),
-            resolve(lm.model, [place])[place].register_forward_hook(routing.answer),
+            resolve(lm.model, [place])[place].register_forward_hook(answer),
         ]
 
 
