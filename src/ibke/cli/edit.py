@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,19 +85,9 @@ def edit(
     Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
     ledger = ledger or (HOME if guard else None)
-    if ledger and out:
-        raise IBKEError(
-            f"edits are kept in the ledger {ledger}, not in folders.",
-            "--out",
-            "Give one of the two, and unset IBKE_LEDGER to use folders.",
-        )
     how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
     refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
-    single = [*([prompt, target, subject] if prompt or target or subject else []), *(rephrase or []), *(keep or [])]
-    if requests and single:
-        raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
-    if requests and out is None and how is None:
-        raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
+    _refuse_both(requests, [prompt, target, subject, *(rephrase or ()), *(keep or ())], ledger, out)
     if requests:
         count, each = _counted(requests, apart=how is None), numbered(requests)
     else:
@@ -113,6 +103,22 @@ def edit(
     else:
         code = _one(lm, editing, next(each)[0], out, force, as_json)
     raise typer.Exit(code)
+
+
+def _refuse_both(requests: Path | None, single: Sequence[str | None], ledger: Path | None, out: Path | None) -> None:
+    """Refuse two sources of requests, two places for edits, or no place for those of a file.
+
+    Raises:
+        IBKEError: two places were given.
+        RequestError: two sources were given, or no place.
+    """
+    if ledger and out:
+        todo = "Give one of the two, and unset IBKE_LEDGER to use folders."
+        raise IBKEError(f"edits are kept in the ledger {ledger}, not in folders.", "--out", todo)
+    if requests and any(single):
+        raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
+    if requests and not (ledger or out):
+        raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")
 
 
 def _counted(requests: Path, *, apart: bool) -> int:

@@ -12,12 +12,10 @@ prompt, in force or not, so that no two of one prompt ever are.
 
 from __future__ import annotations
 
-import getpass
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, Ledg
 from ibke.evaluation.metrics import signed
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.conflicts import same_fact
-from ibke.ledger.records import Entry, Event
+from ibke.ledger.records import Entry, Event, now, user
 from ibke.ledger.schema import advice, connect, note_prompts, seal, written
 from ibke.ledger.shared import offer_shared, share_needs
 from ibke.models import LanguageModel
@@ -161,7 +159,7 @@ class Ledger:
             old = self._superseded([*supersedes, *(number for prompt in prompts for number in self.asking(prompt))])
             self.base.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?)", files)
             share_needs(self, edit)
-            row = (_now(), who or _user(), edit.info.method, editor, head, _json(record), _json(scores or {}))
+            row = (now(), who or user(), edit.info.method, editor, head, _json(record), _json(scores or {}))
             number = self.base.execute(
                 "INSERT INTO edits (at, who, method, editor, parent, record, scores, latent, factors) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -314,11 +312,11 @@ class Ledger:
                 if self.standing(number) == (action == "restore"):
                     state = "was not taken back" if action == "restore" else "is taken back already"
                     raise LedgerError(f"edit {number} {state}.", str(self.folder), "See `ibke log`.")
-                self._event(action, number, who or _user(), note)
+                self._event(action, number, who or user(), note)
             seal(self.base)
 
     def _event(self, action: str, number: int, who: str, note: str) -> None:
-        row = (_now(), who, action, number, note)
+        row = (now(), who, action, number, note)
         self.base.execute("INSERT INTO events (at, who, action, edit, note) VALUES (?, ?, ?, ?, ?)", row)
 
     def _row(self, number: int) -> sqlite3.Row:
@@ -383,17 +381,6 @@ _ENTRIES = """
     SELECT edits.*, a.bytes AS latent_bytes, b.bytes AS factors_bytes FROM edits
     JOIN blobs AS a ON a.sha256 = edits.latent JOIN blobs AS b ON b.sha256 = edits.factors
 """
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a process without a user
-        return "unknown"
 
 
 def _json(value: Any) -> str:

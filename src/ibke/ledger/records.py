@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from ibke.request import EditRequest
@@ -53,3 +55,16 @@ class Event:
     action: str
     edit: int
     note: str
+
+
+def now() -> str:
+    """The time as it is written down, UTC (ISO 8601)."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def user() -> str:
+    """Whoever this process runs as."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a process without a user
+        return "unknown"
