@@ -277,11 +277,8 @@ def test_a_file_of_edits_goes_on_where_it_was_left(run: Run, tmp_path: Path):
     assert "1 were there already" in more.stdout
     assert Edit.load(out / "0001").requests[0].subject == "Turkey"
     (out / "0001" / "notes.txt").write_text("mine")
-    file.write_text(
-        json.dumps({"prompt": PROMPT, "target_new": OLD})
-        + "\n"
-        + json.dumps({"prompt": " a" * 9000, "target_new": NEW})
-    )
+    others = [{"prompt": PROMPT, "target_new": OLD}, {"prompt": " a" * 9000, "target_new": NEW}]
+    file.write_text("\n".join(map(json.dumps, others)))
     assert "1 could not be used" in run(*command).stdout
     assert [str(path.relative_to(out)) for path in out.rglob("*")] == ["0001", "0001/notes.txt"]  # no old edit is left
 

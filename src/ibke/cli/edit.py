@@ -115,7 +115,7 @@ def _refuse_both(requests: Path | None, single: Sequence[str | None], ledger: Pa
     if ledger and out:
         todo = "Give one of the two, and unset IBKE_LEDGER to use folders."
         raise IBKEError(f"edits are kept in the ledger {ledger}, not in folders.", "--out", todo)
-    if requests and any(single):
+    if requests and any(one is not None for one in single):
         raise RequestError("a file of requests and a request were given.", "edit", "Give --requests, or PROMPT TARGET.")
     if requests and not (ledger or out):
         raise RequestError("there is nowhere to save the edits.", "edit", "Give --out FOLDER, or --ledger FOLDER.")

@@ -244,9 +244,7 @@ class Run(ABC):
         if score > self.best:
             self.best = score
             # Where the run happened to lie is nobody's business but its own.
-            kept = {
-                name: value for name, value in self.settings.to_dict().items() if name not in ("out", "cache", "device")
-            }
+            kept = {name: value for name, value in self.settings.to_dict().items() if name not in PLACES}
             about = {
                 "command": self.settings.command(),
                 "training": kept,
@@ -328,7 +326,8 @@ def _settings_there(out: Path) -> dict[str, Any] | None:
     return found
 
 
-FREE = ("threads", "steps", "minutes", "out", "cache", "device")
+PLACES = ("out", "cache", "device")  # where a run lies and works
+FREE = ("threads", "steps", "minutes", *PLACES)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
