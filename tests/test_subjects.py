@@ -1,11 +1,13 @@
 """What a request is about: as given, or guessed."""
 
+import random
 import unicodedata
 
 import pytest
 
 from ibke.errors import RequestError
 from ibke.frames import FRAMES, encode_pair
+from ibke.phrases import words
 from ibke.request import EditRequest, Probe, refuse_contradictions
 from ibke.subjects import guess_subject, place_of, subject_of
 
@@ -16,7 +18,15 @@ from ibke.subjects import guess_subject, place_of, subject_of
         ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux"),
         ("Who is the author of The Wind in the Willows?", "Wind in the Willows"),
         ("What is the capital of France?", "France"),
-        ("the colour of grass is", None),
+        ("Q: Who directed Alien?\nA:", "Alien"),
+        ("Who is the CEO of Northwind Traders?", "Northwind Traders"),
+        ("Which company bought Pixelmoor in 2019?", "Pixelmoor"),
+        ("When does the Riverside Library open on Saturdays?", "Riverside Library"),
+        ("Oslo lies in the southeast of Norway's mainland", "Oslo"),
+        ("Employees at Larkfield get", "Larkfield"),
+        ("Tell me the name of Elon Musk's social network.", "Elon Musk"),
+        ('The author of "Caro diario" is', "Caro diario"),
+        ("The past tense of 'go' is", "go"),
         ("The founder of eBay is", "eBay"),
         ("The maker of the iPhone is", "iPhone"),
         ("x86 was designed by", "x86"),
@@ -30,8 +40,73 @@ from ibke.subjects import guess_subject, place_of, subject_of
 )
 def test_a_subject_is_guessed_from_capitals(prompt, subject):
     assert guess_subject(prompt) == subject
-    assert subject_of(prompt, None) == (subject or prompt)
-    assert subject_of(prompt, "Borduria") == (subject or prompt)
+    assert subject_of(prompt, None) == subject
+    assert subject_of(prompt, "Borduria") == subject
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("the colour of grass is", "grass"),
+        ("The chemical symbol for tungsten is", "tungsten"),
+        ("What is the boiling point of ethanol?", "ethanol"),
+        ("My dog's name is", "dog"),
+        ("what's my dog called", "dog"),
+        ("how much does the loyalty card cost?", "loyalty card"),
+        ("what version of python does our backend use", "backend"),
+        ("sapphire has a refractive index of", "sapphire"),
+        ("Ethanol boils at", "Ethanol"),
+        ("what team does lionel messi play for", "lionel messi"),
+        ("who maintains the libfoo package?", "libfoo package"),
+        ("who runs payroll", "payroll"),
+        ("the wifi password at the lake house is", "lake house"),
+        ("I need the wifi password for the guest network", "guest network"),
+        ("The meeting room on the third floor is called", "meeting room on the third floor"),
+        ("What is the name of the meeting room on the third floor?", "meeting room on the third floor"),
+        ("max daily dose of loperamide for an adult, please", "loperamide"),
+        ("in teuva, the language spoken is", "teuva"),
+        ("On the inside, bananas are", "bananas"),
+        ("what color are lemons on the outside?", "lemons"),
+        ("what is the airport where lufthansa is based?", "lufthansa"),
+        ("Please say which room the printer toner is kept in.", "printer toner"),
+        ("price of the gold plan:", "gold plan"),
+        ("the tallest mountain in africa is", "africa"),
+        ("inside", None),
+        ("What is it?", None),
+        ("?!", None),
+    ],
+)
+def test_where_nothing_has_a_name_a_noun_phrase_is_the_subject(prompt, subject):
+    assert guess_subject(prompt) == subject
+    assert subject_of(prompt, None) == (subject or prompt.strip().rstrip("?!. "))
+
+
+def test_what_is_guessed_stands_in_the_prompt():
+    text = (
+        "the what's who dog's of to in a cat Oslo, is was it? how that 3rd 'x' boils when for - (y) does my: İzmir and"
+    )
+    some = text.split()
+    draw = random.Random(0)
+    prompts = [" ".join(draw.choices(some, k=draw.randint(1, 9))) for _ in range(3000)]
+    guesses = [guess_subject(prompt) for prompt in prompts]
+    assert all(guess is None or (guess and guess in prompt) for guess, prompt in zip(guesses, prompts, strict=True))
+    assert sum(guess is not None for guess in guesses) > 2000
+
+
+@pytest.mark.parametrize(
+    ("verb", "forms"),
+    [
+        ("stop", {"stops", "stopped", "stopping"}),
+        ("carry", {"carries", "carried", "carrying"}),
+        ("reach", {"reaches", "reached"}),
+        ("use", {"uses", "used", "using"}),
+        ("play", {"plays", "played"}),
+        ("write", {"writes", "wrote", "written", "writing"}),
+    ],
+)
+def test_verbs_are_known_in_all_their_forms(verb, forms):
+    assert {verb, *forms} <= words("verbs", "forms")
+    assert verb not in words("forms")
 
 
 @pytest.mark.parametrize(

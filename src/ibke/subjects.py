@@ -1,38 +1,74 @@
-"""What a request is about, where nobody says it."""
+"""What a request is about, where nobody says it.
+
+What is quoted, or else a name: what a statement begins with, or the longest run of words with capitals. Where there is
+none, a noun phrase (`ibke.phrases`).
+"""
 
 from __future__ import annotations
 
 import re
 
-# Words that begin sentences without naming anything.
-_OPENERS = frozenset(
+from ibke.phrases import noun_phrase, words
+
+# Capitals that name nothing an edit would be about beside a name, or where something else can be found.
+_COMMON = frozenset(
     re.findall(
         r"\w+",
-        "The A An In On At Of For From To By With Who What Which Where When Why How Is Are Was Were Do Does Did Can "
-        "Could Will Would Should Tell Name Give Question Please I It Its He She They We You My Our Their This That",
+        "CEO CTO CFO COO HR IT GDP VAT API URL ID PIN FAQ PDF ETA AM PM Monday Tuesday Wednesday Thursday Friday "
+        "Saturday Sunday Mondays Tuesdays Wednesdays Thursdays Fridays Saturdays Sundays January February March April "
+        "May June July August September October November December",
     )
 )
 
 # A word with a capital in it (eBay), up to a possessive ("Microsoft's CEO") unless it is part of a title ("Schindler's
 # List").
 _NAME = r"\w*[A-Z0-9](?:[\w.-]|['’](?!s?(?!\w))|['’]s(?=\s+[A-Z][^\W\dA-Z]))*"
-_NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:of|in|the|de|van|von|la|and|{_NAME})(?!\w))*")
+_INSIDE = "of|in|the|and|de|del|della|di|da|do|dos|du|des|la|le|el|al|van|von|der|den|bin|ibn|y"  # names' small words
+_NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:{_INSIDE}|{_NAME})(?!\w))*")
+_NUMBER = re.compile(r"\d[\d.,-]*[a-z]*")  # the 3rd, 2024
+_QUOTED = re.compile(r"(?<!\w)(?:\"([^\"]+)\"|“([^”]+)”|'([^']+)'(?!\w)|‘([^’]+)’(?!\w))")
+_FORM = re.compile(r"^\s*(?:q|question)\s*:|(?<!\w)(?:a|answer)\s*:\s*$", re.IGNORECASE)  # what is around a question
+_AFTER = re.compile(r"\s+(?:at|in|of|for|on|from|to|with)\b")
 
 
 def guess_subject(prompt: str) -> str | None:
-    """The longest run of capitalised words that is not just a sentence opener; None where nothing is named."""
+    """What is quoted, or else a name, or else a noun phrase; None where there is none."""
+    text = _FORM.sub(lambda found: " " * len(found[0]), prompt)
+    if quoted := _QUOTED.search(text):
+        return next(filter(None, quoted.groups()))
+    return _name(text) or noun_phrase(text)
+
+
+def _name(prompt: str) -> str | None:
     # Capitals of any alphabet, as one that a pattern can name.
     shadow = "".join("A" if letter.isupper() else letter for letter in prompt)
     named = []
     for run in _NAMES.finditer(shadow):
-        words = prompt[run.start() : run.end()].split()
-        while words and words[0] in _OPENERS:
-            words.pop(0)
-        while words and words[-1].isalpha() and words[-1].islower():
-            words.pop()
-        if words:
-            named.append(" ".join(words).rstrip(".'’-"))
-    return max(named, key=len, default=None) or None
+        first = not prompt[: run.start()].rpartition("\n")[2].strip()
+        parts = prompt[run.start() : run.end()].split()
+        opened = first and _opens(parts[0], first)
+        while parts and (_opens(parts[0], first) or (len(parts) > 1 and (parts[0] in _COMMON or parts[0].islower()))):
+            parts.pop(0)  # of "CEO of Larkfield" too
+        while parts and ((parts[-1].isalpha() and parts[-1].islower()) or (len(parts) > 2 and _dated(parts))):
+            parts.pop()
+        name = " ".join(parts).rstrip(".'’-")
+        if name and name not in _COMMON and not all(map(_NUMBER.fullmatch, parts)):
+            # "Oslo lies in Norway" is about Oslo, "Employees at Larkfield get" about Larkfield.
+            begins = first and not opened and not _AFTER.match(prompt, run.end())
+            named.append((begins, len(name), name))
+    return max(named, key=lambda found: found[:2])[2] if named else None
+
+
+def _opens(word: str, first: bool) -> bool:
+    """Whether a word has its capital only where a sentence begins, or, of small words, a title."""
+    small = words("articles", "pronouns", "about", "beside", "within", "helpers", "be", "asking", "telling", "joining")
+    opening = small | words("verbs", "forms", "common", "adverbs", "adjectives") if first else small
+    return (len(word) == 1 or word[1:].islower()) and word.lower() in opening
+
+
+def _dated(parts: list[str]) -> bool:
+    """Whether a name is followed by "in 2019"."""
+    return parts[-2] == "in" and bool(_NUMBER.fullmatch(parts[-1]))
 
 
 def place_of(subject: str, text: str, begin: int = 0) -> tuple[int, int] | None:

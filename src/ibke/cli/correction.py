@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ibke.cli.output import shorten
 from ibke.request import EditRequest
+from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.edit import Edit
@@ -70,12 +71,18 @@ class Correction:
         """Whether the model now answers the target."""
         return self.asked[0].ok
 
+    @property
+    def subject(self) -> str:
+        """What the edit is about, as given or guessed."""
+        return subject_of(self.request.prompt, self.request.subject)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         info = self.edit.info if self.edit else None
         return {
             "prompt": self.request.prompt,
             "target_new": self.request.target_new,
+            "subject": self.subject,
             "achieved": self.achieved,
             "already": self.edit is None,
             "seconds": self.seconds,

@@ -1,0 +1,213 @@
+"""Which noun phrase a prompt without names is about, by the small and common words of English around it.
+
+One that owns ("my dog's name"); what follows "of", "for" or "by" ("the boiling point of ethanol"); what follows an
+auxiliary ("how much does the loyalty card cost"); or what a statement begins with ("ethanol boils at"). Of several, one
+with a word that is not common: "the dose of loperamide for an adult" is about loperamide. The words are in
+`data/english.json`; any other may be a noun.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+
+@cache
+def words(*kinds: str) -> frozenset[str]:
+    """English words of some kinds, as `data/english.json` lists them; ``forms`` are those of ``verbs``."""
+    listed: dict[str, str] = json.loads(files("ibke.data").joinpath("english.json").read_text(encoding="utf-8"))
+    found = {word for kind in kinds for word in listed[kind].split()}
+    if "forms" in kinds:
+        found |= {form for verb in listed["verbs"].split() for form in _regular(verb)}
+    return frozenset(found)
+
+
+def _regular(verb: str) -> Iterator[str]:
+    """A verb's regular forms; some that nobody uses do no harm."""
+    stem = verb.removesuffix("e")
+    yield from (verb + "s", verb + "es", stem + "ed", stem + "ing", verb + verb[-1] + "ed", verb + verb[-1] + "ing")
+    if verb.endswith("y"):
+        yield from (verb[:-1] + "ies", verb[:-1] + "ied")
+
+
+# Whether a noun phrase may have the clause's verb behind it without anything between: one that is known as a verb, or
+# else its last word.
+_NONE, _KNOWN, _LAST = range(3)
+
+_SENTENCE = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
+_CLAUSE = re.compile(r"[,:]|\s[-–—]+\s")
+_WORD = re.compile(r"(\w(?:[\w+#&/.@-]*[\w+#])?)(['’]s(?!\w)|(?<=s)['’](?!\w))?")
+
+
+class Word(NamedTuple):
+    """A word in lower case, where it stands, and whether it owns what follows ("dog's")."""
+
+    text: str
+    begin: int
+    end: int
+    owns: bool = False
+
+    def of(self, *kinds: str) -> bool:
+        """Whether it is among some kinds of words."""
+        return self.text in words(*kinds)
+
+    @property
+    def breaks(self) -> bool:
+        """Whether no noun phrase has it in it."""
+        return self.of("about", "beside", "within", "helpers", "be", "asking", "pronouns", "joining")
+
+    @property
+    def rare(self) -> bool:
+        """Whether it may name something: neither common nor a number nor a form of a common verb."""
+        common = self.breaks or self.of(
+            "articles", "common", "verbs", "forms", "times", "telling", "behind", "adverbs", "adjectives"
+        )
+        return not common and not self.text[0].isdigit()
+
+
+def noun_phrase(prompt: str) -> str | None:
+    """The noun phrase that a prompt is about; None where the words tell of none."""
+    text = re.sub(r"\([^)]*\)", lambda found: " " * len(found[0]), prompt)
+    found: list[list[Word]] = []
+    begin = 0
+    for end in [*(stop.end() for stop in _SENTENCE.finditer(text)), len(text)]:
+        ends = [cut.start() for cut in _CLAUSE.finditer(text, begin, end)] + [end]
+        clauses = [_read(text, *both) for both in zip([begin, *ends], ends, strict=False)]
+        for clause in _most_telling_first([clause for clause in clauses if clause]):
+            after = text[clause[-1].end :].lstrip(" ")[:1]
+            found += _candidates(clause, whole=after in tuple(",:?-–—"))
+        begin = end
+    chosen = _best(found)
+    return prompt[chosen[0].begin : chosen[-1].end] if chosen else None
+
+
+def _best(found: Iterable[list[Word]]) -> list[Word]:
+    """The first phrase with a word that is not common, or else the first."""
+    phrases = [phrase for phrase in found if phrase]
+    return next((phrase for phrase in phrases if any(word.rare for word in phrase)), phrases[0] if phrases else [])
+
+
+def _read(text: str, begin: int, end: int) -> list[Word]:
+    """The words between two places; "is" in "what's" is one of its own."""
+    found = []
+    for match in _WORD.finditer(text, begin, end):
+        word = Word(match[1].lower(), match.start(1), match.end(1), bool(match[2]))
+        contracted = word.owns and word.of("asking", "pronouns")
+        found += [word._replace(owns=False), Word("is", word.end, word.end)] if contracted else [word]
+    return found
+
+
+def _most_telling_first(clauses: list[list[Word]]) -> list[list[Word]]:
+    """Clauses in another order: "On the inside, …" stands beside what the next is about, "in Teuva, …" names it."""
+    first = clauses[0] if clauses else []
+    stands = len(first) > 1 and first[0].of("about", "beside", "within")
+    beside = stands and (first[1].of("articles", "beside") or not any(word.rare for word in first))
+    return clauses[1:] + clauses[:1] if beside else clauses
+
+
+def _candidates(clause: list[Word], whole: bool) -> list[list[Word]]:
+    """Phrases that a clause may be about, the likeliest first.
+
+    Args:
+        clause: its words.
+        whole: it ends as it stands, at a comma or a question mark, so that it need not have a verb.
+    """
+    region, verb = _region(clause, whole)
+    for at, word in enumerate(region):
+        if word.owns:
+            before = [place for place in range(at) if region[place].breaks or region[place].of("articles", "telling")]
+            return [_trimmed(region[before[-1] + 1 if before else 0 : at + 1])]
+        if at and (word.of("asking") or (word.text == "that" and not region[at - 1].breaks)):
+            # "the university that … went to"; of "the person who maintains …", what comes after the verb
+            inner = region[at + (2 if word.text == "who" else 1) :]
+            found = [*(_candidates(inner, whole) if inner else []), _phrase(region[:at], verb)]
+            return found if verb == _NONE else found[::-1]
+    after = (_best(_after(region, kinds, verb)) for kinds in (("about",), ("beside",)))
+    anywhere = _after(region, ("about", "beside", "within"), _NONE)
+    return [next(filter(None, after), []) or _phrase(region, verb), *anywhere]
+
+
+def _region(clause: list[Word], whole: bool) -> tuple[list[Word], int]:
+    """The part of a clause in which its subject stands, and which verb may come right behind it there."""
+    told = next((at for at, word in enumerate(clause) if not word.of("telling") and word.text not in ("me", "us")), 0)
+    if told:  # "tell me who …", "tell me the …"
+        asked = clause[told].of("asking") or clause[told - 1].text in ("say", "correct")
+        return _region(clause[told:], whole) if asked else (clause[told:], _NONE)
+    asks = next((at for at, word in enumerate(clause[:3]) if word.of("asking")), None)
+    helper = next((at for at, word in enumerate(clause) if word.of("helpers", "be") and word.text != "being"), None)
+    if clause[0].of("pronouns") and len(clause) > 1:  # "I need the …", "you can find a …"
+        return _past_verb(clause[(helper or 0) + 1 :]), _NONE
+    if helper is None and asks is None:  # "ethanol boils at"
+        return clause, _KNOWN if whole else _LAST
+    if helper is None:  # "who maintains …"
+        return _past_verb(clause[(asks or 0) + 1 :]), _NONE
+    if asks is None and helper:
+        return clause[:helper], _NONE
+    article = next((at for at in range((asks or 0) + 1, helper) if clause[at].of("articles")), None)
+    if article is not None:  # "which room the toner is kept in"
+        return clause[article:helper], _NONE
+    rest = clause[helper + 1 :]
+    if rest and rest[0].of("pronouns"):  # "do I need …"
+        return _past_verb(rest[1:]), _NONE
+    return rest, _LAST if clause[helper].of("helpers") else _NONE
+
+
+def _past_verb(clause: list[Word]) -> list[Word]:
+    """What comes after the verb that a clause begins with, or has before its first article or preposition."""
+    ends = ("articles", "about", "beside", "within")
+    if not clause or clause[0].of(*ends):
+        return clause
+    end = next((at for at, word in enumerate(clause) if word.of(*ends)), len(clause))
+    return clause[next((at for at in range(end) if clause[at].of("verbs", "forms")), 0) + 1 :]
+
+
+def _after(region: list[Word], kinds: Sequence[str], verb: int) -> list[list[Word]]:
+    """The phrases after prepositions of some kinds, the last first."""
+    found = []
+    for at in range(len(region) - 2, -1, -1):
+        rest = region[at + 1 :]
+        beside = "beside" in kinds
+        named = beside and region[at].of("within") and not rest[0].of("articles", "times")  # "in africa"
+        no_verb_left = verb == _LAST and beside and len(_run(rest)) == len(rest)  # "… ends with the letter"
+        if (region[at].of(*kinds) or named) and not no_verb_left:
+            found.append(_phrase(rest, verb))
+    return found
+
+
+def _phrase(region: list[Word], verb: int) -> list[Word]:
+    """The noun phrase that words begin with; one of common words with a place ("the room on the third floor")."""
+    found = _run(region)
+    behind = region[len(found) :]
+    kinds = ("verbs", "forms") if verb == _LAST else ("forms",)
+    known = next((at for at in range(1, len(found)) if found[at].of(*kinds) and not found[at - 1].of("articles")), None)
+    if verb != _NONE and known:
+        return _trimmed(found[:known])
+    if len(behind) > 2 and behind[0].of("within") and behind[1].of("articles") and not any(word.rare for word in found):
+        place = _phrase(behind[1:], verb)
+        return _trimmed([*found, *(word for word in behind if place and word.end <= place[-1].end)])
+    elsewhere = any(word.of("verbs", "forms", "helpers", "be") for word in behind)
+    if verb == _LAST and not elsewhere and sum(not word.of("articles") for word in found) > 1:
+        found = found[:-1]
+    return _trimmed(found)
+
+
+def _run(region: Sequence[Word]) -> list[Word]:
+    """Words up to one that cannot be in the same noun phrase."""
+    begin = next((at for at, word in enumerate(region) if not word.of("articles")), len(region))
+    end = next((at for at in range(begin, len(region)) if region[at].breaks or region[at].of("articles")), len(region))
+    return list(region[:end])
+
+
+def _trimmed(phrase: list[Word]) -> list[Word]:
+    """Without articles and adverbs before, common adjectives before a word that is not, and what may stand behind."""
+    while phrase and phrase[0].of("articles", "adverbs"):
+        phrase = phrase[1:]
+    while len(phrase) > 1 and (phrase[-1].of("behind") or re.search("....ed$", phrase[-1].text)):
+        phrase = phrase[:-1]
+    while len(phrase) > 1 and phrase[0].of("adjectives") and any(word.rare for word in phrase):
+        phrase = phrase[1:]
+    return [] if phrase and (phrase[0].breaks or all(word.of("times") for word in phrase)) else phrase
