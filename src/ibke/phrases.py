@@ -61,10 +61,15 @@ class Word(NamedTuple):
         return self.of("about", "beside", "within", "helpers", "be", "asking", "pronouns", "joining")
 
     @property
+    def begins(self) -> bool:
+        """Whether a noun phrase begins with it."""
+        return self.of("articles", "owners")
+
+    @property
     def rare(self) -> bool:
         """Whether it may name something: neither common nor a number nor a form of a common verb."""
         common = self.breaks or self.of(
-            "articles", "common", "verbs", "forms", "times", "telling", "behind", "adverbs", "adjectives"
+            "articles", "owners", "common", "verbs", "forms", "times", "telling", "behind", "adverbs", "adjectives"
         )
         return not common and not self.text[0].isdigit()
 
@@ -105,7 +110,7 @@ def _most_telling_first(clauses: list[list[Word]]) -> list[list[Word]]:
     """Clauses in another order: "On the inside, …" stands beside what the next is about, "in Teuva, …" names it."""
     first = clauses[0] if clauses else []
     stands = len(first) > 1 and first[0].of("about", "beside", "within")
-    beside = stands and (first[1].of("articles", "beside") or not any(word.rare for word in first))
+    beside = stands and (first[1].begins or first[1].of("beside") or not any(word.rare for word in first))
     return clauses[1:] + clauses[:1] if beside else clauses
 
 
@@ -147,7 +152,7 @@ def _region(clause: list[Word], whole: bool) -> tuple[list[Word], int]:
         return _past_verb(clause[(asks or 0) + 1 :]), _NONE
     if asks is None and helper:
         return clause[:helper], _NONE
-    article = next((at for at in range((asks or 0) + 1, helper) if clause[at].of("articles")), None)
+    article = next((at for at in range((asks or 0) + 1, helper) if clause[at].begins), None)
     if article is not None:  # "which room the toner is kept in"
         return clause[article:helper], _NONE
     rest = clause[helper + 1 :]
@@ -158,7 +163,7 @@ def _region(clause: list[Word], whole: bool) -> tuple[list[Word], int]:
 
 def _past_verb(clause: list[Word]) -> list[Word]:
     """What comes after the verb that a clause begins with, or has before its first article or preposition."""
-    ends = ("articles", "about", "beside", "within")
+    ends = ("articles", "owners", "about", "beside", "within")
     if not clause or clause[0].of(*ends):
         return clause
     end = next((at for at, word in enumerate(clause) if word.of(*ends)), len(clause))
@@ -171,7 +176,7 @@ def _after(region: list[Word], kinds: Sequence[str], verb: int) -> list[list[Wor
     for at in range(len(region) - 2, -1, -1):
         rest = region[at + 1 :]
         beside = "beside" in kinds
-        named = beside and region[at].of("within") and not rest[0].of("articles", "times")  # "in africa"
+        named = beside and region[at].of("within") and not (rest[0].begins or rest[0].of("times"))  # "in africa"
         no_verb_left = verb == _LAST and beside and len(_run(rest)) == len(rest)  # "… ends with the letter"
         if (region[at].of(*kinds) or named) and not no_verb_left:
             found.append(_phrase(rest, verb))
@@ -183,31 +188,36 @@ def _phrase(region: list[Word], verb: int) -> list[Word]:
     found = _run(region)
     behind = region[len(found) :]
     kinds = ("verbs", "forms") if verb == _LAST else ("forms",)
-    known = next((at for at in range(1, len(found)) if found[at].of(*kinds) and not found[at - 1].of("articles")), None)
+    known = next((at for at in range(1, len(found)) if found[at].of(*kinds) and not found[at - 1].begins), None)
     if verb != _NONE and known:
         return _trimmed(found[:known])
-    if len(behind) > 2 and behind[0].of("within") and behind[1].of("articles") and not any(word.rare for word in found):
+    placed = len(behind) > 2 and behind[0].of("within") and behind[1].begins
+    if placed and not any(word.rare for word in found):
         place = _phrase(behind[1:], verb)
         return _trimmed([*found, *(word for word in behind if place and word.end <= place[-1].end)])
     elsewhere = any(word.of("verbs", "forms", "helpers", "be") for word in behind)
-    if verb == _LAST and not elsewhere and sum(not word.of("articles") for word in found) > 1:
+    if verb == _LAST and not elsewhere and sum(not word.begins for word in found) > 1:
         found = found[:-1]
     return _trimmed(found)
 
 
 def _run(region: Sequence[Word]) -> list[Word]:
     """Words up to one that cannot be in the same noun phrase."""
-    begin = next((at for at, word in enumerate(region) if not word.of("articles")), len(region))
-    end = next((at for at in range(begin, len(region)) if region[at].breaks or region[at].of("articles")), len(region))
+    begin = next((at for at, word in enumerate(region) if not word.begins), len(region))
+    end = next((at for at in range(begin, len(region)) if region[at].breaks or region[at].begins), len(region))
     return list(region[:end])
 
 
 def _trimmed(phrase: list[Word]) -> list[Word]:
-    """Without articles and adverbs before, common adjectives before a word that is not, and what may stand behind."""
+    """Without articles before, common adjectives before a word that is not, and what may stand behind.
+
+    An owner stays: about "dog", the name of "my dog" would be that of any.
+    """
     while phrase and phrase[0].of("articles", "adverbs"):
         phrase = phrase[1:]
     while len(phrase) > 1 and (phrase[-1].of("behind") or re.search("....ed$", phrase[-1].text)):
         phrase = phrase[:-1]
     while len(phrase) > 1 and phrase[0].of("adjectives") and any(word.rare for word in phrase):
         phrase = phrase[1:]
-    return [] if phrase and (phrase[0].breaks or all(word.of("times") for word in phrase)) else phrase
+    nothing = all(word.begins or word.of("times") for word in phrase)
+    return [] if nothing or phrase[0].breaks else phrase

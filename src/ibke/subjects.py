@@ -61,7 +61,9 @@ def _name(prompt: str) -> str | None:
 
 def _opens(word: str, first: bool) -> bool:
     """Whether a word has its capital only where a sentence begins, or, of small words, a title."""
-    small = words("articles", "pronouns", "about", "beside", "within", "helpers", "be", "asking", "telling", "joining")
+    small = words(
+        "articles", "owners", "pronouns", "about", "beside", "within", "helpers", "be", "asking", "telling", "joining"
+    )
     opening = small | words("verbs", "forms", "common", "adverbs", "adjectives") if first else small
     return (len(word) == 1 or word[1:].islower()) and word.lower() in opening
 
