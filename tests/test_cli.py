@@ -206,13 +206,13 @@ def test_edit_that_takes(run: Run, tmp_path: Path):
     result = run("edit", PROMPT, NEW, "--method", "gradient", "--out", tmp_path / "ankara", "--json")
     assert result.exit_code == 0
     document = json.loads(result.stdout)
-    assert document["achieved"] is True and document["already"] is False
+    assert (document["achieved"], document["already"], document["subject"]) == (True, False, "Turkey")
     assert [a["role"] for a in document["answers"]] == ["prompt"]
     assert document["answers"][0]["before"].startswith(OLD)
     assert document["answers"][0]["after"] == NEW
     assert document["seconds"] > 0
     assert Edit.load(document["folder"]).requests[0].target_new == NEW
-    assert NEW in result.stderr  # the table for people
+    assert NEW in result.stderr and "taken to be about “Turkey”" in result.stderr  # for people
 
 
 def test_edit_with_settings(run: Run):

@@ -71,18 +71,13 @@ class Correction:
         """Whether the model now answers the target."""
         return self.asked[0].ok
 
-    @property
-    def subject(self) -> str:
-        """What the edit is about, as given or guessed."""
-        return subject_of(self.request.prompt, self.request.subject)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         info = self.edit.info if self.edit else None
         return {
             "prompt": self.request.prompt,
             "target_new": self.request.target_new,
-            "subject": self.subject,
+            "subject": subject_of(self.request.prompt, self.request.subject),
             "achieved": self.achieved,
             "already": self.edit is None,
             "seconds": self.seconds,
@@ -183,6 +178,11 @@ def figures(correction: Correction) -> Text:
         parts.append(f"{info.rate_nats:.0f} nats")
     parts.append(f"{info.refine_steps} refining step{'' if info.refine_steps == 1 else 's'}")
     return Text(" · ".join(parts), style="cyan")
+
+
+def guessed(request: EditRequest) -> str:
+    """What a request that names no subject is taken to be about; empty where it names one."""
+    return "" if request.subject else f"taken to be about “{shorten(subject_of(request.prompt, None), 40)}”"
 
 
 def _after(asked: Asked) -> Text:

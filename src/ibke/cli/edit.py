@@ -25,7 +25,7 @@ from ibke.cli.console import (
     NoRefine,
     load_for_editing,
 )
-from ibke.cli.correction import Correction, asked_by, comes, correct, figures, render
+from ibke.cli.correction import Correction, asked_by, comes, correct, figures, guessed, render
 from ibke.cli.keep import (
     HOME,
     Guarded,
@@ -244,8 +244,8 @@ def _advise(correction: Correction, folder: Path | None, console: Console) -> No
     if correction.edit is None:
         console.print("Nothing was saved. Give --force to make the edit all the same.")
         return
-    if not correction.request.subject:
-        console.print(Text(f"Guessed to be about “{correction.subject}”; --subject tells otherwise.", style="dim"))
+    if about := guessed(correction.request):
+        console.print(Text(f"The fact is {about}; --subject tells otherwise.", style="dim"))
     if not correction.achieved:
         console.print(Text("The target is not generated.", style="bold red"))
     if folder:
@@ -259,8 +259,8 @@ def _line(name: str, correction: Correction) -> Text:
     prompt, target = shorten(correction.request.prompt, 50), shorten(correction.request.target_new, 30)
     told = {"wording": "wordings that follow", "keep": "answers kept"}
     fine = {role: [a.ok for a in correction.asked if a.role == role] for role in told}
-    guessed = "" if correction.request.subject else f" · about {shorten(correction.subject, 30)}"
+    about = f" · {guessed(correction.request)}".rstrip(" ·")
     said = "".join(f" · {told[role]} {sum(ok)} of {len(ok)}" for role, ok in fine.items() if not all(ok))
     return Text.assemble(
-        f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction), guessed, (said, "red")
+        f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction), about, (said, "red")
     )

@@ -14,10 +14,12 @@ import typer
 from rich.text import Text
 
 from ibke.cli.console import DONE, NOT_ACHIEVED, REFUSED, WRONG_INPUT, Bars
+from ibke.cli.correction import guessed
 from ibke.cli.output import print_json, screen, shorten
 from ibke.errors import IBKEError, RequestError
 from ibke.files import digest
 from ibke.request import EditRequest, read_requests
+from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.editors.base import Editor
@@ -241,7 +243,8 @@ def _line(kept: Kept) -> Text:
     missed = kept.edit is not None and kept.edit.info.achieved is False  # kept all the same, for nobody guards it
     mark = ("! ", "yellow") if missed else ("✓ ", "green")
     tail += "  the target does not come" if missed else ""
-    return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"))
+    about = f" · {guessed(kept.request)}".rstrip(" ·")
+    return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"), about)
 
 
 def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
@@ -249,7 +252,9 @@ def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
         return {"prompt": kept[0].prompt, "outcome": "unusable", "error": str(kept[1])}
     states = {"already": kept.already, "overtaken": kept.overtaken, "refused": kept.number is None, "kept": True}
     outcome = next(name for name, holds in states.items() if holds)
-    found: dict[str, Any] = {"prompt": kept.request.prompt, "target_new": kept.request.target_new, "outcome": outcome}
+    request = kept.request
+    found: dict[str, Any] = {"prompt": request.prompt, "target_new": request.target_new, "outcome": outcome}
+    found["subject"] = subject_of(request.prompt, request.subject)
     if kept.edit is not None:
         found |= {"edit": kept.number, "supersedes": list(kept.supersedes), "seconds": kept.seconds}
         found |= {"achieved": kept.verdict.scores["achieved"] if kept.verdict else kept.edit.info.achieved}
