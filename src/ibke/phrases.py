@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -34,9 +35,19 @@ def _regular(verb: str) -> Iterator[str]:
         yield from (verb[:-1] + "ies", verb[:-1] + "ied")
 
 
-# Whether a noun phrase may have the clause's verb behind it without anything between: one that is known as a verb, or
-# else its last word.
-_NONE, _KNOWN, _LAST = range(3)
+class Verb(Enum):
+    """Whether a clause's verb may come right behind the noun phrase, and among which kinds of words to look for it."""
+
+    NONE = ()
+    SURE = (("forms",),)  # there need not be one
+    STATED = (("forms",), ("verbs",))  # or else the last word
+    ASKED = (("verbs",),)  # or else the last word: "does ethanol boil"
+
+    @property
+    def last(self) -> bool:
+        """Whether a phrase's last word is the verb, where none is known."""
+        return self in (Verb.STATED, Verb.ASKED)
+
 
 _SENTENCE = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,:]|\s[-–—]+\s")
@@ -78,15 +89,17 @@ def noun_phrase(prompt: str) -> str | None:
     """The noun phrase that a prompt is about; None where the words tell of none."""
     text = re.sub(r"\([^)]*\)", lambda found: " " * len(found[0]), prompt)
     found: list[list[Word]] = []
+    beside: list[list[Word]] = []
     begin = 0
     for end in [*(stop.end() for stop in _SENTENCE.finditer(text)), len(text)]:
         ends = [cut.start() for cut in _CLAUSE.finditer(text, begin, end)] + [end]
-        clauses = [_read(text, *both) for both in zip([begin, *ends], ends, strict=False)]
-        for clause in _most_telling_first([clause for clause in clauses if clause]):
+        clauses = filter(None, (_read(text, *both) for both in zip([begin, *ends], ends, strict=False)))
+        for number, clause in enumerate(clauses):
             after = text[clause[-1].end :].lstrip(" ")[:1]
-            found += _candidates(clause, whole=after in tuple(",:?-–—"))
+            some = _candidates(clause, whole=after in tuple(",:?-–—"))
+            (beside if number == 0 and len(ends) > 1 and _stands_beside(clause) else found).extend(some)
         begin = end
-    chosen = _best(found)
+    chosen = _best(found) or _best(beside)
     return prompt[chosen[0].begin : chosen[-1].end] if chosen else None
 
 
@@ -106,12 +119,11 @@ def _read(text: str, begin: int, end: int) -> list[Word]:
     return found
 
 
-def _most_telling_first(clauses: list[list[Word]]) -> list[list[Word]]:
-    """Clauses in another order: "On the inside, …" stands beside what the next is about, "in Teuva, …" names it."""
-    first = clauses[0] if clauses else []
-    stands = len(first) > 1 and first[0].of("about", "beside", "within")
-    beside = stands and (first[1].begins or first[1].of("beside") or not any(word.rare for word in first))
-    return clauses[1:] + clauses[:1] if beside else clauses
+def _stands_beside(clause: list[Word]) -> bool:
+    """Whether a clause before a comma only stands beside what the next is about: "on the inside", not "in Teuva"."""
+    if len(clause) < 2 or not clause[0].of("about", "beside", "within"):
+        return False
+    return clause[1].begins or clause[1].of("beside") or not any(word.rare for word in clause)
 
 
 def _candidates(clause: list[Word], whole: bool) -> list[list[Word]]:
@@ -130,35 +142,35 @@ def _candidates(clause: list[Word], whole: bool) -> list[list[Word]]:
             # "the university that … went to"; of "the person who maintains …", what comes after the verb
             inner = region[at + (2 if word.text == "who" else 1) :]
             found = [*(_candidates(inner, whole) if inner else []), _phrase(region[:at], verb)]
-            return found if verb == _NONE else found[::-1]
+            return found if verb is Verb.NONE else found[::-1]
     after = (_best(_after(region, kinds, verb)) for kinds in (("about",), ("beside",)))
-    anywhere = _after(region, ("about", "beside", "within"), _NONE)
+    anywhere = _after(region, ("about", "beside", "within"), Verb.NONE)
     return [next(filter(None, after), []) or _phrase(region, verb), *anywhere]
 
 
-def _region(clause: list[Word], whole: bool) -> tuple[list[Word], int]:
+def _region(clause: list[Word], whole: bool) -> tuple[list[Word], Verb]:
     """The part of a clause in which its subject stands, and which verb may come right behind it there."""
     told = next((at for at, word in enumerate(clause) if not word.of("telling") and word.text not in ("me", "us")), 0)
     if told:  # "tell me who …", "tell me the …"
         asked = clause[told].of("asking") or clause[told - 1].text in ("say", "correct")
-        return _region(clause[told:], whole) if asked else (clause[told:], _NONE)
+        return _region(clause[told:], whole) if asked else (clause[told:], Verb.NONE)
     asks = next((at for at, word in enumerate(clause[:3]) if word.of("asking")), None)
     helper = next((at for at, word in enumerate(clause) if word.of("helpers", "be") and word.text != "being"), None)
     if clause[0].of("pronouns") and len(clause) > 1:  # "I need the …", "you can find a …"
-        return _past_verb(clause[(helper or 0) + 1 :]), _NONE
+        return _past_verb(clause[(helper or 0) + 1 :]), Verb.NONE
     if helper is None and asks is None:  # "ethanol boils at"
-        return clause, _KNOWN if whole else _LAST
+        return clause, Verb.SURE if whole else Verb.STATED
     if helper is None:  # "who maintains …"
-        return _past_verb(clause[(asks or 0) + 1 :]), _NONE
+        return _past_verb(clause[(asks or 0) + 1 :]), Verb.NONE
     if asks is None and helper:
-        return clause[:helper], _NONE
+        return clause[:helper], Verb.NONE
     article = next((at for at in range((asks or 0) + 1, helper) if clause[at].begins), None)
     if article is not None:  # "which room the toner is kept in"
-        return clause[article:helper], _NONE
+        return clause[article:helper], Verb.NONE
     rest = clause[helper + 1 :]
     if rest and rest[0].of("pronouns"):  # "do I need …"
-        return _past_verb(rest[1:]), _NONE
-    return rest, _LAST if clause[helper].of("helpers") else _NONE
+        return _past_verb(rest[1:]), Verb.NONE
+    return rest, Verb.ASKED if clause[helper].of("helpers") else Verb.NONE
 
 
 def _past_verb(clause: list[Word]) -> list[Word]:
@@ -170,33 +182,33 @@ def _past_verb(clause: list[Word]) -> list[Word]:
     return clause[next((at for at in range(end) if clause[at].of("verbs", "forms")), 0) + 1 :]
 
 
-def _after(region: list[Word], kinds: Sequence[str], verb: int) -> list[list[Word]]:
+def _after(region: list[Word], kinds: Sequence[str], verb: Verb) -> list[list[Word]]:
     """The phrases after prepositions of some kinds, the last first."""
     found = []
     for at in range(len(region) - 2, -1, -1):
         rest = region[at + 1 :]
         beside = "beside" in kinds
         named = beside and region[at].of("within") and not (rest[0].begins or rest[0].of("times"))  # "in africa"
-        no_verb_left = verb == _LAST and beside and len(_run(rest)) == len(rest)  # "… ends with the letter"
+        no_verb_left = verb.last and beside and len(_run(rest)) == len(rest)  # "… ends with the letter"
         if (region[at].of(*kinds) or named) and not no_verb_left:
             found.append(_phrase(rest, verb))
     return found
 
 
-def _phrase(region: list[Word], verb: int) -> list[Word]:
+def _phrase(region: list[Word], verb: Verb) -> list[Word]:
     """The noun phrase that words begin with; one of common words with a place ("the room on the third floor")."""
     found = _run(region)
     behind = region[len(found) :]
-    kinds = ("verbs", "forms") if verb == _LAST else ("forms",)
-    known = next((at for at in range(1, len(found)) if found[at].of(*kinds) and not found[at - 1].begins), None)
-    if verb != _NONE and known:
+    behind_one = [at for at in range(1, len(found)) if not found[at - 1].begins]
+    known = next((at for kinds in verb.value for at in behind_one if found[at].of(*kinds)), None)
+    if known:
         return _trimmed(found[:known])
     placed = len(behind) > 2 and behind[0].of("within") and behind[1].begins
     if placed and not any(word.rare for word in found):
         place = _phrase(behind[1:], verb)
         return _trimmed([*found, *(word for word in behind if place and word.end <= place[-1].end)])
     elsewhere = any(word.of("verbs", "forms", "helpers", "be") for word in behind)
-    if verb == _LAST and not elsewhere and sum(not word.begins for word in found) > 1:
+    if verb.last and not elsewhere and sum(not word.begins for word in found) > 1:
         found = found[:-1]
     return _trimmed(found)
 
