@@ -3,9 +3,10 @@
 Keys are what the edited layer's MLP sees at the last token of the subject. K, where the edit shall answer: the subject
 in the request's own words, in every frame, and in contexts that ask nothing. N, where it shall not: the words before
 that token in the request, the subject behind words that ask something else about it, its last word by itself where
-that is one token, for other bridges end in "Bridge" too, and names like the subject in the request's own words. Both
-stand before generic keys C₀, so with all targets in K equal to 1 and weights W and V, larger for the request's own
-words and smaller for lone last words,
+that is one token, for other bridges end in "Bridge" too, and names like the subject in the request's own words. People
+type names with capitals or without, so the request typed otherwise is in K, and a name of one word as any noun ("some
+apple") in N. Both stand before generic keys C₀, so with all targets in K equal to 1 and weights W and V, larger for the
+request's own words and smaller for lone last words and nouns,
 
     a = A⁻¹ KᵀW 1,   A = KᵀWK + NᵀVN + γ (C₀ + λ I),
 
@@ -48,12 +49,13 @@ from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, Reading, Row
 from ibke.subjects import place_of, subject_of
 
-REQUEST, NEUTRAL, OTHER, ENDING, ALIKE = range(5)
+REQUEST, NEUTRAL, OTHER, ENDING, ALIKE, TYPED, NOUN = range(7)
 OWN_WEIGHT = 3.0  # of the request's own words in K, against 1 for other contexts
-ENDING_WEIGHT = 0.3  # of a lone last word in N, against 1 for other questions
+ENDING_WEIGHT = 0.3  # of a lone last word in N, and of a name as a noun, against 1 for other questions
 NEAR, LOUDEST, ROUNDS = 0.3, 64, 2  # common words so near to opening go to N, the nearest first, so many times
 NEAR_WEIGHT = 0.1  # of each, against 1 for the rest of N: there are many, and they must not outweigh other questions
 MARGIN = 0.15  # responses this far below the threshold write nothing, whatever rounding does
+_TYPED_FRAMES: tuple[Frame, ...] = ("bare", "chat")
 CLEAR, LONGEST = 1.08, 1.5  # what an edit is sure of answers so many times θ c, for at most so much longer an address
 
 _ASKING = r"(?:(?:what|who|which|where)(?:'s| is| was| are| were)?\s+)?"
@@ -72,9 +74,9 @@ def contexts() -> dict[str, list[tuple[str, Frame]]]:
     """Our own contexts for a subject.
 
     ``neutral`` ones ask nothing, ``questions`` name what they ask before it, as a phrase, and ``asking`` ones name it
-    after it, if at all. ``endings`` are for a subject's last word alone.
+    after it, if at all. ``endings`` are for a subject's last word alone, ``nouns`` for a name without its capital.
     """
-    kinds = ("neutral", "asking", "questions", "endings")
+    kinds = ("neutral", "asking", "questions", "endings", "nouns")
     return {kind: [(text, frame) for frame, texts in _own()[kind].items() for text in texts] for kind in kinds}
 
 
@@ -113,8 +115,9 @@ class Context:
     """One place where a subject stands.
 
     Args:
-        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question), ``ENDING`` (the last word alone) or ``ALIKE`` (a name like
-            the subject, in the request's words).
+        kind: ``REQUEST``, ``NEUTRAL``, ``OTHER`` (question), ``ENDING`` (the last word alone), ``ALIKE`` (a name like
+            the subject, in the request's words), ``TYPED`` (the request without capitals, or with them) or ``NOUN``
+            (the name as one).
         prefix: tokens before it that are the same for every request.
         tail: the tokens after those, up to the subject's last.
         size: how many tokens of the tail are the subject.
@@ -188,6 +191,8 @@ def contexts_of(about: About, tokenizer: Any, *, alike: bool = False) -> list[Co
     """
     asked = [(REQUEST, text, frame, about.subject) for text, frame in _own_words(about)]
     asked += _told_of(about)
+    if typed := _otherwise_typed(about):
+        asked += [(TYPED, typed[0], frame, typed[1]) for frame in _TYPED_FRAMES]
     if alike and (place := place_of(about.subject, about.prompt)):
         head, tail = about.prompt[: place[0]], about.prompt[place[1] :]
         asked += [(ALIKE, f"{head}{name}{tail}", "bare", name) for name in names_like(about.subject)]
@@ -195,7 +200,7 @@ def contexts_of(about: About, tokenizer: Any, *, alike: bool = False) -> list[Co
     for kind, text, frame, name in asked:
         pair = encode_pair(text, "-", frame, tokenizer, name)
         begin, end = pair.subject or pair.span
-        fixed = pair.span[0] if kind in (REQUEST, ALIKE) else begin
+        fixed = pair.span[0] if kind in (REQUEST, ALIKE, TYPED) else begin
         # A first position holds an activation that belongs to no word; a key from there would answer everywhere. A
         # request that begins with a subject of one token is known by the token after it.
         end = min(max(end, 2), len(pair.prompt)) if kind == REQUEST else end
@@ -217,6 +222,19 @@ def _own_words(about: About) -> list[tuple[str, Frame]]:
     return asked
 
 
+def _otherwise_typed(about: About) -> tuple[str, str] | None:
+    """The prompt in lower case, or with capitals where its subject has none, and its subject; None without case."""
+    prompt, subject, _ = about
+    lower, place = subject.lower(), place_of(subject, prompt)
+    if place is None:
+        return None
+    if lower != subject:
+        return (prompt.lower(), lower) if place_of(lower, prompt.lower()) else None
+    name = re.sub(r"(?<!\S)\w", lambda letter: letter[0].upper(), subject)
+    sentence = f"{prompt[: place[0]]}{name}{prompt[place[1] :]}"
+    return (sentence[:1].upper() + sentence[1:], name) if name != subject else None
+
+
 def _told_of(about: About) -> list[tuple[int, str, Frame, str]]:
     """Our own contexts for a subject: their kind, text and frame, and the name they end with."""
     subject = about.subject
@@ -226,6 +244,8 @@ def _told_of(about: About) -> list[tuple[int, str, Frame, str]]:
         wanted += [(NEUTRAL, "asking", subject), (OTHER, "questions", subject)]
     if first:
         wanted += [(ENDING, "endings", last)]
+    elif subject.lower() != subject:
+        wanted += [(NOUN, "nouns", subject.lower())]
     found = []
     for kind, group, name in wanted:
         for text, frame in contexts()[group]:
@@ -320,7 +340,7 @@ class Addresser:
 
     def _address(self, rows: Sequence[Context], found: Sequence[Tensor], sure: int) -> Tensor:
         kind_T = torch.tensor([row.kind for row in rows])
-        answers_T = (kind_T == REQUEST) | (kind_T == NEUTRAL)
+        answers_T = (kind_T == REQUEST) | (kind_T == NEUTRAL) | (kind_T == TYPED)
         if not answers_T.any():
             return torch.zeros(len(self.basis_DE), dtype=torch.float64)
         keys_TD = torch.stack([keys_TD[-1] for keys_TD in found]).double()
@@ -332,7 +352,7 @@ class Addresser:
             keys[0 if row.prefix else 1 : -1] for row, keys in zip(rows, found, strict=True) if row.kind == REQUEST
         ]
         silent = [(torch.cat([other_TD, keys_TD[kind_T == ALIKE], *(keys.double() for keys in before)]), 1.0)]
-        silent.append((keys_TD[kind_T == ENDING], ENDING_WEIGHT))
+        silent.append((keys_TD[(kind_T == ENDING) | (kind_T == NOUN)], ENDING_WEIGHT))
         root_T = torch.where(kind_T == REQUEST, OWN_WEIGHT**0.5, 1.0)[answers_T]
         own_TD = keys_TD[kind_T == REQUEST] if (kind_T == REQUEST).any() else answer_TD
 
@@ -343,7 +363,7 @@ class Addresser:
             return address_D / (own_TD @ address_D).mean().clamp_min(1e-3)
 
         address_D = solved()
-        bar_S = self._bar(torch.tensor([row.ending for row in rows if row.kind not in (ENDING, ALIKE)]))
+        bar_S = self._bar(torch.tensor([row.ending for row in rows if row.kind in (REQUEST, NEUTRAL, OTHER)]))
         # What standing in the request adds to a key.
         moved_D = own_TD.mean(0) - keys_TD[kind_T == NEUTRAL].mean(0)
         for _ in range(ROUNDS):
