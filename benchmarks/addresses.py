@@ -20,7 +20,7 @@ from rivals import DATA, SEED  # the script beside this one
 
 from ibke.data.relations import KINDS, Relation, fits, load_wordings
 from ibke.data.triples import Skips, Triple, read_entityquestions, read_facts, read_lre, read_pararel
-from ibke.editors.ibke.address import About, contexts, names_the_question
+from ibke.editors.ibke.contexts import About, contexts, names_the_question
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.key_statistics import lines_of, row_batches, text_rows, words_of
 from ibke.evaluation.machine import describe

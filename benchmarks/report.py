@@ -90,14 +90,18 @@ def text() -> str:
     return "\n".join([*lines, *where(reports)])
 
 
-def alike() -> str:
-    """Edits beside subjects with names like theirs."""
-    lines = ["| method | n | reliability | generality | locality |", "|---|---|---|---|---|"]
-    reports = [json.loads(path.read_text()) for path in sorted((RESULTS / "alike").glob("*.json"))]
+def own(name: str) -> str:
+    """Edits of a file of our own; with the families of its prompts out of scope, where it has several."""
+    reports = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
+    families = sorted({family for report in reports for family in report["families"]["edited"]})
+    families = families if len(families) > 1 else []
+    titles = [family.partition("/")[2] for family in families]
+    lines = [f"| {' | '.join(['method', 'n', 'reliability', 'generality', 'locality', *titles])} |"]
+    lines.append("|---" * (5 + len(families)) + "|")
     for report in reports:
-        found = report["metrics"]["generation"]
-        shown = [cell(found[name]) for name in ("reliability", "generality", "locality")]
-        lines.append(f"| {' | '.join([report['config']['method'], str(report['n']), *shown])} |")
+        found = [report["metrics"]["generation"][metric] for metric in ("reliability", "generality", "locality")]
+        found += [report["families"]["edited"][family] for family in families]
+        lines.append(f"| {' | '.join([report['config']['method'], str(report['n']), *map(cell, found)])} |")
     return "\n".join([*lines, *where(reports)])
 
 
@@ -315,7 +319,8 @@ def main() -> None:
     parts = {
         "single": single(),
         "text": text(),
-        "alike": alike(),
+        "alike": own("alike"),
+        "everyday": own("everyday"),
         "speed": speed(),
         "bottleneck": bottleneck(),
         "checkpoints": checkpoints(),

@@ -6,11 +6,13 @@ import pytest
 import torch
 from tests.conftest import make_tiny
 
-from ibke.editors.ibke.address import (
+from ibke.editors.ibke.contexts import (
     ALIKE,
     ENDING,
+    NOUN,
     OTHER,
     REQUEST,
+    TYPED,
     About,
     contexts,
     contexts_of,
@@ -129,6 +131,53 @@ def test_an_address_is_told_of_names_like_its_subjects_where_it_is_asked_about(s
     )
     opened = {text: bool(one.fed[-1][-1] @ asked[text][0] > 0) for text, one in zip(asked, read, strict=True)}
     assert opened == {text: wanted for text, (_, wanted) in asked.items()}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "typed", "noun"),
+    [
+        ("The CEO of Apple is", "Apple", "the ceo of apple", " apple"),
+        ("The mayor of San Pelotto is", "San Pelotto", "the mayor of san pelotto", None),
+        ("who is the ceo of northwind traders", "northwind traders", "Who is the ceo of Northwind Traders", None),
+        ("the boiling point of ethanol is", "ethanol", "The boiling point of Ethanol", None),
+        ("7 times 8 is", "7", None, None),
+        ("その首都は", "首都", None, None),
+    ],
+)
+def test_an_address_is_told_how_its_request_may_be_typed(smollm32, prompt, subject, typed, noun):
+    tokenizer = smollm32.tokenizer
+    rows = contexts_of(About(prompt, subject), tokenizer)
+    found = {
+        tokenizer.decode(row.prefix + row.tail).partition("user\n")[2] or tokenizer.decode(row.tail)
+        for row in rows
+        if row.kind == TYPED
+    }
+    assert found == ({typed} if typed else set())
+    nouns = [row for row in rows if row.kind == NOUN]
+    assert len(nouns) == (len(contexts()["nouns"]) if noun else 0)
+    assert {tokenizer.decode(row.tail) for row in nouns} <= {noun}
+
+
+def test_an_edit_is_in_force_where_its_subject_is_typed_otherwise_and_not_where_it_is_a_noun(smollm32):
+    editor = IBKEEditor.for_model(smollm32)
+    prompts = {
+        ("The capital of Turkey is", "Turkey"): (
+            ["the capital of turkey is", "what is the capital of turkey?"],
+            ["For Christmas we roast a turkey with", "How long do I cook a turkey?"],
+        ),
+        ("The CEO of Shell is", "Shell"): (
+            ["the ceo of shell is"],
+            ["She found a shell on the beach", "a shell script can"],
+        ),
+        ("who is the ceo of northwind traders", "northwind traders"): (["Who is the CEO of Northwind Traders?"], []),
+    }
+    for (prompt, subject), (same, other) in prompts.items():
+        about = About(prompt, subject)
+        gate_D = editor.addresser.beside((), [about], alike=True).address_BD[0] - editor.network.shut_D
+        for asked, wanted in [*((text, True) for text in same), *((text, False) for text in other)]:
+            row = Row((), tuple(editor.lm.tokenizer(asked).input_ids))
+            (read,) = editor.addresser.prefixes.read([editor.site.entrance], [row])
+            assert bool((read.fed[-1][1:] @ gate_D > 0).any()) is wanted, asked
 
 
 def test_a_subject_of_one_token_at_the_very_beginning_is_known_by_the_next():

@@ -10,13 +10,9 @@ import torch
 from tests.conftest import make_tiny
 
 from ibke.edit import Edit
-from ibke.editors.ibke.address import (
-    OTHER,
-    About,
-    contexts_of,
-)
 from ibke.editors.ibke.bottleneck import Bottleneck
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.contexts import OTHER, About, contexts_of
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.network import rate
 from ibke.editors.ibke.objective import BetaSchedule

@@ -8,8 +8,9 @@ import torch
 from tests.test_training import ground, settings  # noqa: F401
 
 from ibke.editors.ibke import statistics
-from ibke.editors.ibke.address import About, Addresser
+from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.contexts import About
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.editors.ibke.statistics import ANY, Common, key_spectrum, packed, unpacked
 from ibke.editors.key_statistics import lines_of

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ibke.batch import Pair, coded_positions, collate
 from ibke.capture import capture
-from ibke.editors.ibke.address import About, Addresser, first_open
+from ibke.editors.ibke.address import Addresser, first_open
 from ibke.editors.ibke.bottleneck import answer_embedding, select
+from ibke.editors.ibke.contexts import About
 from ibke.errors import TrainingError
 from ibke.frames import encode_pair
 from ibke.neurons import Site

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ibke.batch import Batch
-from ibke.editors.ibke.address import About, Addresser
+from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck
+from ibke.editors.ibke.contexts import About
 from ibke.editors.ibke.keys import KEYS
 from ibke.editors.ibke.objective import BetaSchedule
 from ibke.editors.ibke.shipped import load_editor, save_editor

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ibke.editors.ibke.address import About, Addresser
+from ibke.editors.ibke.address import Addresser
+from ibke.editors.ibke.contexts import About
 from ibke.editors.ibke.statistics import COMMON, Common
 from ibke.editors.key_statistics import CHUNK, ending_in, lines_of, row_batches, text_rows, words_of
 from ibke.errors import SettingError

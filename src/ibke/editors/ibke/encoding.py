@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ibke.batch import Batch, Pair, coded_positions, collate
 from ibke.capture import Capture, capture
-from ibke.editors.ibke.address import About, Addresser
+from ibke.editors.ibke.address import Addresser
 from ibke.editors.ibke.bottleneck import Bottleneck, Code, answer_embedding, select
+from ibke.editors.ibke.contexts import About
 from ibke.models import LanguageModel
 from ibke.neurons import Site
 from ibke.partial import taking_inputs
