@@ -49,6 +49,8 @@ class Verb(Enum):
         return self in (Verb.STATED, Verb.ASKED)
 
 
+LONGEST, PLACE = 60, 8  # words of a clause, and of a place in it, that are looked at
+
 _SENTENCE = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,:]|\s[-–—]+\s")
 _WORD = re.compile(r"(\w(?:[\w+#&/.@-]*[\w+#])?)(['’]s(?!\w)|(?<=s)['’](?!\w))?")
@@ -87,13 +89,13 @@ class Word(NamedTuple):
 
 def noun_phrase(prompt: str) -> str | None:
     """The noun phrase that a prompt is about; None where the words tell of none."""
-    text = re.sub(r"\([^)]*\)", lambda found: " " * len(found[0]), prompt)
+    text = re.sub(r"\([^()]*\)", lambda found: " " * len(found[0]), prompt)
     found: list[list[Word]] = []
     beside: list[list[Word]] = []
     begin = 0
     for end in [*(stop.end() for stop in _SENTENCE.finditer(text)), len(text)]:
         ends = [cut.start() for cut in _CLAUSE.finditer(text, begin, end)] + [end]
-        clauses = filter(None, (_read(text, *both) for both in zip([begin, *ends], ends, strict=False)))
+        clauses = filter(None, (_read(text, *both)[:LONGEST] for both in zip([begin, *ends], ends, strict=False)))
         for number, clause in enumerate(clauses):
             after = text[clause[-1].end :].lstrip(" ")[:1]
             some = _candidates(clause, whole=after in tuple(",:?-–—"))
@@ -205,7 +207,7 @@ def _phrase(region: list[Word], verb: Verb) -> list[Word]:
         return _trimmed(found[:known])
     placed = len(behind) > 2 and behind[0].of("within") and behind[1].begins
     if placed and not any(word.rare for word in found):
-        place = _phrase(behind[1:], verb)
+        place = _phrase(behind[1 : 1 + PLACE], verb)
         return _trimmed([*found, *(word for word in behind if place and word.end <= place[-1].end)])
     elsewhere = any(word.of("verbs", "forms", "helpers", "be") for word in behind)
     if verb.last and not elsewhere and sum(not word.begins for word in found) > 1:

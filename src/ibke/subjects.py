@@ -26,7 +26,7 @@ _NAME = r"\w*[A-Z0-9](?:[\w.-]|['’](?!s?(?!\w))|['’]s(?=\s+[A-Z][^\W\dA-Z]))
 _INSIDE = "of|in|the|and|de|del|della|di|da|do|dos|du|des|la|le|el|al|van|von|der|den|bin|ibn|y"  # names' small words
 _NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:{_INSIDE}|{_NAME})(?!\w))*")
 _NUMBER = re.compile(r"\d[\d.,-]*[a-z]*")  # the 3rd, 2024
-_QUOTED = re.compile(r"(?<!\w)(?:\"([^\"]+)\"|“([^”]+)”|'([^']+)'(?!\w)|‘([^’]+)’(?!\w))")
+_QUOTED = re.compile(r"(?<!\w)(?:\"([^\"]+)\"|“([^”]+)”|'([^']{2,})'(?!\w)|‘([^’]{2,})’(?!\w))")
 _FORM = re.compile(r"^\s*(?:q|question)\s*:|(?<!\w)(?:a|answer)\s*:\s*$", re.IGNORECASE)  # what is around a question
 _AFTER = re.compile(r"\s+(?:at|in|of|for|on|from|to|with)\b")
 
