@@ -128,6 +128,7 @@ def test_bench_refuses_what_cannot_be_run(run: Run, tmp_path: Path) -> None:
     refused(bench("rome", "--set", "memit.steps=3"), "belongs to no method")
     refused(bench("rome", "--set", "rome@batch:2.steps=3"), "belongs to no method")
     refused(bench("rome", "--set", "rome@single.layr=3"), "Did you mean 'layer'?")
+    refused(bench("rome", "--protocols", "sequential", "--set", "rome@sequential.layr=3"), "Did you mean 'layer'?")
     refused(bench("idle", "--set", "idle.steps=3"), "has no settings")
     refused(bench("rome", "--set", "rome.steps=0"), "`steps` is below 1")
     refused(bench("rome", "--set", "rome.learning_rate=inf"), "`learning_rate` is inf")

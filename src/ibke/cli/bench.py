@@ -133,6 +133,7 @@ def _contenders(
     labels = [name.partition("=")[0].strip() for name in names]
     places = {label: {protocol: f"{label}@{protocol}" for protocol in protocols} for label in labels}
     everywhere = [place for some in places.values() for place in some.values()]
+    settings = [text.replace("@sequential.", "@sequential:1.", 1) for text in settings]  # the same protocol
     given, folders = (
         _by_label(settings, ".", [*labels, *everywhere], "--set"),
         _by_label(editors, "=", labels, "--editor"),
