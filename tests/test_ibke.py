@@ -140,7 +140,7 @@ def test_what_is_written_depends_on_the_code_and_where_does_not():
 def test_an_address_knows_nothing_of_the_answer():
     editor = make_editor()
     # Of as many tokens, since the request is read in the same pass and its length decides how sums are rounded.
-    answers = ("Prague", "Athens")
+    answers = ("Oslo", "Athens")
     other = [EditRequest(r.prompt, answer, subject=r.subject) for r, answer in zip(REQUESTS, answers, strict=True)]
     one, two = editor.encode(REQUESTS)[0], editor.encode(other)[0]
     assert torch.equal(one.written.address_BD, two.written.address_BD)
