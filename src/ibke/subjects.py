@@ -10,16 +10,6 @@ import re
 
 from ibke.phrases import noun_phrase, words
 
-# Capitals that name nothing an edit would be about beside a name, or where something else can be found.
-_COMMON = frozenset(
-    re.findall(
-        r"\w+",
-        "CEO CTO CFO COO HR IT GDP VAT API URL ID PIN FAQ PDF ETA AM PM Monday Tuesday Wednesday Thursday Friday "
-        "Saturday Sunday Mondays Tuesdays Wednesdays Thursdays Fridays Saturdays Sundays January February March April "
-        "May June July August September October November December",
-    )
-)
-
 # A word with a capital in it (eBay), up to a possessive ("Microsoft's CEO") unless it is part of a title ("Schindler's
 # List").
 _NAME = r"\w*[A-Z0-9](?:[\w.-]|['’](?!s?(?!\w))|['’]s(?=\s+[A-Z][^\W\dA-Z]))*"
@@ -47,12 +37,12 @@ def _name(prompt: str) -> str | None:
         first = not prompt[: run.start()].rpartition("\n")[2].strip()
         parts = prompt[run.start() : run.end()].split()
         opened = first and _opens(parts[0], first)
-        while parts and (_opens(parts[0], first) or (len(parts) > 1 and (parts[0] in _COMMON or parts[0].islower()))):
+        while parts and (_opens(parts[0], first) or (len(parts) > 1 and (_common(parts[0]) or parts[0].islower()))):
             parts.pop(0)  # of "CEO of Larkfield" too
         while parts and ((parts[-1].isalpha() and parts[-1].islower()) or (len(parts) > 2 and _dated(parts))):
             parts.pop()
         name = " ".join(parts).rstrip(".'’-")
-        if name and name not in _COMMON and not all(map(_NUMBER.fullmatch, parts)):
+        if name and not _common(name) and not all(map(_NUMBER.fullmatch, parts)):
             # "Oslo lies in Norway" is about Oslo, "Employees at Larkfield get" about Larkfield.
             begins = first and not opened and not _AFTER.match(prompt, run.end())
             named.append((begins, len(name), name))
@@ -66,6 +56,11 @@ def _opens(word: str, first: bool) -> bool:
     )
     opening = small | words("verbs", "forms", "common", "adverbs", "adjectives") if first else small
     return (len(word) == 1 or word[1:].islower()) and word.lower() in opening
+
+
+def _common(word: str) -> bool:
+    """Whether a word has a capital and names nothing an edit would be about: CEO, Saturdays."""
+    return (word.isupper() and word.lower() in words("acronyms")) or (word.istitle() and word.lower() in words("times"))
 
 
 def _dated(parts: list[str]) -> bool:

@@ -131,9 +131,9 @@ def _contenders(
     from ibke.bench.plan import Contender
 
     labels = [name.partition("=")[0].strip() for name in names]
-    places = {label: {protocol: f"{label}@{protocol}" for protocol in protocols} for label in labels}
-    everywhere = [place for some in places.values() for place in some.values()]
-    settings = [text.replace("@sequential.", "@sequential:1.", 1) for text in settings]  # the same protocol
+    spelt = {protocol: [protocol, *(["sequential"] if protocol == "sequential:1" else [])] for protocol in protocols}
+    places = {label: {one: [f"{label}@{name}" for name in spelt[one]] for one in protocols} for label in labels}
+    everywhere = [place for some in places.values() for names in some.values() for place in names]
     given, folders = (
         _by_label(settings, ".", [*labels, *everywhere], "--set"),
         _by_label(editors, "=", labels, "--editor"),
@@ -142,9 +142,9 @@ def _contenders(
         method = name.partition("=")[2].strip() or label
         always = given[label]
         under = {
-            protocol: _settings(method, [*always, *given[place]])
-            for protocol, place in places[label].items()
-            if given[place]
+            protocol: _settings(method, [*always, *own])
+            for protocol, some in places[label].items()
+            if (own := [text for place in some for text in given[place]])
         }
         yield Contender(label, method, _settings(method, always), next(reversed(folders[label]), None), under)
 

@@ -180,9 +180,9 @@ def figures(correction: Correction) -> Text:
     return Text(" · ".join(parts), style="cyan")
 
 
-def guessed(request: EditRequest) -> str:
-    """What a request that names no subject is taken to be about; empty where it names one."""
-    return "" if request.subject else f"taken to be about “{shorten(subject_of(request.prompt, None), 40)}”"
+def guessed(request: EditRequest, before: str = "") -> str:
+    """What a request that names no subject is taken to be about, after some words; empty where it names one."""
+    return "" if request.subject else f"{before}taken to be about “{shorten(subject_of(request.prompt, None), 40)}”"
 
 
 def _after(asked: Asked) -> Text:

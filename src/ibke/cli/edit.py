@@ -244,8 +244,8 @@ def _advise(correction: Correction, folder: Path | None, console: Console) -> No
     if correction.edit is None:
         console.print("Nothing was saved. Give --force to make the edit all the same.")
         return
-    if about := guessed(correction.request):
-        console.print(Text(f"The fact is {about}; --subject tells otherwise.", style="dim"))
+    if about := guessed(correction.request, "The fact is "):
+        console.print(Text(f"{about}; --subject tells otherwise.", style="dim"))
     if not correction.achieved:
         console.print(Text("The target is not generated.", style="bold red"))
     if folder:
@@ -259,7 +259,7 @@ def _line(name: str, correction: Correction) -> Text:
     prompt, target = shorten(correction.request.prompt, 50), shorten(correction.request.target_new, 30)
     told = {"wording": "wordings that follow", "keep": "answers kept"}
     fine = {role: [a.ok for a in correction.asked if a.role == role] for role in told}
-    about = f" · {guessed(correction.request)}".rstrip(" ·")
+    about = guessed(correction.request, " · ")
     said = "".join(f" · {told[role]} {sum(ok)} of {len(ok)}" for role, ok in fine.items() if not all(ok))
     return Text.assemble(
         f"{name} ", (f"{mark} ", style), f"{prompt} → {target}  ", figures(correction), about, (said, "red")

@@ -243,8 +243,8 @@ def _line(kept: Kept) -> Text:
     missed = kept.edit is not None and kept.edit.info.achieved is False  # kept all the same, for nobody guards it
     mark = ("! ", "yellow") if missed else ("✓ ", "green")
     tail += "  the target does not come" if missed else ""
-    about = f" · {guessed(kept.request)}".rstrip(" ·")
-    return Text.assemble(mark, f"{kept.number}  {fact}  ", (f"{kept.seconds:.1f} s{tail}", "cyan"), about)
+    seconds = (f"{kept.seconds:.1f} s{tail}", "cyan")
+    return Text.assemble(mark, f"{kept.number}  {fact}  ", seconds, guessed(kept.request, " · "))
 
 
 def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
