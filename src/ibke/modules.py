@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,16 +209,15 @@ def resolve_any(model: nn.Module, name: str) -> Any:
     Raises:
         ModuleNotEditableError: there is none; names the nearest match.
     """
-    names = dict(model.named_modules())
-    if name in names:
-        return names[name]
+    with suppress(AttributeError):
+        return model.get_submodule(name)
     if name in dict(model.named_parameters()):
         raise ModuleNotEditableError(
             "this is a parameter, not a linear module (mixture-of-experts weights are fused like this).",
             name,
             "Name a linear module instead, e.g. the attention's output projection.",
         )
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name, dict(model.named_modules()), n=1, cutoff=0.0)
     raise ModuleNotEditableError("the model has no such module.", name, f"Did you mean {near[0]!r}?" if near else "")
 
 
