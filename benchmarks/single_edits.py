@@ -27,8 +27,7 @@ CELLS = {
 
 GATED = ["--method", "ibke-gated"]
 VARIANTS = {"refined": [], "gated": GATED, "network": ["--no-refine"], "gated-network": [*GATED, "--no-refine"]}
-# What ships has met the held-out relations: the gate has learned of them, and the network of prompts that they word. An
-# editor that has met neither is measured on them.
+# The gate that ships has learned of the held-out relations, so a copy with one that has not is measured on them.
 LEFT_OUT = "build/without-held-out"
 EDITORS = {"heldout-relations": LEFT_OUT}
 
