@@ -54,6 +54,7 @@ LONGEST, PLACE = 60, 8  # words of a clause, and of a place in it, that are look
 _SENTENCE = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,:]|\s[-–—]+\s")
 _WORD = re.compile(r"(\w(?:[\w+#&/.@-]*[\w+#])?)(['’]s(?!\w)|(?<=s)['’](?!\w))?")
+_PLURAL = re.compile("[^su]s$")
 
 
 class Word(NamedTuple):
@@ -99,7 +100,8 @@ def noun_phrase(prompt: str) -> str | None:
         for number, clause in enumerate(clauses):
             after = text[clause[-1].end :].lstrip(" ")[:1]
             some = _candidates(clause, whole=after in tuple(",:?-–—"))
-            (beside if number == 0 and len(ends) > 1 and _stands_beside(clause) else found).extend(some)
+            apart = clause[0].text == "according" or (number == 0 and len(ends) > 1 and _stands_beside(clause))
+            (beside if apart else found).extend(some)
         begin = end
     chosen = _best(found) or _best(beside)
     return prompt[chosen[0].begin : chosen[-1].end] if chosen else None
@@ -123,7 +125,7 @@ def _read(text: str, begin: int, end: int) -> list[Word]:
 
 def _stands_beside(clause: list[Word]) -> bool:
     """Whether a clause before a comma only stands beside what the next is about: "on the inside", not "in Teuva"."""
-    if len(clause) < 2 or not clause[0].of("about", "beside", "within"):
+    if len(clause) < 2 or not clause[0].of("about", "beside", "within") or any(word.of("asking") for word in clause):
         return False
     return clause[1].begins or clause[1].of("beside") or not any(word.rare for word in clause)
 
@@ -145,9 +147,12 @@ def _candidates(clause: list[Word], whole: bool) -> list[list[Word]]:
             inner = region[at + (2 if word.text == "who" else 1) :]
             found = [*(_candidates(inner, whole) if inner else []), _phrase(region[:at], verb)]
             return found if verb is Verb.NONE else found[::-1]
-    after = (_best(_after(region, kinds, verb)) for kinds in (("about",), ("beside",)))
-    anywhere = _after(region, ("about", "beside", "within"), Verb.NONE)
-    return [next(filter(None, after), []) or _phrase(region, verb), *anywhere]
+    asked = verb is Verb.ASKED
+    anywhere = _after(region, ("about", "beside", "within"), verb if asked else Verb.SURE)
+    if about := _best(_after(region, ("about",), verb)):
+        return [about, *anywhere]
+    beside, phrase = _best(_after(region, ("beside",), verb)), _phrase(region, verb)
+    return [*((phrase, beside) if asked else (beside, phrase)), *anywhere]
 
 
 def _region(clause: list[Word], whole: bool) -> tuple[list[Word], Verb]:
@@ -159,9 +164,13 @@ def _region(clause: list[Word], whole: bool) -> tuple[list[Word], Verb]:
     asks = next((at for at, word in enumerate(clause[:3]) if word.of("asking")), None)
     helper = next((at for at, word in enumerate(clause) if word.of("helpers", "be") and word.text != "being"), None)
     if clause[0].of("pronouns") and len(clause) > 1:  # "I need the …", "you can find a …"
-        return _past_verb(clause[(helper or 0) + 1 :]), Verb.NONE
+        if inner := _asked_within(clause):
+            return _region(inner, whole)
+        return _past_verb(clause[(helper or 0) + 1 :]), Verb.SURE
     if helper is None and asks is None:  # "ethanol boils at"
         return clause, Verb.SURE if whole else Verb.STATED
+    if helper is None and (stated := _before_verb(clause[(asks or 0) + 1 :])):
+        return stated, Verb.STATED
     if helper is None:  # "who maintains …"
         return _past_verb(clause[(asks or 0) + 1 :]), Verb.NONE
     if asks is None and helper:
@@ -171,8 +180,29 @@ def _region(clause: list[Word], whole: bool) -> tuple[list[Word], Verb]:
         return clause[article:helper], Verb.NONE
     rest = clause[helper + 1 :]
     if rest and rest[0].of("pronouns"):  # "do I need …"
+        if inner := _asked_within(rest):
+            return _region(inner, whole)
         return _past_verb(rest[1:]), Verb.NONE
+    if clause[helper].text in ("has", "have", "had"):  # "which oil has the highest smoke point"
+        return rest, Verb.SURE
+    if asks is not None and rest and rest[0].of("verbs") and helper - asks > 2:
+        return clause[asks + 1 : helper], Verb.NONE  # "which side of the foil should face the food"
     return rest, Verb.ASKED if clause[helper].of("helpers") else Verb.NONE
+
+
+def _asked_within(clause: list[Word]) -> list[Word]:
+    """The question in "you know when …", "somebody tell me how …"; nothing where there is none."""
+    at = next((at for at, word in enumerate(clause[:5]) if word.of("asking")), None)
+    return clause[at:] if at and clause[at:][1:] else []
+
+
+def _before_verb(clause: list[Word]) -> list[Word]:
+    """From the noun phrase on where its verb comes after it, as in "what time the club meets"; nothing otherwise."""
+    article = next((at for at, word in enumerate(clause) if word.begins), len(clause))
+    for word in clause[:article]:
+        if word.of("forms", "about", "beside", "within") or (word.of("verbs") and not word.of("common")):
+            return []
+    return clause[article:]
 
 
 def _past_verb(clause: list[Word]) -> list[Word]:
@@ -181,7 +211,9 @@ def _past_verb(clause: list[Word]) -> list[Word]:
     if not clause or clause[0].of(*ends):
         return clause
     end = next((at for at, word in enumerate(clause) if word.of(*ends)), len(clause))
-    return clause[next((at for at in range(end) if clause[at].of("verbs", "forms")), 0) + 1 :]
+    rest = clause[next((at for at in range(end) if clause[at].of("verbs", "forms")), 0) + 1 :]
+    # "need to register a drone"
+    return rest[2:] if len(rest) > 2 and rest[0].text == "to" and rest[1].of("verbs") else rest
 
 
 def _after(region: list[Word], kinds: Sequence[str], verb: Verb) -> list[list[Word]]:
@@ -192,8 +224,11 @@ def _after(region: list[Word], kinds: Sequence[str], verb: Verb) -> list[list[Wo
         beside = "beside" in kinds
         named = beside and region[at].of("within") and not (rest[0].begins or rest[0].of("times"))  # "in africa"
         no_verb_left = verb.last and beside and len(_run(rest)) == len(rest)  # "… ends with the letter"
-        if (region[at].of(*kinds) or named) and not no_verb_left:
-            found.append(_phrase(rest, verb))
+        to_do = region[at].text == "to" and rest[0].of("verbs")  # "used to mix batter"
+        doing = rest[0].text.endswith("ing") and len(rest) > 1 and rest[1].begins  # "for claiming a deduction"
+        rest = rest[1:] if to_do or doing else rest
+        if rest and (region[at].of(*kinds) or named) and not no_verb_left:
+            found.append(_phrase(rest, Verb.SURE if named and verb is Verb.NONE else verb))
     return found
 
 
@@ -201,9 +236,7 @@ def _phrase(region: list[Word], verb: Verb) -> list[Word]:
     """The noun phrase that words begin with; one of common words with a place ("the room on the third floor")."""
     found = _run(region)
     behind = region[len(found) :]
-    behind_one = [at for at in range(1, len(found)) if not found[at - 1].begins]
-    known = next((at for kinds in verb.value for at in behind_one if found[at].of(*kinds)), None)
-    if known:
+    if known := _verb_in(found, verb):
         return _trimmed(found[:known])
     placed = len(behind) > 2 and behind[0].of("within") and behind[1].begins
     if placed and not any(word.rare for word in found):
@@ -213,6 +246,17 @@ def _phrase(region: list[Word], verb: Verb) -> list[Word]:
     if verb.last and not elsewhere and sum(not word.begins for word in found) > 1:
         found = found[:-1]
     return _trimmed(found)
+
+
+def _verb_in(found: Sequence[Word], verb: Verb) -> int | None:
+    """Where the clause's verb stands among words that could be nouns; None where none is known."""
+    behind_one = [at for at in range(1, len(found)) if not found[at - 1].begins]
+    if verb is Verb.ASKED:
+        behind_one.reverse()  # "does the nightly build start"
+    known = [at for kinds in verb.value for at in behind_one if found[at].of(*kinds)][:1]
+    if verb is Verb.STATED:  # "oak trees start producing"
+        known += [at for at in behind_one if found[at].of("verbs") and _PLURAL.search(found[at - 1].text)]
+    return min(known, default=None)
 
 
 def _run(region: Sequence[Word]) -> list[Word]:

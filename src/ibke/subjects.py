@@ -18,6 +18,8 @@ _NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:{_INSIDE}|{_NAME})(?!\w))*")
 _NUMBER = re.compile(r"\d[\d.,-]*[a-z]*")  # the 3rd, 2024
 _QUOTED = re.compile(r"(?<!\w)(?:\"([^\"]+)\"|“([^”]+)”|'([^']{2,})'(?!\w)|‘([^’]{2,})’(?!\w))")
 _FORM = re.compile(r"^\s*(?:q|question)\s*:|(?<!\w)(?:a|answer)\s*:\s*$", re.IGNORECASE)  # what is around a question
+# A word in lower case right behind.
+_LOWER = re.compile(r"\s([^\W\dA-Z_]+)(?![\w'’-])")
 _AFTER = re.compile(r"\s+(?:at|in|of|for|on|from|to|with)\b")
 
 
@@ -34,9 +36,14 @@ def _name(prompt: str) -> str | None:
     shadow = "".join("A" if letter.isupper() else letter for letter in prompt)
     named = []
     for run in _NAMES.finditer(shadow):
-        first = not prompt[: run.start()].rpartition("\n")[2].strip()
+        before = prompt[: run.start()].rpartition("\n")[2].rstrip()
+        first = not before
         parts = prompt[run.start() : run.end()].split()
         opened = first and _opens(parts[0], first)
+        if before.endswith(("?", "!", ".")) and _opens(parts[0], True):
+            parts.pop(0)  # "… hiking? Usually, you need a"
+        if first and len(parts) == 1 and _noun_follows(parts[0], prompt[run.end() :]):
+            continue  # "Table salt", whose capital is the sentence's
         while parts and (_opens(parts[0], first) or (len(parts) > 1 and (_common(parts[0]) or parts[0].islower()))):
             parts.pop(0)  # of "CEO of Larkfield" too
         while parts and ((parts[-1].isalpha() and parts[-1].islower()) or (len(parts) > 2 and _dated(parts))):
@@ -58,9 +65,21 @@ def _opens(word: str, first: bool) -> bool:
     return (len(word) == 1 or word[1:].islower()) and word.lower() in opening
 
 
+def _noun_follows(word: str, rest: str) -> bool:
+    """Whether a sentence's first word may be part of a common noun: one in lower case follows that is not its verb."""
+    behind = _LOWER.match(rest)
+    if not (behind and word[1:].islower()):
+        return False
+    kinds = ("about", "beside", "within", "helpers", "be", "asking", "joining", "adverbs", "verbs", "forms", "behind")
+    after = _LOWER.match(rest, behind.end())
+    acted = behind[1] not in words("helpers", "be") and after is not None and after[1] in words("helpers", "be")
+    return acted or (behind[1] not in words(*kinds) and not behind[1].endswith("ed"))
+
+
 def _common(word: str) -> bool:
     """Whether a word has a capital and names nothing an edit would be about: CEO, Saturdays."""
-    return (word.isupper() and word.lower() in words("acronyms")) or (word.istitle() and word.lower() in words("times"))
+    lower = word.lower()
+    return (word[-1].isupper() and lower in words("acronyms")) or (word.istitle() and lower in words("times"))
 
 
 def _dated(parts: list[str]) -> bool:
