@@ -99,6 +99,15 @@ def test_where_nothing_has_a_name_a_noun_phrase_is_the_subject(prompt, subject):
     assert subject_of(prompt, None) == (subject or prompt.strip().rstrip("?!. "))
 
 
+def test_wordings_given_say_which_words_are_the_subject():
+    prompt, wordings = "Hoof trimming for dairy goats should be done every", ("How often do I trim my dairy goats?",)
+    assert EditRequest(prompt, "six weeks").about == "Hoof"
+    assert EditRequest(prompt, "six weeks", rephrase_prompts=wordings).about == "dairy goats"
+    assert EditRequest(prompt, "six weeks", subject="Hoof", rephrase_prompts=wordings).about == "Hoof"
+    named = ("Hoof trimming of dairy goats comes every",)
+    assert EditRequest(prompt, "six weeks", rephrase_prompts=named).about == "Hoof"
+
+
 def test_what_is_guessed_stands_in_the_prompt():
     text = (
         "the what's who dog's of to in a cat Oslo, is was it? how that 3rd 'xy' boils when for - (y) does my: İzmir and"

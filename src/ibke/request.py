@@ -6,11 +6,12 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ibke.errors import RequestError
-from ibke.subjects import place_of
+from ibke.subjects import place_of, subject_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class EditRequest:
         for name in ("locality", "portability"):
             probes = tuple(_probe(item, name) for item in _as_list(getattr(self, name), name))
             object.__setattr__(self, name, probes)
+
+    @cached_property
+    def about(self) -> str:
+        """The subject, or what is guessed to be it."""
+        return subject_of(self.prompt, self.subject, self.rephrase_prompts)
 
     def for_editor(self) -> EditRequest:
         """What an editor is shown when it is examined: paraphrases and probes are for the examination."""

@@ -7,6 +7,7 @@ none, a noun phrase (`ibke.phrases`).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from ibke.phrases import noun_phrase, words
 
@@ -101,8 +102,15 @@ def place_of(subject: str, text: str, begin: int = 0) -> tuple[int, int] | None:
     return None
 
 
-def subject_of(prompt: str, subject: str | None) -> str:
-    """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt."""
+def subject_of(prompt: str, subject: str | None, wordings: Iterable[str] = ()) -> str:
+    """What an edit is about: as given where it stands in the prompt, or guessed, or else the whole prompt.
+
+    An edit is in force where its subject stands, and the wordings given with it must follow. So where they do not name
+    what is guessed of the prompt, what is guessed of one of them is taken if more of them do.
+    """
     if subject and place_of(subject, prompt):
         return subject
-    return guess_subject(prompt) or prompt.strip().rstrip("?!. ")
+    texts = [prompt, *wordings]
+    guesses = [guess_subject(text) or text.strip().rstrip("?!. ") for text in texts]
+    named = [guess for guess in guesses if place_of(guess, prompt)]
+    return max(named, key=lambda guess: sum(place_of(guess, text) is not None for text in texts))

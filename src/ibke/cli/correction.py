@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ibke.cli.output import shorten
 from ibke.request import EditRequest
-from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.edit import Edit
@@ -77,7 +76,7 @@ class Correction:
         return {
             "prompt": self.request.prompt,
             "target_new": self.request.target_new,
-            "subject": subject_of(self.request.prompt, self.request.subject),
+            "subject": self.request.about,
             "achieved": self.achieved,
             "already": self.edit is None,
             "seconds": self.seconds,
@@ -182,7 +181,7 @@ def figures(correction: Correction) -> Text:
 
 def guessed(request: EditRequest, before: str = "") -> str:
     """What a request that names no subject is taken to be about, after some words; empty where it names one."""
-    return "" if request.subject else f"{before}taken to be about “{shorten(subject_of(request.prompt, None), 40)}”"
+    return "" if request.subject else f"{before}taken to be about “{shorten(request.about, 40)}”"
 
 
 def _after(asked: Asked) -> Text:

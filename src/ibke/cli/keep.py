@@ -19,7 +19,6 @@ from ibke.cli.output import print_json, screen, shorten
 from ibke.errors import IBKEError, RequestError
 from ibke.files import digest
 from ibke.request import EditRequest, read_requests
-from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.editors.base import Editor
@@ -254,7 +253,7 @@ def _document(kept: Kept | tuple[EditRequest, Exception]) -> dict[str, Any]:
     outcome = next(name for name, holds in states.items() if holds)
     request = kept.request
     found: dict[str, Any] = {"prompt": request.prompt, "target_new": request.target_new, "outcome": outcome}
-    found["subject"] = subject_of(request.prompt, request.subject)
+    found["subject"] = request.about
     if kept.edit is not None:
         found |= {"edit": kept.number, "supersedes": list(kept.supersedes), "seconds": kept.seconds}
         found |= {"achieved": kept.verdict.scores["achieved"] if kept.verdict else kept.edit.info.achieved}

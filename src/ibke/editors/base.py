@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ibke.errors import IBKEError, RequestError
-from ibke.subjects import subject_of
 
 if TYPE_CHECKING:
     from ibke.batch import Pair
@@ -156,10 +155,7 @@ class Editor(ABC):
         for request in requests:  # what may be asked beside it has to fit, too
             for text in (*request.rephrase_prompts, *(probe.prompt for probe in request.locality)):
                 self.pair(text, "-", frame)
-        return [
-            self.pair(request.prompt, request.target_new, frame, subject_of(request.prompt, request.subject))
-            for request in requests
-        ]
+        return [self.pair(request.prompt, request.target_new, frame, request.about) for request in requests]
 
     def pair(
         self, prompt: str, target: str, frame: Frame = "bare", subject: str | None = None, context: str = ""

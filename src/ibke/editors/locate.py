@@ -39,7 +39,6 @@ from ibke.modules import first_layer, resolve, target_modules
 from ibke.partial import PartialModel, taking_input, taking_output
 from ibke.request import EditRequest
 from ibke.session import EditSession, set_aside
-from ibke.subjects import subject_of
 
 Tap = Callable[[], AbstractContextManager[list[Tensor]]]
 
@@ -213,7 +212,7 @@ class LocateEditor(Editor):
         return [self._located(*both) for both in zip(requests, self.pairs(requests), strict=True)]
 
     def _located(self, request: EditRequest, bare: Pair) -> Located:
-        prompt, target, subject = request.prompt, request.target_new, subject_of(request.prompt, request.subject)
+        prompt, target, subject = request.prompt, request.target_new, request.about
         # Counted from the end, since a context may change how the prompt's first words are cut into tokens.
         after = len(bare.prompt) - bare.place
         asked = [bare.reached(bare.place)]

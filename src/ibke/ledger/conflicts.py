@@ -22,7 +22,6 @@ from ibke.evaluation.metrics import normalise, signed
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.request import EditRequest
-from ibke.subjects import subject_of
 
 # Words that do not say what is asked.
 _LITTLE = """
@@ -107,12 +106,11 @@ def _within(name: str, other: str) -> bool:
 
 
 def _words(request: EditRequest) -> set[str]:
-    subject = set(normalise(subject_of(request.prompt, request.subject)).split())
+    subject = set(normalise(request.about).split())
     return set(normalise(request.prompt).split()) - subject - EMPTY
 
 
 @lru_cache(maxsize=100_000)
 def _said_of(request: EditRequest) -> tuple[str, str]:
     """A request's prompt and its subject, in forms in which C is not C++."""
-    subject = subject_of(request.prompt, request.subject)
-    return signed(request.prompt), " ".join(subject.casefold().split())
+    return signed(request.prompt), " ".join(request.about.casefold().split())

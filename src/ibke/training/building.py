@@ -31,7 +31,6 @@ from ibke.neurons import Site
 from ibke.partial import PartialModel
 from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, continuations
-from ibke.subjects import subject_of
 from ibke.training.checkpoint import write_tensors
 from ibke.training.clock import Found, since, unnoticed
 from ibke.training.episodes import Episode
@@ -84,7 +83,7 @@ class RowBuilder:
         for index, episode in enumerate(episodes):
             for kind, group in ((EDIT, (episode.edit,)), (INSIDE, episode.inside)):
                 for asked in group:
-                    about = subject_of(asked.prompt, episode.subject) if kind == EDIT else None
+                    about = episode.about if kind == EDIT else None
                     pairs.append(encode_pair(asked.prompt, asked.target or "", asked.frame, self.tokenizer, about))
                     kinds.append(kind)
                     owner.append(index)
@@ -165,7 +164,7 @@ class Builder(RowBuilder):
         """
         pairs, kinds, owner = self.asked(episodes)
         out = self._edits([pair for pair, kind in zip(pairs, kinds, strict=True) if kind == EDIT])
-        asked_about = [About.of(item.edit.prompt, item.subject) for item in episodes]
+        asked_about = [About(item.edit.prompt, item.about) for item in episodes]
         out["address_BD"] = torch.cat([self.addresser(asked_about[i : i + 8]) for i in range(0, len(asked_about), 8)])
         first = self._first_reached(pairs, out["address_BD"][owner])
         kept = [row for row, place in enumerate(first) if whole or kinds[row] == EDIT or place is not None]

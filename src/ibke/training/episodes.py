@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ibke.frames import FRAMES, Frame
 from ibke.request import EditRequest
+from ibke.subjects import subject_of
 
 # How likely a wording is met bare, in question form and in a chat turn, by what kind of wording it is.
 FRAME_WEIGHTS: dict[str, tuple[float, float, float]] = {
@@ -49,6 +50,11 @@ class Episode:
     outside: tuple[Asked, ...]
     source: str = ""
     subject: str | None = None
+
+    @property
+    def about(self) -> str:
+        """The subject, or what is guessed to be it."""
+        return subject_of(self.edit.prompt, self.subject)
 
 
 @dataclass

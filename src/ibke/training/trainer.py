@@ -143,7 +143,7 @@ def with_words(
     """With the words that the editor keeps chosen by what they do to training edits, where a text is named."""
     if not settings.words:
         return statistics
-    asked = [About.of(item.edit.prompt, item.subject) for item in episodes]
+    asked = [About(item.edit.prompt, item.about) for item in episodes]
     make = partial(make_addresser, settings, ground, statistics)
     folder = Path(settings.cache or settings.out)
     common = useful_words(make, statistics.seen, settings.words, asked, folder, report, found)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from ibke.editors.ibke.statistics import ANY
 from ibke.frames import FRAMES, Frame, encode_pair
-from ibke.subjects import place_of, subject_of
+from ibke.request import EditRequest
+from ibke.subjects import place_of
 
 REQUEST, NEUTRAL, OTHER, ENDING, ALIKE, TYPED, NOUN = range(7)
 _TYPED_FRAMES: tuple[Frame, ...] = ("bare", "chat")
@@ -81,9 +82,9 @@ class About(NamedTuple):
     wordings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, prompt: str, subject: str | None, wordings: tuple[str, ...] = ()) -> About:
-        """The same, where the subject may not be given."""
-        return cls(prompt, subject_of(prompt, subject), wordings)
+    def of(cls, request: EditRequest) -> About:
+        """The same of a request."""
+        return cls(request.prompt, request.about, request.rephrase_prompts)
 
     @property
     def sure(self) -> int:

@@ -37,7 +37,6 @@ from ibke.prefixes import Prefixes, frame_prefixes
 from ibke.request import EditRequest, refuse_contradictions
 from ibke.rows import EDIT, RowGroup, build_groups, row_terms
 from ibke.session import EditSession, set_aside
-from ibke.subjects import subject_of
 
 GROUP = 16  # independent edits made in one pass
 
@@ -388,8 +387,7 @@ class IBKEEditor(Editor):
         asked: list[Pair] = []
         about: list[int] = []
         for owner, request in enumerate(requests):
-            subject = subject_of(request.prompt, request.subject)
-            asked += [self.pair(request.prompt, request.target_new, frame, subject) for frame in FRAMES]
+            asked += [self.pair(request.prompt, request.target_new, frame, request.about) for frame in FRAMES]
             about += [owner] * len(FRAMES)
         for owner, request in enumerate(requests):
             asked += [self.pair(text, request.target_new, "bare") for text in request.rephrase_prompts]

@@ -78,7 +78,7 @@ class RequestEncoder:
         early = [noted[layer] for layer in sorted(noted) if layer < part.first]
         late = [noted[layer] for layer in sorted(noted) if layer >= part.first]
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, self.lm.device)
-        asked = [About.of(request.prompt, request.subject, request.rephrase_prompts) for request in requests]
+        asked = [About.of(request) for request in requests]
         address_BD, own, read = self.addresser.beside(pairs, asked, early, alike=alike)
         hidden_BTD = pad_sequence([reading.entering_TD for reading in read], batch_first=True)
         with taking_inputs(late, last=False) as taken:
