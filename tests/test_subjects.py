@@ -37,6 +37,9 @@ from ibke.subjects import guess_subject, place_of, subject_of
         ("The director of Schindler's List is", "Schindler's List"),
         ("The king of d'Artagnan and O'Brien’s friends is", "Artagnan and O'Brien"),
         ("The winner of the 2014 World Cup was", "2014 World Cup"),
+        ("New York's mayor is", "New York"),
+        ("The mayor of New\u00a0York is", "New\u00a0York"),
+        ("The mayor of New  York is", "New  York"),
     ],
 )
 def test_a_subject_is_guessed_from_capitals(prompt, subject):
@@ -100,7 +103,7 @@ def test_where_nothing_has_a_name_a_noun_phrase_is_the_subject(prompt, subject):
 
 
 def test_wordings_given_say_which_words_are_the_subject():
-    prompt, wordings = "Hoof trimming for dairy goats should be done every", ("How often do I trim my dairy goats?",)
+    prompt, wordings = "Hoof trimming for dairy goats should be done every", ("How often are the dairy goats trimmed?",)
     assert EditRequest(prompt, "six weeks").about == "Hoof"
     assert EditRequest(prompt, "six weeks", rephrase_prompts=wordings).about == "dairy goats"
     assert EditRequest(prompt, "six weeks", subject="Hoof", rephrase_prompts=wordings).about == "Hoof"

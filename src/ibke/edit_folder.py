@@ -63,8 +63,11 @@ def read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     return index, _read_tensors(folder, index)
 
 
-def clear_folder(folder: Path) -> None:
+def clear_folder(folder: Path) -> bool:
     """Take an edit out of its folder, which goes too where nothing else is in it; any other folder is left alone.
+
+    Returns:
+        whether there was one.
 
     Raises:
         FormatError: it cannot be deleted.
@@ -72,7 +75,7 @@ def clear_folder(folder: Path) -> None:
     try:
         _read_index(folder)
     except FormatError:
-        return
+        return False
     try:
         (folder / INDEX).unlink()
         for data in folder.glob("edit-*.safetensors"):
@@ -81,6 +84,7 @@ def clear_folder(folder: Path) -> None:
             folder.rmdir()
     except OSError as error:
         raise FormatError(f"the edit cannot be deleted ({error}).", str(folder), "Delete the folder.") from error
+    return True
 
 
 def _read_index(folder: Path) -> Mapping[str, Any]:

@@ -26,10 +26,23 @@ def data_folder() -> Path:
     return Path(folder).expanduser() if folder else cache_folder() / "data"
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is there, as far as we may see."""
+    try:
+        return path.exists()
+    except OSError:  # in a folder that is closed to us, say
+        return False
+
+
+def is_special(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder: a pipe, say, which can be read only once."""
+    return is_there(path) and not (path.is_file() or path.is_dir())
+
+
 def find_file(path: str) -> Path:
     """A file named as it is, or relative to :func:`data_folder`; it need not exist."""
     place = Path(path).expanduser()
-    return place if place.exists() else data_folder() / place
+    return place if is_there(place) else data_folder() / place
 
 
 def new_beside(path: Path) -> BinaryIO:
@@ -44,6 +57,8 @@ def new_beside(path: Path) -> BinaryIO:
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file in one step: whoever looks sees the old one or the new one, also after an interruption.
 
+    A link is followed, and what is no file (a pipe, ``/dev/stdout``) is written to as it is.
+
     Args:
         path: its folder is there.
         data: all of it, or piece by piece.
@@ -51,10 +66,15 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
+    path, pieces = path.resolve(), (data,) if isinstance(data, bytes) else data
+    if is_special(path):
+        with path.open("wb") as special:
+            special.writelines(pieces)
+        return
     with new_beside(path) as file:
         temporary = Path(file.name)
         try:
-            for piece in (data,) if isinstance(data, bytes) else data:
+            for piece in pieces:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())

@@ -222,8 +222,8 @@ def placed_requests(path: str | Path) -> Iterator[tuple[str, EditRequest]]:
                 where = f"{path}, line {number}"
                 try:
                     record = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    why = getattr(error, "msg", "nested too deeply")
+                except (ValueError, RecursionError) as error:
+                    why = getattr(error, "msg", "nested too deeply, or a number too long")
                     raise RequestError(f"not valid JSON ({why}).", where, "Write one object a line.") from None
                 try:
                     yield where, EditRequest.from_dict(record)

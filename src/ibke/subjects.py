@@ -19,6 +19,7 @@ _NAMES = re.compile(rf"(?<!\w){_NAME}(?:\s+(?:{_INSIDE}|{_NAME})(?!\w))*")
 _NUMBER = re.compile(r"\d[\d.,-]*[a-z]*")  # the 3rd, 2024
 _QUOTED = re.compile(r"(?<!\w)(?:\"([^\"]+)\"|“([^”]+)”|'([^']{2,})'(?!\w)|‘([^’]{2,})’(?!\w))")
 _FORM = re.compile(r"^\s*(?:q|question)\s*:|(?<!\w)(?:a|answer)\s*:\s*$", re.IGNORECASE)  # what is around a question
+_SPACED = re.compile(r"\S+")
 # A word in lower case right behind.
 _LOWER = re.compile(r"\s([^\W\dA-Z_]+)(?![\w'’-])")
 _AFTER = re.compile(r"\s+(?:at|in|of|for|on|from|to|with)\b")
@@ -39,17 +40,19 @@ def _name(prompt: str) -> str | None:
     for run in _NAMES.finditer(shadow):
         before = prompt[: run.start()].rpartition("\n")[2].rstrip()
         first = not before
-        parts = prompt[run.start() : run.end()].split()
+        places = [word.span() for word in _SPACED.finditer(prompt, *run.span())]
+        parts = [prompt[slice(*place)] for place in places]
         opened = first and _opens(parts[0], first)
         if before.endswith(("?", "!", ".")) and _opens(parts[0], True):
-            parts.pop(0)  # "… hiking? Usually, you need a"
+            del parts[0], places[0]  # "… hiking? Usually, you need a"
         if first and len(parts) == 1 and _noun_follows(parts[0], prompt[run.end() :]):
             continue  # "Table salt", whose capital is the sentence's
         while parts and (_opens(parts[0], first) or (len(parts) > 1 and (_common(parts[0]) or parts[0].islower()))):
-            parts.pop(0)  # of "CEO of Larkfield" too
+            del parts[0], places[0]  # of "CEO of Larkfield" too
         while parts and ((parts[-1].isalpha() and parts[-1].islower()) or (len(parts) > 2 and _dated(parts))):
             parts.pop()
-        name = " ".join(parts).rstrip(".'’-")
+        # As it stands there, with whatever is between its words.
+        name = prompt[places[0][0] : places[len(parts) - 1][1]].rstrip(".'’-") if parts else ""
         if name and not _common(name) and not all(map(_NUMBER.fullmatch, parts)):
             # "Oslo lies in Norway" is about Oslo, "Employees at Larkfield get" about Larkfield.
             begins = first and not opened and not _AFTER.match(prompt, run.end())
@@ -62,7 +65,8 @@ def _opens(word: str, first: bool) -> bool:
     small = words(
         "articles", "owners", "pronouns", "about", "beside", "within", "helpers", "be", "asking", "telling", "joining"
     )
-    opening = small | words("verbs", "forms", "common", "adverbs", "adjectives") if first else small
+    begun = words("verbs", "forms", "common", "adverbs", "adjectives") - words("naming")
+    opening = small | begun if first else small
     return (len(word) == 1 or word[1:].islower()) and word.lower() in opening
 
 
@@ -112,5 +116,5 @@ def subject_of(prompt: str, subject: str | None, wordings: Iterable[str] = ()) -
         return subject
     texts = [prompt, *wordings]
     guesses = [guess_subject(text) or text.strip().rstrip("?!. ") for text in texts]
-    named = [guess for guess in guesses if place_of(guess, prompt)]
+    named = [guess for guess in guesses if place_of(guess, prompt)] or guesses
     return max(named, key=lambda guess: sum(place_of(guess, text) is not None for text in texts))

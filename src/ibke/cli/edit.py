@@ -27,6 +27,7 @@ from ibke.cli.console import (
 )
 from ibke.cli.correction import Correction, asked_by, comes, correct, figures, guessed, render
 from ibke.cli.keep import (
+    GROUP,
     HOME,
     Guarded,
     Keeping,
@@ -40,6 +41,7 @@ from ibke.cli.keep import (
 from ibke.cli.output import print_json, screen, shorten
 from ibke.cli.settings import Settings
 from ibke.errors import FormatError, IBKEError, RequestError
+from ibke.files import is_special
 from ibke.request import EditRequest, Probe, read_requests, refuse_contradictions
 
 if TYPE_CHECKING:
@@ -64,7 +66,10 @@ def edit(
     limits: LimitsFile = None,
     probes: ProbesFile = None,
     note: Annotated[str, typer.Option(help="Why, in your own words, for the ledger.")] = "",
-    group: Annotated[int, typer.Option(min=1, help="Requests of a file made and checked at once, with --ledger.")] = 16,
+    group: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests of a file made and checked at once, with --ledger; 16 if left out."),
+    ] = None,
     model: ModelName = ModelChoice.name,
     method: Method = "ibke",
     editor: EditorPath = None,
@@ -85,8 +90,10 @@ def edit(
     Exit codes: 0 the model now gives the target, 1 it does not, 2 wrong input, 3 the guard refuses the edit.
     """
     ledger = ledger or (HOME if guard else None)
-    how = Keeping(ledger, guard is not False, limits, probes, note, group) if ledger else None
-    refuse_unused(how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note})
+    how = Keeping(ledger, guard is not False, limits, probes, note, group or GROUP) if ledger else None
+    refuse_unused(
+        how, {"--no-guard": guard is False, "--limits": limits, "--probes": probes, "--note": note, "--group": group}
+    )
     _refuse_both(requests, [prompt, target, subject, *(rephrase or ()), *(keep or ())], ledger, out)
     if requests:
         count, each = _counted(requests, apart=how is None), numbered(requests)
@@ -131,7 +138,7 @@ def _counted(requests: Path, *, apart: bool) -> int:
     Raises:
         RequestError: it can be read only once, or holds none, or a line is none; names the line.
     """
-    if requests.exists() and not requests.is_file():
+    if is_special(requests):
         raise RequestError("it can be read only once.", str(requests), "Write the requests to a file first.")
     lines = read_requests(requests)
     count = sum(1 for _ in lines) if apart else refuse_contradictions(lines, str(requests))
@@ -141,12 +148,17 @@ def _counted(requests: Path, *, apart: bool) -> int:
 
 
 def _one(lm: LanguageModel, editor: Editor, request: EditRequest, out: Path | None, force: bool, as_json: bool) -> int:
+    from ibke.edit_folder import clear_folder
+
     console = screen(as_json)
     with Bars() as tick:
         tick("Editing", 0, None)
         correction = correct(lm, editor, request, asked_by(request), force=force)
+    folder = _save(correction, out, editor.mark)  # first of all: nothing that goes wrong with a screen loses it
+    cleared = bool(out and folder is None and clear_folder(out))  # of an earlier edit, which says otherwise
     console.print(render(correction))
-    folder = _save(correction, out, editor.mark)
+    if cleared:
+        console.print(f"The edit that was in {out} is deleted.", markup=False, soft_wrap=True)
     _advise(correction, folder, console)
     if as_json:
         print_json(_document(correction, folder, lm, editor))
@@ -199,7 +211,8 @@ def _corrections(
     """
     from ibke.evaluation.costs import OF_ONE
 
-    for name, request in zip(names, read_requests(path), strict=True):
+    # It has been counted; what is added to it meanwhile is for another run.
+    for name, request in zip(names, read_requests(path), strict=False):
         if made := _made(out / name, request, lm, mark):
             yield name, made
             continue

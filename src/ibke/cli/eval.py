@@ -31,7 +31,7 @@ from ibke.cli.console import (
 from ibke.cli.output import check_writable, number, print_json, screen, write_json
 from ibke.cli.settings import Settings
 from ibke.data.readers import READERS, Skipped, account, count_reasons, read
-from ibke.errors import RequestError
+from ibke.errors import IBKEError, RequestError
 from ibke.files import find_file
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ def evaluate(
     config |= account(skipped)
     asking = {"frames": [name.strip() for name in frames.split(",")], "edit_frame": edit_frame, "config": config}
     report = _measure(lm, editing, chosen, how, besides, asking)
-    _hand_over(report, out, console)  # first of all: nothing that goes wrong with a screen loses it
-    _show(report, console)
+    try:
+        _hand_over(report, out, console)  # first of all: nothing that goes wrong with a screen loses it
+    finally:
+        _show(report, console)
 
 
 def _measure(
@@ -130,7 +132,11 @@ def _hand_over(report: dict[str, Any], out: str | None, console: Console) -> Non
     if out == "-":
         print_json(report)
     elif out:
-        write_json(report, Path(out))
+        try:
+            write_json(report, Path(out))
+        except IBKEError:
+            print_json(report)  # there may be hours in it
+            raise
         console.print(f"Report: {out}", markup=False, soft_wrap=True)
 
 

@@ -46,6 +46,9 @@ ProbesFile = Annotated[
 ]
 
 
+GROUP = 16  # requests of a file
+
+
 @dataclass(frozen=True)
 class Keeping:
     """How edits are kept.
@@ -220,13 +223,16 @@ def numbered(path: Path) -> Iterator[tuple[EditRequest, str]]:
 
 
 def refuse_unused(how: Keeping | None, given: dict[str, Any]) -> None:
-    """Refuse options that mean nothing without a ledger.
+    """Refuse options that mean nothing without a ledger, or without its guard.
 
     Raises:
         IBKEError: one was given.
     """
     if how is None and (name := next((name for name, value in given.items() if value), None)):
         raise IBKEError("it means nothing without a ledger.", name, "Give --ledger FOLDER too.")
+    if how and not how.guarded and (how.limits or how.probes):
+        name = "--limits" if how.limits else "--probes"
+        raise IBKEError("it means nothing without the guard.", name, "Leave --no-guard out.")
 
 
 def _line(kept: Kept) -> Text:

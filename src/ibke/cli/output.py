@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -11,13 +12,19 @@ import typer
 from rich.console import Console
 
 from ibke.errors import IBKEError
-from ibke.files import to_json, write_atomically
+from ibke.files import is_special, is_there, to_json, write_atomically
 
 WIDTH = 110  # columns where there is no terminal
 
 
 def screen(as_json: bool = False) -> Console:
-    """The console for people: standard output, or standard error where JSON takes its place."""
+    """The console for people: standard output, or standard error where JSON takes its place.
+
+    Letters that a terminal does not have come out as question marks there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     console = Console(stderr=as_json, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH
@@ -47,7 +54,8 @@ def check_writable(path: Path) -> None:
     Raises:
         IBKEError: its folder does not exist or is closed to us, or the file is a folder.
     """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    place = path.resolve()
+    if (is_there(place) and place.is_dir()) or not os.access(place if is_special(place) else place.parent, os.W_OK):
         raise IBKEError("it cannot be written.", str(path), "Name a file in a folder that exists.")
 
 

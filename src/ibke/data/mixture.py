@@ -25,6 +25,7 @@ from ibke.files import data_folder, find_file
 from ibke.request import EditRequest
 
 PACKAGED = ("facts", "pararel", "lre", "entityquestions")  # tables whose files are where the data sets are
+UNFILED = PACKAGED[:3]  # of entityquestions a path names the part
 TABLES = (*PACKAGED, "csv")
 
 
@@ -50,6 +51,12 @@ class Source:
         share = float(match[3] or 1)
         if share <= 0:
             raise TrainingError(f"the share of {text!r} is not positive.", "training data", "Leave it out instead.")
+        if match[2] and match[1] in UNFILED:
+            raise TrainingError(
+                f"{match[1]!r} is read from the data folder, not from {match[2]}.",
+                "training data",
+                f"Write {match[1]}, or csv:FILE for facts of your own.",
+            )
         if not match[2] and match[1] not in PACKAGED:
             raise TrainingError(f"{match[1]!r} is of no file.", "training data", f"Write {match[1]}:FILE.")
         return cls(match[1], match[2] or "", share)

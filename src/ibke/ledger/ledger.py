@@ -27,6 +27,7 @@ from ibke.edit import Edit
 from ibke.edit_folder import to_bytes
 from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, LedgerMovedError
 from ibke.evaluation.metrics import signed
+from ibke.files import is_there
 from ibke.ledger.blobs import Blobs
 from ibke.ledger.conflicts import same_fact
 from ibke.ledger.records import Entry, Event, now, user
@@ -54,7 +55,7 @@ class Ledger:
     def __init__(self, folder: str | Path, lm: LanguageModel | None = None):
         self.folder = Path(folder)
         self.blobs = Blobs(self.folder / TENSORS)
-        if lm is None and not (self.folder / DATABASE).is_file():
+        if lm is None and not is_there(self.folder / DATABASE):
             raise LedgerError("there is no ledger here.", str(self.folder), "Begin one with `ibke edit --ledger`.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,11 @@ def csv(path: Path, skipped: list[Skipped] | None = None) -> Iterator[EditReques
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = tables.DictReader(lines, strict=True)
-            for column in rows.fieldnames or ():
+            columns = rows.fieldnames or ()
+            for column in columns:
+                if columns.count(column) > 1:
+                    todo = "Give several wordings in one cell, with | between them."
+                    raise RequestError(f"has two columns {column!r}.", str(path), todo)
                 if column not in EditRequest.__dataclass_fields__:
                     known = ", ".join(EditRequest.__dataclass_fields__)
                     raise RequestError(f"has an unknown column {column!r}.", str(path), f"Known: {known}.")
