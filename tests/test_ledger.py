@@ -279,14 +279,16 @@ def test_a_ledger_goes_out_and_comes_in_again(
         assert import_lines(copy, lines, "lines") == 4 and copy.active() == [3, 4, 7, 8]
         state = list(copy.events())
         bad = [*lines[:3], lines[3].replace('"factors": "', '"factors": "AAAA')]
-        cut = lines[:5], lines[:-1], [line for line in lines if '"commit"' not in line]
-        wrongs = ((bad, "no tensors"), ([*lines[:2], "{"], "line 3"), (["{}"], "line 1"), ([], "nothing in it"))
-        for wrong, message in (*wrongs, *((some, "not whole") for some in cut)):
+        cut = lines[:5], lines[:-1]
+        missing = [*lines[:5], *lines[6:]]
+        wrongs = ((bad, "line 4"), (missing, "line 6"), ([*lines[:2], "{"], "line 3"), (["{}"], "line 1"))
+        for wrong, message in (*wrongs, ([], "nothing in it"), *((some, "not whole") for some in cut)):
             with pytest.raises((FormatError, LedgerError), match=message):
                 import_lines(copy, wrong, "lines")
         assert list(copy.events()) == state and verify(copy) == []
-        with pytest.raises(FingerprintMismatchError):
-            import_lines(copy, [lines[0].replace(lm.fingerprint, "another")], "lines")
+        foreign = replace(lm, fingerprint="another")
+        with Ledger(tmp_path / "other", foreign) as other, pytest.raises(FingerprintMismatchError):
+            import_lines(copy, export_lines(other), "lines")
 
 
 def about(edit: Edit, prompt: str, target: str = "x") -> Edit:

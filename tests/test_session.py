@@ -10,6 +10,7 @@ import ibke.session
 from ibke.edit import Edit, EditInfo
 from ibke.errors import FingerprintMismatchError, FormatError, IBKEError, ModuleNotEditableError
 from ibke.modules import ARCHITECTURES, in_out, resolve, target_modules
+from ibke.parts import all_or_none
 from ibke.session import EditSession
 
 PROMPT = "The capital of Australia is"
@@ -219,3 +220,16 @@ def test_an_edit_is_in_force_once(tiny_model):
                 again(edit)
         assert session.merged == (edit,)
     assert torch.equal(logits(lm), base)
+
+
+def test_of_hooks_that_cannot_all_be_put_on_none_stays(tiny_model):
+    layer = tiny_model("llama").model.get_decoder().layers[0]
+
+    def hooks():
+        yield layer.register_forward_pre_hook(lambda *_: None)
+        yield layer.register_forward_hook(lambda *_: None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        all_or_none(hooks())
+    assert not layer._forward_pre_hooks and not layer._forward_hooks

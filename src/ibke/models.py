@@ -38,6 +38,7 @@ class LanguageModel:
         architecture: where its editable modules are.
         fingerprint: hash of its weights (see ``ibke.fingerprint``).
         sessions: those that have edits attached to it (see ``ibke.session``).
+        merged: those that have edits merged into it; its fingerprint is still that of the weights before.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class LanguageModel:
     architecture: Architecture
     fingerprint: str
     sessions: list[Any] = field(default_factory=list, repr=False, compare=False)
+    merged: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:

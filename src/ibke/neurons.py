@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from ibke.errors import FormatError, ModuleNotEditableError
 from ibke.gates import Gate, Told, gate_rows
 from ibke.modules import append_inputs_, in_out, insert_outputs_, resolve, resolve_any, target_modules
+from ibke.parts import all_or_none
 
 if TYPE_CHECKING:
     from ibke.models import LanguageModel
@@ -326,7 +327,7 @@ def row_neurons(sites: Mapping[str, Site], neurons: Mapping[str, Neurons]) -> It
         sites: MLPs by the name of their output projection.
         neurons: for each, R × K × D; differentiable.
     """
-    handles = [handle for name, some in neurons.items() for handle in sites[name].attach(some)]
+    handles = all_or_none(handle for name, some in neurons.items() for handle in sites[name].attach(some))
     try:
         yield
     finally:

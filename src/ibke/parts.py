@@ -174,6 +174,18 @@ def join_parts(several: Iterable[Mapping[str, Part]]) -> dict[str, Part]:
     return joined
 
 
+def all_or_none(hooks: Iterable[RemovableHandle]) -> list[RemovableHandle]:
+    """Handles of hooks that are put on one after another; where one cannot be, those before it go again."""
+    handles: list[RemovableHandle] = []
+    try:
+        handles.extend(hooks)
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
+
+
 def attach_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> list[RemovableHandle]:
     """Let the parts of each row's edit act on that row; those of a single row on all rows."""
     found: dict[tuple[str, type[Part]], list[Part | None]] = {}
@@ -182,7 +194,7 @@ def attach_parts(lm: LanguageModel, rows: Sequence[Mapping[str, Part]]) -> list[
             found.setdefault((place, type(part)), [None] * len(rows))[row] = part
     # What changes the tokens comes before what looks at them.
     ordered = sorted(found.items(), key=lambda item: item[0][0] != PROMPT)
-    return [handle for (place, kind), some in ordered for handle in kind.attach(lm, place, some)]
+    return all_or_none(handle for (place, kind), some in ordered for handle in kind.attach(lm, place, some))
 
 
 @contextmanager

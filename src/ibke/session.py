@@ -137,6 +137,8 @@ class EditSession:
                 self._set_(name, module, self._sums.get(name, 0.0) + edit.delta(name))
             self._merged.append(edit)
             self._widen()
+            if self not in self.lm.merged:
+                self.lm.merged.append(self)
         except BaseException:
             self._merged = merged
             self._make_narrow()
@@ -152,6 +154,8 @@ class EditSession:
         self._make_narrow()
         self._rebuild(resolve(self.lm.model, self._saved))
         self._saved, self._sums = {}, {}
+        if self in self.lm.merged:
+            self.lm.merged.remove(self)
         return self
 
     def __enter__(self) -> EditSession:
@@ -278,6 +282,16 @@ def set_aside(lm: LanguageModel) -> Iterator[None]:
         for session in silenced:
             if not session._handles:  # else it was attached to meanwhile
                 session._speak()
+
+
+def refuse_merged(lm: LanguageModel, where: str) -> None:
+    """Refuse a model whose weights hold edits, where those of the pristine one are needed.
+
+    Raises:
+        IBKEError: edits are merged into it.
+    """
+    if lm.merged:
+        raise IBKEError("edits are merged into this model's weights.", where, "Restore their session first.")
 
 
 def _refuse_size(name: str, mine: tuple[int, int], wanted: tuple[int, int]) -> None:

@@ -69,6 +69,12 @@ class Keeping:
     note: str = ""
     group: int = 1
 
+    def __post_init__(self) -> None:
+        try:
+            self.note.encode()
+        except UnicodeEncodeError:
+            raise RequestError("it holds half a character.", "--note", "Write it as UTF-8.") from None
+
     def guard(self, lm: LanguageModel) -> Guard | None:
         """What decides about edits of a model.
 
@@ -219,7 +225,8 @@ def _outcomes(
 
 def numbered(path: Path) -> Iterator[tuple[EditRequest, str]]:
     """The requests of a file, each with its place as a note, by which a run that was interrupted goes on."""
-    return ((request, f"{path.name}#{number}") for number, request in enumerate(read_requests(path), start=1))
+    name = path.name.encode(errors="replace").decode()  # it may be in no encoding at all
+    return ((request, f"{name}#{number}") for number, request in enumerate(read_requests(path), start=1))
 
 
 def refuse_unused(how: Keeping | None, given: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete 
 
 A key is what the layer is fed at a prompt's last token, a value is found by gradient descent on the answer, and a new
 entry is made room for by the rules of its algorithm 1: alone, it has the first radius; within reach of an entry with
-the same answer, that one is *expanded* to it; within reach of one with another answer, both are *split* halfway.
+the same answer, that one is *expanded* to it and learns it too; within reach of one with another answer, both are
+*split* halfway.
 
 Each token is looked up by itself, so a cached token answers as it did, and a key depends on no value of its own layer.
 
@@ -246,17 +247,13 @@ class GRACE(Editor):
         return keys_BI.cpu(), self.module(keys_BI.to(self.lm.dtype)).float().cpu()
 
     def _learn(self, book: Codebook, fresh: Sequence[int], pairs: Sequence[Pair]) -> tuple[Codebook, Descent]:
-        """Move the values of new entries down the loss of the requests, the whole codebook being in force."""
+        """Move the values of new and expanded entries down the loss, the whole codebook being in force."""
         device = self.lm.device
         base_NO, at = book.values.to(device), torch.tensor(fresh, dtype=torch.long, device=device)
         values_NO = base_NO[at].requires_grad_()
         lessons = Lessons(self.part, pairs, self.lm.tokenizer.pad_token_id)
         with self._in_force(book, base_NO, at, values_NO):
-            if fresh:
-                told = lessons.learn([values_NO], self.settings)
-            else:  # nothing to learn where all answers were known
-                nll, achieved = lessons.judge()
-                told = Descent(0, nll, nll, achieved)
+            told = lessons.learn([values_NO], self.settings)
         return replace(book, values=base_NO.index_copy(0, at, values_NO.detach()).cpu()), told
 
     @contextmanager
@@ -281,7 +278,7 @@ def place(
     """Make room for a key by the rules of the paper's algorithm 1.
 
     Returns:
-        the codebook; indices of entries whose values are to be found; indices of others that changed or serve the key.
+        the codebook; indices of entries whose values are to be found; indices of others that changed.
     """
     alone = Codebook(key_I[None], value_O[None], torch.tensor([radius]), (label,))
     if book is None:
@@ -290,7 +287,8 @@ def place(
     distance, at, radii = float(least), int(nearest), book.radii.clone()
     if label == book.labels[at] and distance <= radii[at] + radius:
         radii[at] = max(float(radii[at]), distance)
-        return replace(book, radii=radii), set(), {at}
+        # Its value was found for another prompt, and is moved on for this one, as the authors' code does.
+        return replace(book, radii=radii), {at}, set()
     if distance <= SAME * float(key_I.norm()):
         # The same prompt with a new answer: there is no halfway, and the last answer counts.
         labels = tuple(label if index == at else old for index, old in enumerate(book.labels))

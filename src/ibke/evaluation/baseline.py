@@ -18,6 +18,8 @@ LAYOUT = 1  # of what is kept; a new one makes the old unseen, never misread
 class Baseline:
     """Remembers what a model that nothing has changed since it was loaded answered to the very same batches.
 
+    While edits are merged into its weights it knows nothing and keeps nothing.
+
     Batches and the machine's number format decide how sums are rounded, so another model, dtype, device, number of
     threads or release of PyTorch finds nothing here.
 
@@ -27,7 +29,7 @@ class Baseline:
     """
 
     def __init__(self, lm: LanguageModel, folder: Path | None = None):
-        self.folder = folder
+        self.lm, self.folder = lm, folder
         kind = type(lm.model.get_output_embeddings()).__name__
         self.about = [LAYOUT, lm.fingerprint, str(lm.dtype), str(lm.device), kind, torch.__version__]
 
@@ -43,13 +45,13 @@ class Baseline:
             asked: JSON-ready, everything that decides the answer besides the model.
         """
         try:
-            return json.loads(self._place(asked).read_bytes()) if self.folder else None
+            return json.loads(self._place(asked).read_bytes()) if self.folder and not self.lm.merged else None
         except (OSError, ValueError):  # not there, or damaged
             return None
 
     def keep(self, asked: Any, answered: Any) -> None:
         """Keep an answer, JSON-ready."""
-        if self.folder:
+        if self.folder and not self.lm.merged:
             # A cache that cannot be written costs time and nothing else.
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)

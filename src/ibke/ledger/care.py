@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import IBKEError, LedgerError
 from ibke.ledger.ledger import Ledger
-from ibke.ledger.schema import broken_seals
+from ibke.ledger.schema import broken_seals, prompts_of
 from ibke.session import set_aside
 
 Progress = Callable[[int, int], None]
@@ -31,51 +32,68 @@ def verify(ledger: Ledger, progress: Progress | None = None) -> list[str]:
     holds what its name says, that every edit can be put together from them, and all in force as one.
 
     Args:
-        ledger: what to look at.
+        ledger: what to look at, outside its :meth:`Ledger.reading`.
         progress: told how many edits are done, and how many there are.
     """
-    problems = [f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA quick_check") if row[0] != "ok"]
-    problems += [
-        f"{ledger.folder}: a row of {row[0]} points nowhere." for row in ledger.rows("PRAGMA foreign_key_check")
-    ]
-    missing = "SELECT id FROM edits WHERE id NOT IN (SELECT edit FROM events WHERE action = 'commit')"
-    problems += [f"edit {row[0]} was never put in force." for row in ledger.rows(missing)]
+    problems: list[str] = []
     try:
-        broken = broken_seals(ledger.base)
-    except sqlite3.DatabaseError as error:
-        return [*problems, f"{ledger.folder}: the database cannot be read ({error})."]
-    problems += [f"event {event} is not what it was when it was written down; see `ibke log`." for event in broken]
+        with ledger.reading():  # else what is written meanwhile looks like damage
+            for looked_at in (_database(ledger), _shared(ledger), _edits(ledger, progress)):
+                for problem in looked_at:
+                    problems.append(problem)  # one by one, so that they are told even where the next cannot be read
+            if not problems:
+                problems += _together(ledger)
+    except (LedgerError, sqlite3.DatabaseError) as error:
+        problems.append(f"the database cannot be read any further: {error}")
+    return problems
+
+
+def _database(ledger: Ledger) -> Iterator[str]:
+    # The quick check does not compare indexes with their tables, and what is in force is read from an index.
+    yield from (f"{ledger.folder}: {row[0]}" for row in ledger.rows("PRAGMA integrity_check") if row[0] != "ok")
+    for row in ledger.rows("PRAGMA foreign_key_check"):
+        yield f"{ledger.folder}: a row of {row[0]} points nowhere."
+    for row in ledger.rows("SELECT id FROM edits WHERE id NOT IN (SELECT edit FROM events WHERE action = 'commit')"):
+        yield f"edit {row[0]} was never put in force."
+    for event in broken_seals(ledger.base):
+        yield f"event {event} is not what it was when it was written down; see `ibke log`."
+
+
+def _shared(ledger: Ledger) -> Iterator[str]:
+    """Files that edits of a kind have in common and that are not what they were."""
+    for row in ledger.rows("SELECT name, sha256 FROM shared"):
+        try:
+            ledger.blobs.read(row["sha256"])
+        except LedgerError as error:
+            yield f"{row['name']}, which edits cannot act without: {error}"
+
+
+def _edits(ledger: Ledger, progress: Progress | None) -> Iterator[str]:
     shared = {row["name"] for row in ledger.rows("SELECT name FROM shared")}
-    problems += _unreadable(ledger)
+    asks = defaultdict[int, set[str]](set)
+    for row in ledger.rows("SELECT edit, prompt FROM asks"):
+        asks[row["edit"]].add(row["prompt"])
     numbers = [row[0] for row in ledger.rows("SELECT id FROM edits ORDER BY id")]
     for done, number in enumerate(numbers, start=1):
         try:
             edit = ledger.load(number)
             for name in {name for part in edit.parts.values() for name in part.needs()} - shared:
-                problems.append(f"edit {number} cannot act without {name}, which is not kept.")
+                yield f"edit {number} cannot act without {name}, which is not kept."
             if edit.info.fingerprint != ledger.fingerprint:
-                problems.append(f"edit {number} is of another model, {edit.info.fingerprint}.")
+                yield f"edit {number} is of another model, {edit.info.fingerprint}."
+            if asks[number] != prompts_of(ledger.entry(number).record):
+                yield f"edit {number} is noted under other prompts than its own."
         except IBKEError as error:
-            problems.append(f"edit {number}: {error}")
+            yield f"edit {number}: {error}"
         if progress:
             progress(done, len(numbers))
-    if not problems:
-        try:
-            ledger.state()
-        except IBKEError as error:
-            problems.append(f"the edits in force do not go together: {error}")
-    return problems
 
 
-def _unreadable(ledger: Ledger) -> list[str]:
-    """Files that edits of a kind have in common and that are not what they were."""
-    found = []
-    for row in ledger.rows("SELECT name, sha256 FROM shared"):
-        try:
-            ledger.blobs.read(row["sha256"])
-        except LedgerError as error:
-            found.append(f"{row['name']}, which edits cannot act without: {error}")
-    return found
+def _together(ledger: Ledger) -> Iterator[str]:
+    try:
+        ledger.state()
+    except IBKEError as error:
+        yield f"the edits in force do not go together: {error}"
 
 
 class Replayed(NamedTuple):

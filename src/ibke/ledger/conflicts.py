@@ -11,7 +11,7 @@ Shape suffixes: T keys, D width of what gates look at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -41,7 +41,8 @@ def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: 
         new: the new one.
         request: what it was made for.
     """
-    found, asked = [], []
+    found: list[int] = []
+    asked: list[tuple[int, Edit, EditRequest]] = []
     likeness = alike(kept, new)
     mine, subject = _said_of(request)
     for number, old in kept.items():
@@ -51,18 +52,31 @@ def superseded(lm: LanguageModel, kept: Mapping[int, Edit], new: Edit, request: 
                 found.append(number)
             elif _within(subject, about) or _within(about, subject) or likeness.get(number, 0.0) >= ALIKE:
                 asked.append((number, old, other))
+    asked = _asking_the_same(lm, request, asked)
     if asked:
         prompts = [request.prompt] * len(asked) + [other.prompt for _, _, other in asked]
-        ids = [encode_pair(text, "-", "bare", lm.tokenizer).prompt for text in prompts]
-        edits = [old for _, old, _ in asked] + [new] * len(asked)
-        edited, base = ([normalise(said.text) for said in generate(lm, ids, some)] for some in (edits, None))
-        count = len(asked)
-        for row, (number, _, other) in enumerate(asked):
-            follows = edited[row] == normalise(other.target_new)
-            follows |= edited[count + row] == normalise(request.target_new)
-            if follows and (same_words(request, other) or (base[row] and base[row] == base[count + row])):
-                found.append(number)
+        edited = _answers(lm, prompts, [old for _, old, _ in asked] + [new] * len(asked))
+        wanted = [other.target_new for _, _, other in asked] + [request.target_new] * len(asked)
+        follows = [said == normalise(target) for said, target in zip(edited, wanted, strict=True)]
+        found += [asked[row % len(asked)][0] for row, yes in enumerate(follows) if yes]
     return sorted(set(found))
+
+
+def _asking_the_same(
+    lm: LanguageModel, request: EditRequest, asked: list[tuple[int, Edit, EditRequest]]
+) -> list[tuple[int, Edit, EditRequest]]:
+    """Those that ask what a request asks: in much the same words, or the unedited model answers both alike."""
+    unlike = [other.prompt for _, _, other in asked if not same_words(request, other)]
+    prompts = list(dict.fromkeys([request.prompt, *unlike])) if unlike else []
+    base = dict(zip(prompts, _answers(lm, prompts, None), strict=True)) if prompts else {}
+    mine = base.get(request.prompt)
+    return [one for one in asked if same_words(request, one[2]) or (mine and base[one[2].prompt] == mine)]
+
+
+def _answers(lm: LanguageModel, prompts: list[str], edits: list[Edit] | None) -> list[str]:
+    """What the model answers, with an edit a prompt in force or as it is."""
+    ids = [encode_pair(text, "-", "bare", lm.tokenizer).prompt for text in prompts]
+    return [normalise(said.text) for said in generate(lm, ids, edits)]
 
 
 def alike(kept: Mapping[int, Edit], new: Edit) -> dict[int, float]:
@@ -91,7 +105,31 @@ def alike(kept: Mapping[int, Edit], new: Edit) -> dict[int, float]:
 def same_fact(one: EditRequest, other: EditRequest) -> bool:
     """Whether two requests are of the same fact as far as words tell: of one subject, in much the same words."""
     (mine, subject), (theirs, about) = _said_of(one), _said_of(other)
-    return mine == theirs or (bool(subject) and subject == about and same_words(one, other))
+    return mine == theirs or ((_within(subject, about) or _within(about, subject)) and same_words(one, other))
+
+
+def same_facts(asked: Mapping[int, Sequence[EditRequest]], chosen: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Pairs of edits that are of the same fact as far as words tell, the first of them one of those chosen.
+
+    Args:
+        asked: what each edit was made for, by its number.
+        chosen: numbers that are in ``asked``.
+    """
+    by_key: dict[str, list[int]] = {}
+    for number, requests in asked.items():
+        for key in {key for request in requests for key in _keys(request)}:
+            by_key.setdefault(key, []).append(number)
+    for number in sorted(chosen):
+        near = {other for request in asked[number] for key in _keys(request) for other in by_key[key]}
+        for other in sorted(near - {number}):
+            if any(same_fact(one, two) for one in asked[number] for two in asked[other]):
+                yield number, other
+
+
+def _keys(request: EditRequest) -> list[str]:
+    """Texts of which requests of the same fact have one in common: the prompt, and the subject's words."""
+    prompt, subject = _said_of(request)
+    return [prompt, *subject.split()]
 
 
 def same_words(one: EditRequest, other: EditRequest) -> bool:

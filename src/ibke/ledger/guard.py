@@ -35,7 +35,7 @@ from ibke.modules import first_layer, resolve
 from ibke.partial import PartialModel, answer_states
 from ibke.request import EditRequest
 from ibke.rows import CONTINUATION, OUTSIDE, RowGroup, build_groups, continuations, row_terms
-from ibke.session import set_aside
+from ibke.session import refuse_merged, set_aside
 
 Prompt = tuple[str, Frame]
 
@@ -163,6 +163,7 @@ class Guard:
     """
 
     def __init__(self, lm: LanguageModel, limits: Limits | None = None, probes: Sequence[Prompt] | None = None):
+        refuse_merged(lm, "guard")
         self.lm, self.limits = lm, limits or Limits()
         given = list(own_probes() if probes is None else probes)
         self.probes = given[: self.limits.probes]

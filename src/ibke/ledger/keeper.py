@@ -19,7 +19,7 @@ from ibke.ledger.guard import Guard, Verdict
 from ibke.ledger.ledger import Ledger
 from ibke.models import LanguageModel
 from ibke.request import EditRequest, refuse_contradictions
-from ibke.session import set_aside
+from ibke.session import refuse_merged, set_aside
 
 ATTEMPTS = 3  # of writing what was checked, before others have to wait
 
@@ -131,6 +131,7 @@ class Keeper:
         Raises:
             IBKEError: a request cannot be used, two contradict each other, or the ledger cannot be read or written.
         """
+        refuse_merged(self.lm, "ledger")
         with set_aside(self.lm):
             return self._add_all(requests, list(notes) or [""] * len(requests), who, force)
 

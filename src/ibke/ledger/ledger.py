@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from ibke.errors import FingerprintMismatchError, FormatError, LedgerError, Ledg
 from ibke.evaluation.metrics import signed
 from ibke.files import is_there
 from ibke.ledger.blobs import Blobs
-from ibke.ledger.conflicts import same_fact
-from ibke.ledger.records import Entry, Event, now, user
+from ibke.ledger.conflicts import same_facts
+from ibke.ledger.records import Entry, Event, asked, now, user
 from ibke.ledger.schema import advice, connect, note_prompts, seal, written
 from ibke.ledger.shared import offer_shared, share_needs
 from ibke.models import LanguageModel
@@ -181,9 +181,14 @@ class Ledger:
         """Take edits back, all or none; what they had taken the place of is in force again.
 
         Raises:
-            LedgerError: one does not exist, or is taken back already.
+            LedgerError: one does not exist, or is taken back already, or what would be in force again does not go
+                with the others.
         """
-        self._change("revert", edits, who, note)
+        with self.writing():
+            before = set(self.active())
+            self._change("revert", edits, who, note)
+            if set(self.active()) - before:
+                self._come_together()
 
     def revert_all(self, who: str | None = None, note: str = "") -> None:
         """Take back every edit that stands, superseded ones too, so that none is in force."""
@@ -206,21 +211,25 @@ class Ledger:
                     what = f"edit {newer} of the same fact is newer than edit {number}, which would not be in force."
                     raise LedgerError(what, str(self.folder), f"Take edit {newer} back first, with `ibke revert`.")
             self._refuse_same_fact(set(edits) & set(active), active)
-            self.state()  # which has to come together
+            self._come_together()
+
+    def _come_together(self) -> None:
+        try:
+            self.state()
+        except FormatError as error:
+            what = f"what would be in force does not go together: {error.what}"
+            raise LedgerError(what, str(self.folder), "Name more edits at once, or take others back first.") from error
 
     def _after(self, number: int) -> list[int]:
         """Standing edits that supersede one."""
         question = f"SELECT edit FROM supersedes WHERE old = ? AND edit IN ({_STANDING}) ORDER BY edit"
         return [row[0] for row in self.rows(question, number, self.head())]
 
-    def _refuse_same_fact(self, restored: Iterable[int], active: Sequence[int]) -> None:
-        asked = {number: self.entry(number).requests for number in active} if restored else {}
-        for number in restored:
-            for other in active:
-                pairs = [(one, two) for one in asked[number] for two in asked[other]] if other != number else []
-                if any(same_fact(one, two) for one, two in pairs):
-                    what = f"edits {number} and {other} would be in force for the same fact."
-                    raise LedgerError(what, str(self.folder), "Take the other back first, with `ibke revert`.")
+    def _refuse_same_fact(self, restored: set[int], active: Sequence[int]) -> None:
+        requests = {number: self.entry(number).requests for number in active} if restored else {}
+        for number, other in same_facts(requests, restored):
+            what = f"edits {number} and {other} would be in force for the same fact."
+            raise LedgerError(what, str(self.folder), "Take the other back first, with `ibke revert`.")
 
     def entry(self, number: int) -> Entry:
         """What was written down of an edit.
@@ -236,11 +245,12 @@ class Ledger:
 
     def made(self) -> Iterator[tuple[EditRequest, str]]:
         """What each edit was first asked for, and the note it was made with, oldest first and one at a time."""
-        question = "SELECT record, note FROM edits JOIN events ON edit = edits.id WHERE action = 'commit' ORDER BY edit"
+        made = "edits JOIN events ON edit = edits.id WHERE action = 'commit' ORDER BY edit"
         try:
-            for row in self.base.execute(question):
-                for one in written(row, "record", str(self.folder))["requests"][:1]:
-                    yield EditRequest.from_dict(one), row["note"]
+            for row in self.base.execute(f"SELECT edit, record, note FROM {made}"):
+                where = f"edit {row['edit']} of {self.folder}"
+                for one in asked(written(row, "record", where)["requests"][:1], where):
+                    yield one, row["note"]
         except sqlite3.DatabaseError as error:
             raise self._failed(error) from error
 
@@ -321,7 +331,7 @@ class Ledger:
         self.base.execute("INSERT INTO events (at, who, action, edit, note) VALUES (?, ?, ?, ?, ?)", row)
 
     def _row(self, number: int) -> sqlite3.Row:
-        found = self.rows(f"{_ENTRIES} WHERE edits.id = ?", number)
+        found = self.rows(f"{_ENTRIES} WHERE edits.id = ?", number) if number in _NUMBERS else []
         if not found:
             raise LedgerError(f"there is no edit {number}.", str(self.folder), "See `ibke log`.")
         return found[0]
@@ -351,7 +361,8 @@ class Ledger:
         try:
             yield
         finally:
-            self.rows("COMMIT")
+            if self.base.in_transaction:  # a disk that fails has ended it
+                self.rows("COMMIT")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -375,6 +386,7 @@ class Ledger:
         return LedgerError(f"the database says: {error}.", str(self.folder / DATABASE), advice(error))
 
 
+_NUMBERS = range(1, 2**63)  # that a database knows
 _STANDING = """
     SELECT edit FROM events WHERE id IN (SELECT max(id) FROM events WHERE id <= ? GROUP BY edit) AND action <> 'revert'
 """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import getpass
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ibke.errors import LedgerError, RequestError
 from ibke.request import EditRequest
 
 
@@ -41,8 +43,12 @@ class Entry:
 
     @property
     def requests(self) -> tuple[EditRequest, ...]:
-        """What was asked for."""
-        return tuple(EditRequest.from_dict(one) for one in self.record["requests"])
+        """What was asked for.
+
+        Raises:
+            LedgerError: it is not what was written down.
+        """
+        return asked(self.record["requests"], f"edit {self.id}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,23 @@ class Event:
     action: str
     edit: int
     note: str
+
+
+def asked(written: Iterable[Any], where: str) -> tuple[EditRequest, ...]:
+    """Requests as an edit's record has them.
+
+    Args:
+        written: what :meth:`EditRequest.to_dict` gave.
+        where: it stands, for messages.
+
+    Raises:
+        LedgerError: one is no request any more. It was when it was written down.
+    """
+    try:
+        return tuple(EditRequest.from_dict(one) for one in written)
+    except RequestError as error:
+        what = f"what is written down is damaged: {error.what}"
+        raise LedgerError(what, where, "Restore the ledger from a copy.") from error
 
 
 def now() -> str:

@@ -85,10 +85,14 @@ def written(row: sqlite3.Row, column: str, where: str) -> dict[str, Any]:
     return found
 
 
+def prompts_of(record: dict[str, Any]) -> set[str]:
+    """What an edit's requests ask, from its record, in the form in which prompts are compared."""
+    return {signed(request["prompt"]) for request in record["requests"]}
+
+
 def note_prompts(base: sqlite3.Connection, edit: int, record: dict[str, Any]) -> None:
     """Write down what an edit's requests ask, from its record."""
-    prompts = {signed(request["prompt"]) for request in record["requests"]}
-    base.executemany("INSERT INTO asks VALUES (?, ?)", [(edit, prompt) for prompt in sorted(prompts)])
+    base.executemany("INSERT INTO asks VALUES (?, ?)", [(edit, prompt) for prompt in sorted(prompts_of(record))])
 
 
 def seal(base: sqlite3.Connection) -> None:
@@ -99,10 +103,15 @@ def seal(base: sqlite3.Connection) -> None:
 
 def broken_seals(base: sqlite3.Connection) -> list[int]:
     """Events that, or whose edits, are no longer what they were when they were written down."""
-    kept = dict(base.execute("SELECT event, sha256 FROM seals").fetchall())
-    events = [row[0] for row in base.execute("SELECT id FROM events ORDER BY id")]
-    gone = sorted(set(kept) ^ set(events))
-    return gone or [event for event, sha256 in _seals(base, 0, kept) if kept[event] != sha256]
+    # A text that is no UTF-8 any more is to break its seal, not the search for broken ones.
+    base.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+    try:
+        kept = dict(base.execute("SELECT event, sha256 FROM seals").fetchall())
+        events = [row[0] for row in base.execute("SELECT id FROM events ORDER BY id")]
+        gone = sorted(set(kept) ^ set(events))
+        return gone or [event for event, sha256 in _seals(base, 0, kept) if kept[event] != sha256]
+    finally:
+        base.text_factory = str
 
 
 def _seals(base: sqlite3.Connection, after: int, kept: dict[int, str] | None = None) -> Iterator[tuple[int, str]]:
@@ -118,7 +127,8 @@ def _seals(base: sqlite3.Connection, after: int, kept: dict[int, str] | None = N
             what += base.execute("SELECT * FROM edits WHERE id = ?", (event["edit"],)).fetchone() or ()
             old = "SELECT old FROM supersedes WHERE edit = ? ORDER BY old"
             what += [one[0] for one in base.execute(old, (event["edit"],))]
-        sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        # Damage turns texts into bytes, which JSON does not know and no seal is of.
+        sha256 = hashlib.sha256(json.dumps(what, default=repr).encode()).hexdigest()
         yield event["id"], sha256
         before = kept[event["id"]] if kept else sha256
 
@@ -185,7 +195,8 @@ def _migrate(base: sqlite3.Connection, path: Path) -> None:
             base.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         base.execute("COMMIT")
     except BaseException:
-        base.execute("ROLLBACK")
+        if base.in_transaction:  # a full disk has ended it
+            base.execute("ROLLBACK")
         raise
 
 

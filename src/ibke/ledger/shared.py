@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibke.edit import Edit
-from ibke.errors import LedgerError
+from ibke.errors import FormatError, LedgerError
 from ibke.parts import part_class
 
 if TYPE_CHECKING:
@@ -57,6 +57,15 @@ def share(ledger: Ledger, name: str, kind: str, raw: bytes) -> None:
 
 
 def offer_shared(ledger: Ledger) -> None:
-    """Let kinds of parts know where their files are kept."""
+    """Let kinds of parts know where their files are kept.
+
+    Raises:
+        LedgerError: what is written down of one is damaged, or its kind is one of a newer version.
+    """
     for row in ledger.rows("SELECT * FROM shared"):
-        part_class(row["kind"]).offer(row["name"], ledger.blobs.path(row["sha256"]))
+        try:
+            part_class(row["kind"]).offer(row["name"], ledger.blobs.path(row["sha256"]))
+        except (FormatError, TypeError) as error:
+            what = f"what is written down of the file {row['name']!r} of kind {row['kind']!r} makes no sense."
+            todo = "Use the version of ibke that wrote it, or restore it from a copy."
+            raise LedgerError(what, str(ledger.folder), todo) from error

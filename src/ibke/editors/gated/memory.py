@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
 from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
 from ibke.partial import PartialModel
-from ibke.parts import Part, of_question, told_ends, watch_passes
+from ibke.parts import Part, all_or_none, of_question, told_ends, watch_passes
 
 if TYPE_CHECKING:
     from ibke.batch import Batch
@@ -197,10 +197,13 @@ class GatedNeurons(Part):
         """Let each row's neurons speak where their question is asked."""
         del place
         asking = _Asking(lm, rows)
-        handles = watch_passes(lm, asking.before, asking.after)
-        for name, (neurons, counted) in asking.neurons().items():
-            handles += Site.find(lm.model, name).attach(neurons.to(lm.device), counted)
-        return handles
+
+        def hooks() -> Iterator[RemovableHandle]:
+            yield from watch_passes(lm, asking.before, asking.after)
+            for name, (neurons, counted) in asking.neurons().items():
+                yield from Site.find(lm.model, name).attach(neurons.to(lm.device), counted)
+
+        return all_or_none(hooks())
 
 
 def first_of(names: Iterable[str]) -> str:
