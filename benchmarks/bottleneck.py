@@ -4,7 +4,8 @@
 
 Every point goes on from the shipped editor for the same number of steps under another β, on the same episodes, and is
 scored as the bare network (no refining) on the same held-out episodes. Controls: β = 0 without noise (no bottleneck at
-all) and β = 0 with noise (noise without KL). Points that are there are not run again; a killed point is resumed.
+all) and β = 0 with noise (noise without KL). Points of the same editor and number of steps that are there are not run
+again; a killed point is resumed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ibke.editors.ibke.config import IBKEConfig
+from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.shipped import load_editor, shipped_folder
 from ibke.evaluation.machine import describe
 from ibke.files import write_atomically
@@ -50,6 +52,13 @@ def settings_for(change: dict, shipped: dict, args: argparse.Namespace, start: P
     return TrainSettings(config=config, **kept)
 
 
+def known(path: Path, mark: str, steps: int) -> dict:
+    """The report so far, if it is of this editor and of points of so many steps; else one without points."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    same = (report.get("editor_mark"), report.get("steps")) == (mark, steps)
+    return report if same else {"editor_mark": mark, "steps": steps, "points": {}}
+
+
 def main() -> None:
     """Run what is missing and write benchmarks/results/bottleneck.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,22 +73,24 @@ def main() -> None:
     lm = load_model("smollm2-135m")
     folder = shipped_folder(lm)
     network, manifest = load_editor(folder, lm)
-    base = settings_for({}, manifest, args, folder, args.runs / "base")
+    mark = IBKEEditor.for_model(lm, folder).mark
+    runs = args.runs / f"{mark}.steps-{args.steps}"
+    base = settings_for({}, manifest, args, folder, runs / "base")
     ground = prepare_ground(base)
     drawn = draw_episodes(base)
     statistics = with_words(base, ground, take_statistics(base, ground, drawn[0]), drawn[0], lambda _: None)
     episodes, validation = prepare_episodes(base, ground, statistics, drawn, lambda _: None)
-    report = json.loads(args.out.read_text()) if args.out.exists() else {"points": {}}
-    report["command"] = "python benchmarks/bottleneck.py " + (
-        "--only-swap" if args.only_swap else f"--steps {args.steps}"
-    )
+    report = known(args.out, mark, args.steps)
+    if not report["points"] or not args.only_swap:  # else what made the points is what is said
+        command = "--only-swap" if args.only_swap else f"--steps {args.steps}"
+        report["command"] = f"python benchmarks/bottleneck.py {command}"
     report["machine"], report["seed"] = describe(lm.device), base.seed
     report["shipped"] = validate(network, ground.part, ground.site, validation)
     report["swapped"] = validate(network, ground.part, ground.site, validation, swap=True)
     for name, change in ({} if args.only_swap else points()).items():
         if name in report["points"]:
             continue
-        settings = settings_for(change, manifest, args, folder, args.runs / name)
+        settings = settings_for(change, manifest, args, folder, runs / name)
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         network = started_from(folder, settings, ground)
         trainer = Trainer(settings, ground, network, (episodes, validation), lambda _: None)

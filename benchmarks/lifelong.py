@@ -2,13 +2,14 @@
 
     IBKE_DATA=... python benchmarks/lifelong.py run [--method ibke] [--kind mixed] [--size 1000] [--group 100]
 
-Every group's edit is kept under runs/lifelong as soon as it is made, so a run that was stopped goes on from there. A
-group whose edit cannot be computed counts as unedited.
+Every group's edit is kept under runs/lifelong as soon as it is made, so a run that was stopped goes on from there, with
+the same stream and editor. A group whose edit cannot be computed counts as unedited.
 After every `--every` edits a sample of all edits so far is asked about, text is read and the update measured; the rows
 are in benchmarks/results/lifelong. `stream` only writes the file of edits (`--tuning`: others, for choosing settings).
 """
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -98,8 +99,16 @@ def sources_of(file: Path) -> Path:
     return file.with_suffix(".sources.json")
 
 
+def digest_of(file: Path) -> str:
+    """What a stream holds (SHA-256): its edits, and how many are from where."""
+    return hashlib.sha256(file.read_bytes() + sources_of(file).read_bytes()).hexdigest()
+
+
 def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
-    """Edits of a source in random order; those for tuning are no others' and nothing was trained on the rest."""
+    """Edits of a source in random order; those for tuning are no others'.
+
+    Nothing was trained on the rest, but questions about entities are worded as the shipped editor's training words them.
+    """
     if source == "counterfact":
         name = "train" if tuning else "val"
         found = list(read(DATA / f"counterfact/counterfact-{name}.json", "counterfact", []))
@@ -120,6 +129,8 @@ def run(file: Path, args: argparse.Namespace) -> None:
     name = f"{file.stem}.{args.method}{how}.group-{args.group}.order-{args.order}"
     folder, result = RUNS / name, RESULTS / f"{name}.json"
     requests, sources = list(read(file, "jsonl", [])), json.loads(sources_of(file).read_text())
+    held = digest_of(file)
+    refuse_another(folder / "stream", held, "on another stream")
     random.Random(f"order {args.order}").shuffle(requests)
     groups = [requests[start : start + args.group] for start in range(0, len(requests), args.group)]
     lm = load_model("smollm2-135m", dtype=args.dtype)
@@ -127,12 +138,12 @@ def run(file: Path, args: argparse.Namespace) -> None:
     battery = Battery(lm, text, TOKENS, suites)
     editor = ready(lm, args.method, *args.set, protocol=f"sequential:{args.group}" if args.group > 1 else "sequential")
     editor_mark = editor.mark  # what it learns of edits is not part of its name
-    refuse_another(folder / "editor", editor_mark)
+    refuse_another(folder / "editor", editor_mark, "with another editor or other settings")
 
     def note(number: int, state: Callable[[], Edit | None]) -> None:
         """Measure what so many groups have come to, where it is due and not known."""
         done, before = (min(len(requests), some * args.group) for some in (number, number - 1))
-        known = rows(result, editor_mark, vars(args))
+        known = rows(result, editor_mark, held, vars(args))
         due = done // args.every > before // args.every or done == len(requests)
         if not due or any(row["edits"] == done for row in known) or not (whole := state()):
             return
@@ -140,8 +151,8 @@ def run(file: Path, args: argparse.Namespace) -> None:
             row = measured(battery, whole, requests[:done], args.every, args.sample)
         row |= costs_of(tried[:number], max(1, args.every // args.group))
         everything = sorted([*known, row], key=lambda one: one["edits"])
-        report = {"stream": file.name, "sources": sources, "editor_mark": editor_mark, "rows": everything}
-        keep(result, report, vars(args), describe(lm.device))
+        report = {"stream": file.name, "stream_sha256": held, "sources": sources, "editor_mark": editor_mark}
+        keep(result, report | {"rows": everything}, vars(args), describe(lm.device))
 
     with InSequence(lm) as sequence:
         tried = tried_in(folder)
@@ -185,13 +196,17 @@ def costs_of(tried: Sequence[dict[str, Any]], latest: int) -> dict[str, Any]:
     }
 
 
-def refuse_another(place: Path, mark: str) -> None:
-    """A stream goes on with the editor it began with."""
+def refuse_another(place: Path, mark: str, how: str) -> None:
+    """A run goes on with the stream and the editor it began with; one of before a mark was kept takes this one.
+
+    Raises:
+        SystemExit: it was begun otherwise.
+    """
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, mark.encode())
     if place.read_text() != mark:
-        raise SystemExit(f"{place.parent} was begun with another editor or other settings: delete it, or use those.")
+        raise SystemExit(f"{place.parent} was begun {how}: delete it, or go on as it was begun.")
 
 
 def abilities() -> tuple[str, ...]:
@@ -248,15 +263,23 @@ def measured(battery: Battery, whole: Edit, made: Sequence[EditRequest], every: 
     return {"edits": len(made), **means, **battery.found[-1], **rest}
 
 
-def rows(result: Path, mark: str, how: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(result: Path, mark: str, held: str, how: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows known so far of this editor; another's give way.
 
+    Args:
+        result: the report.
+        mark: the editor's.
+        held: what the stream holds (SHA-256).
+        how: it is asked.
+
     Raises:
-        SystemExit: it was asked in another way.
+        SystemExit: it is of another stream, or was asked in another way.
     """
     known = json.loads(result.read_text()) if result.exists() else {}
     if known.get("editor_mark") != mark:
         return []
+    if known.get("stream_sha256", held) != held:  # older ones do not know
+        raise SystemExit(f"{result} is of another stream of this name: move it away, or bring that one back.")
     if known["config"] != how:
         raise SystemExit(f"{result} was asked in another way ({known['config']}): move it away, or ask as it was.")
     return known["rows"]

@@ -182,9 +182,9 @@ def rivals(protocol: str) -> str:
     if not by_method:
         return "Not measured yet."
     known = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    heads = [f"{TITLES[name]}: rel. | gen. | loc. | mean" for name in names]
+    heads = [f"{TITLES[name]}: rel. | gen. | loc. | loc. (answer) | mean" for name in names]
     heads += ["KB/edit | perplexity moved by | choices kept"]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (4 * len(names) + 4) + "|"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (5 * len(names) + 4) + "|"]
     for method, found in sorted(by_method.items(), key=lambda item: (-len(item[1]), -_score(item[1].values()))):
         named = f"{method} (not tuned)" if method in CANDIDATES and method not in known else method
         cells = [named] + [text for name in names for text in _quality(found.get(name))]
@@ -229,10 +229,12 @@ def anchors() -> str:
 
 
 def _quality(row: dict | None) -> list[str]:
+    """Rates of generated answers, with locality over the known answer's length, and the mean of the three."""
     if row is None:
-        return ["–"] * 4
+        return ["–"] * 5
     means = [row["generation"][key]["mean"] for key in ("reliability", "generality", "locality", "score")]
-    return [*(f"{mean:.3f}" for mean in means[:3]), f"**{means[3]:.3f}**"]
+    at_length = _mean([row.get("at_answer_length")], ".3f")
+    return [*(f"{mean:.3f}" for mean in means[:3]), at_length, f"**{means[3]:.3f}**"]
 
 
 def _score(rows: Iterable[dict]) -> float:

@@ -22,7 +22,7 @@ from ibke.cli.settings import parse
 from ibke.data.readers import read
 from ibke.editors.base import Editor, method_class
 from ibke.evaluation.protocols import sample
-from ibke.files import data_folder, write_atomically
+from ibke.files import data_folder, digest, write_atomically
 from ibke.models import LanguageModel
 from ibke.training.hypernetwork.settings import HypernetworkSettings
 
@@ -97,12 +97,14 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
         {"layer": 8, "clamp": 10.0, "learning_rate": 1.0},
         {"layer": 12, "clamp": 10.0, "learning_rate": 1.0},
         {"layer": 8, "clamp": 10.0, "learning_rate": 2.0},
+        {"layer": 8, "clamp": 10.0, "learning_rate": 1.0, "weight_decay": 1e-3},
     ],
     "memit": [
         {"clamp": 4.0, "learning_rate": 1.0},
         {"clamp": 10.0, "learning_rate": 1.0},
         {"clamp": 10.0, "learning_rate": 1.0, "moment_weight": 0.1},
         {"clamp": 10.0, "learning_rate": 1.0, "layers": "8,9,10,11,12"},
+        {"clamp": 10.0, "learning_rate": 1.0, "layers": "8,9,10,11,12", "weight_decay": 1e-3},
     ],
     "alphaedit": [
         {"clamp": 4.0, "learning_rate": 1.0},
@@ -111,6 +113,7 @@ CANDIDATES: dict[str, list[dict[str, object]]] = {
         {"clamp": 10.0, "learning_rate": 1.0, "threshold": 0.2, "ridge": 1.0},
         {"clamp": 10.0, "learning_rate": 1.0, "ridge": 1.0},
         {"clamp": 10.0, "learning_rate": 1.0, "ridge": 0.1},
+        {"clamp": 10.0, "learning_rate": 1.0, "weight_decay": 1e-3},
     ],
     "ultraedit": [
         {"learning_rate": 1e-5},
@@ -225,7 +228,8 @@ def tune(method: str, protocol: str) -> None:
 def validation_edits(name: str, count: int) -> Path:
     """A file of so many edits that no cell of the table draws."""
     path, form, source = DATASETS[name]
-    target = TUNING / f"{name}-{count}.jsonl"
+    # Which edits are left over depends on what the cells draw, and from where.
+    target = TUNING / f"{name}-{count}.{digest([COUNTS, source])[:8]}.jsonl"
     if not target.exists():
         requests = list(read(DATA / source, form, []))
         cells = COUNTS.values() if source == path else ()

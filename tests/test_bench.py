@@ -287,7 +287,7 @@ def test_the_summary_says_what_the_cells_hold(lm: LanguageModel, tmp_path: Path)
     assert calm["minus"]["score"] == {"n": 6, "mean": 0.0, "low": 0.0, "high": 0.0}
     assert summarise(plan, documents, "loud")["rows"][2]["minus"]["locality"]["mean"] == pytest.approx(-gap)
     table = list(csv.DictReader(io.StringIO(csv_text(summary))))
-    assert len(table) == 4 * (2 * len(METRICS) + len(COSTS) + len(EFFECTS) + len(COUNTS) + 1)  # one family
+    assert len(table) == 4 * (2 * len(METRICS) + 1 + len(COSTS) + len(EFFECTS) + len(COUNTS) + 1)  # one family
     line = next(r for r in table if (r["protocol"], r["method"], r["metric"]) == ("sequential:2", "loud", "locality"))
     assert float(line["minus_mean"]) == pytest.approx(gap) and line["minus"] == "calm"
 

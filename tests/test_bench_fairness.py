@@ -1,4 +1,4 @@
-"""What a summary says of cells that do not hold the same: edits not made, other edits, other machines."""
+"""What a summary says of cells that do not hold the same: edits not made, other edits, editors and machines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.test_bench import MANY, Bench, make_plan
 from ibke.bench.cell import Progress, data_digest
 from ibke.bench.compare import by_edit
 from ibke.bench.page import page
-from ibke.bench.plan import Cell, DataSet
+from ibke.bench.plan import Cell, DataSet, Plan
 from ibke.bench.run import finished, run
 from ibke.bench.summary import csv_text, markdown, summarise
 from ibke.edit import Edit
@@ -78,15 +78,45 @@ def test_a_summary_says_what_lies_in_the_requests(lm: LanguageModel, tmp_path: P
     assert "groups of at most" not in said and "targets are longer" not in said
 
 
-def test_a_summary_says_where_seeds_are_of_different_weights(lm: LanguageModel, tmp_path: Path) -> None:
+def test_a_summary_says_which_cells_are_by_another_editor(lm: LanguageModel, tmp_path: Path) -> None:
     plan = make_plan()
-    documents = run(plan, tmp_path, execute=Bench(lm))
-    assert summarise(plan, documents)["unlike"] == []
-    loud = next(n for n, cell in enumerate(plan.cells) if cell.title == "loud, towns, single, seed 1")
-    documents[loud] = documents[loud] | {"config": documents[loud]["config"] | {"editor_mark": "0" * 12}}
-    (one,) = summarise(plan, documents)["unlike"]
-    assert one["protocol"] == "single"
-    assert one["what"] == ["Not all by one editor under its name: loud; seeds are of different weights."]
+    known = run(plan, tmp_path, execute=Bench(lm))
+    mark = known[1]["config"]["editor_mark"][:8]
+    assert summarise(plan, known)["unlike"] == []
+
+    def said(marks: dict[str, str | None], plan: Plan = plan, **more: Any) -> dict[str, list[str]]:
+        """What is said, by protocol, where cells have other marks."""
+        documents = [
+            document | {"config": document["config"] | {"editor_mark": marks[cell.title]}} | more
+            if cell.title in marks
+            else document
+            for cell, document in zip(plan.cells, known, strict=True)
+        ]
+        summary = summarise(plan, documents)
+        assert all(line in markdown(summary) for one in summary["unlike"] for line in one["what"])
+        return {one["protocol"]: one["what"] for one in summary["unlike"]}
+
+    single = [f"loud, towns, single, seed {seed}" for seed in plan.seeds]
+    sequential = [f"loud, towns, sequential:2, seed {seed}" for seed in plan.seeds]
+    head = "Not all by one editor under its name: loud"
+    assert said({single[1]: "0" * 12}) == {
+        "single": [f"{head} ({mark}, 00000000 here)."],
+        "sequential:2": [f"{head} ({mark} here, 00000000 elsewhere)."],
+    }
+    # Cells of before marks were kept, beside others of the same settings.
+    assert said(dict.fromkeys(single)) == {
+        "single": [f"{head} (unknown here, {mark} elsewhere)."],
+        "sequential:2": [f"{head} ({mark} here, unknown elsewhere)."],
+    }
+    # Where nobody knows of any cell, it matters if there is something to train.
+    assert said(dict.fromkeys(single + sequential)) == {}
+    unknown = ["By a trained editor that is not known: loud."]
+    trained = said(dict.fromkeys(single + sequential), training_seconds=1.0)
+    assert trained == {"single": unknown, "sequential:2": unknown}
+    # Under other settings another mark is what one expects.
+    calm, loud = plan.contenders
+    other = replace(plan, contenders=[calm, replace(loud, under={"sequential:2": {"scale": 3.0}})])
+    assert said(dict.fromkeys(sequential, "0" * 12), other) == {}
 
 
 def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> None:
@@ -126,6 +156,23 @@ def test_a_summary_says_what_is_not_alike(lm: LanguageModel, tmp_path: Path) -> 
     changed = {"scores": loud["scores"] | scores}
     found = summarise(plan, [documents[0], {**loud, **changed}, *documents[2:]])["rows"][1]["minus"]["locality"]
     assert found["n"] == 3 and found["mean"] == pytest.approx(gap)
+
+
+def test_locality_over_an_answers_length_stands_beside_the_strict_one(lm: LanguageModel) -> None:
+    plan = make_plan()
+    document = evaluate(lm, RandomEditor(lm), MANY[:1], config={"seed": 0}) | {"cell_seconds": 1.0}
+    # Loud's single edits by seed; before it was counted a report had none.
+    known = {1: {"at_answer_length": {"mean": 0.75}}, 5: {"at_answer_length": {"mean": 0.5}}}
+    details = [document["locality_detail"] | {"edited": known.get(number, {})} for number in range(len(plan.cells))]
+    summary = summarise(plan, [document | {"locality_detail": detail} for detail in details])
+    assert [row["at_answer_length"] for row in summary["rows"]] == [None, 0.625, None, None]
+    lines = [r for r in csv.DictReader(io.StringIO(csv_text(summary))) if r["metric"] == "at_answer_length"]
+    assert [r["mean"] for r in lines] == ["", "0.625", "", ""] and lines[0]["block"] == "locality_detail"
+    written = [line.split(" | ") for line in markdown(summary).splitlines()]
+    head = next(number for number, line in enumerate(written) if "locality at answer length" in line)
+    assert written[head][5:7] == ["locality", "locality at answer length"]
+    assert [line[6] for line in written[head + 2 : head + 4]] == ["–", "0.625"]
+    assert "<th>locality at answer length</th>" in page(summary) and "<td>0.625</td>" in page(summary)
 
 
 def test_a_cell_of_a_data_file_that_has_changed_is_run_again(lm: LanguageModel, tmp_path: Path) -> None:

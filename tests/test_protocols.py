@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from random_editor import REQUESTS, RandomEditor, random_edit
 
 from ibke.edit import Edit
 from ibke.editors.base import Editor, method_class
-from ibke.errors import RequestError
+from ibke.errors import CaptureError, RequestError
 from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.metrics import exact_match
 from ibke.evaluation.protocols import Protocol, evaluate, sample
@@ -133,6 +134,24 @@ def test_edits_kept_as_one_are_those_side_by_side(tiny_model: Callable[..., Lang
             torch.testing.assert_close(kept.whole.delta(module), total)
         torch.testing.assert_close(lm.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(lm.model(ids).logits, base) and not torch.allclose(expected, base)
+
+
+def test_joining_those_before_it_is_part_of_an_edits_time(
+    tiny_model: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, add, now = tiny_model("llama"), InSequence.add, [0.0]
+
+    def slow(self: InSequence, edit: Edit) -> None:
+        now[0] += 5000.0
+        if self.whole is not None:
+            raise CaptureError("their gates cannot be told apart.")
+        add(self, edit)
+
+    monkeypatch.setattr(InSequence, "add", slow)
+    monkeypatch.setattr("ibke.evaluation.protocols.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    report = evaluate(lm, RandomEditor(lm), MANY[:2], Protocol("sequential"))
+    assert report["not_made"] == 1  # whose time counts too
+    assert report["seconds_per_edit"] >= 5000.0
 
 
 @pytest.mark.parametrize("method", ["grace", "ike"])

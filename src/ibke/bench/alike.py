@@ -1,4 +1,4 @@
-"""Whether cells that are compared can be: made of the same edits, of one data file, by one model, on one machine.
+"""Whether cells that are compared can be: of the same edits and data file, by one editor and model, on one machine.
 
 Cells lie in a folder for weeks, and are copied there from other machines; what their names do not tell is read out of
 them and said beside the comparison.
@@ -13,12 +13,15 @@ Document = Mapping[str, Any]
 UNKNOWN = "unknown"
 
 
-def unlike(here: Mapping[str, Sequence[Document]], against: str) -> list[str]:
+def unlike(
+    here: Mapping[str, Sequence[Document]], against: str, everywhere: Mapping[str, Sequence[Document]]
+) -> list[str]:
     """What differs between methods under one data set and protocol; a sentence each, none where all is alike.
 
     Args:
         here: reports of each method.
         against: the one that the others are compared with.
+        everywhere: of each method, its reports of the same settings under any data set and protocol.
     """
     ran = {label: reports for label, reports in here.items() if reports}
     first = against if against in ran else next(iter(ran), "")
@@ -27,7 +30,8 @@ def unlike(here: Mapping[str, Sequence[Document]], against: str) -> list[str]:
         _said("Not all made by the same model", ran, _model),
         _said("Not all made on the same machine, so that seconds and memory cannot be compared", ran, _machine),
     ]
-    return [*_other_edits(ran, first), *_other_editors(ran), *(sentence for sentence in differing if sentence)]
+    editors = _other_editors(ran, everywhere)
+    return [*_other_edits(ran, first), *editors, *(sentence for sentence in differing if sentence)]
 
 
 def machine_name(machine: Document) -> str:
@@ -56,13 +60,22 @@ def _other_edits(ran: Mapping[str, Sequence[Document]], first: str) -> list[str]
     ]
 
 
-def _other_editors(ran: Mapping[str, Sequence[Document]]) -> list[str]:
-    """Which methods were not one method all the time: other weights, or what they are told of."""
-    marks = {label: {report["config"].get("editor_mark") for report in reports} for label, reports in ran.items()}
-    several = [label for label, own in marks.items() if len(own) > 1]
-    if not several:
-        return []
-    return [f"Not all by one editor under its name: {', '.join(several)}; seeds are of different weights."]
+def _other_editors(ran: Mapping[str, Sequence[Document]], everywhere: Mapping[str, Sequence[Document]]) -> list[str]:
+    """Which methods were not one method all the time (other weights, or what they are told of), or may not have been.
+
+    A table is read across data sets and protocols, and cells of before a training are not run again after it.
+    """
+    several, unknown = [], []
+    for label, reports in ran.items():
+        own = _editors(reports)
+        others = [mark for mark in _editors(everywhere[label]) if mark not in own]
+        if len(own) + len(others) > 1:
+            elsewhere = f", {', '.join(others)} elsewhere" if others else ""
+            several.append(f"{label} ({', '.join(own)} here{elsewhere})")
+        elif own == [UNKNOWN] and any(report.get("training_seconds") is not None for report in reports):
+            unknown.append(label)
+    said = {"Not all by one editor under its name": several, "By a trained editor that is not known": unknown}
+    return [f"{what}: {', '.join(labels)}." for what, labels in said.items() if labels]
 
 
 def _said(what: str, ran: Mapping[str, Sequence[Document]], name: Callable[[Document], str]) -> str:
@@ -75,6 +88,11 @@ def _said(what: str, ran: Mapping[str, Sequence[Document]], name: Callable[[Docu
         return ""
     listed = [f"{', '.join(labels)} ({found})" for found, labels in having.items()]
     return f"{what}: {'; '.join(listed)}."
+
+
+def _editors(reports: Sequence[Document]) -> list[str]:
+    """The first digits of their editors' marks, each once; cells of before these were kept do not know."""
+    return list(dict.fromkeys((report["config"].get("editor_mark") or UNKNOWN)[:8] for report in reports))
 
 
 def _file(report: Document) -> str:

@@ -11,9 +11,9 @@ from ibke.bench.charts import Dot
 from ibke.bench.compare import SCORE
 from ibke.bench.effects import EFFECTS, POINTS, RELATIVE, effect, effects_table, families_table
 from ibke.bench.summary import (
-    COSTS,
     by_place,
     cells,
+    columns,
     conditions,
     difference,
     measured,
@@ -149,7 +149,7 @@ def _effects(rows: Sequence[Mapping[str, Any]], against: str) -> dict[str, str]:
 def _tables(against: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The numbers, and the files they come from."""
     metrics = measured(rows)
-    head = ["method", "n", *metrics, f"score − {against}", *COSTS.values(), *(f"forced {name}" for name in ASPECTS)]
+    head = ["method", "n", *columns(rows, against), *(f"forced {name}" for name in ASPECTS)]
     lines = [
         [
             *(row["method"], str(row["n"]), *cells(row, metrics)),

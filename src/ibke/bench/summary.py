@@ -25,6 +25,7 @@ COSTS = {
     "rate_nats": "nats/edit",
     "training_seconds": "s to train",
 }
+AT_ANSWER_LENGTH = "locality at answer length"  # the whole answer may run on, and one word at its end then counts
 
 Document = Mapping[str, Any]
 
@@ -43,10 +44,11 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         ``portability``, each mean, 95 % interval and number of edits; ``not_made``, how many edits could not be made
         and count as nothing done, with the first reason in ``not_made_why``; ``unreachable``, how many targets no
         answer can be; ``groups``, in how many groups of at most ``group`` they were made, and ``fewest_groups`` that
-        would hold them; ``minus``, the generated ones less those of ``against`` on the same edits; the costs, the
-        ``effects`` and the answers by ``families``, means over seeds; ``by_age``, of the first seed; and ``files``,
-        where all of it comes from.
-        ``unlike`` says of each data set and protocol in what the cells compared differ: edits, file, model, machine.
+        would hold them; ``minus``, the generated ones less those of ``against`` on the same edits; the costs, locality
+        ``at_answer_length`` and ``where_base_answers``, the ``effects`` and the answers by ``families``, means over
+        seeds; ``by_age``, of the first seed; and ``files``, where all of it comes from.
+        ``unlike`` says of each data set and protocol in what the cells compared differ: edits, editor, file, model,
+        machine.
         ``base`` has reliability and generality of the unedited model, and at what share of locality prompts it
         answers anything; ``left_out`` what could not be used of each data set, by
         :func:`~ibke.data.readers.account`; ``failed`` the cells without a result.
@@ -66,7 +68,8 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
         for label, reports in here.items():
             head = {"data": place[0], "protocol": place[1], "method": label}
             rows.append(head | _row(reports) | {"minus": _minus(reports, here.get(against, [])), "files": files[label]})
-        if said := unlike(here, against):
+        everywhere = {cell.contender.label: _of_the_same(cell, named) for cell, _ in ran}
+        if said := unlike(here, against, everywhere):
             different.append({"data": place[0], "protocol": place[1], "what": said})
         if some := next(filter(None, here.values()), None):
             base.append({"data": place[0], "protocol": place[1]} | _base(some))
@@ -86,6 +89,11 @@ def summarise(plan: Plan, documents: Sequence[Document], against: str | None = N
             if "failed" in document
         ],
     }
+
+
+def _of_the_same(cell: Cell, named: Sequence[tuple[Cell, Document]]) -> list[Document]:
+    """The reports of a cell's method under the same settings, whatever the data set and protocol."""
+    return [doc for other, doc in named if other.contender == cell.contender and doc and "failed" not in doc]
 
 
 def _distinct(machines: Iterable[Document]) -> list[Document]:
@@ -121,8 +129,9 @@ def _row(reports: Sequence[Document]) -> dict[str, Any]:
     for block in BLOCKS:
         row[block] = {name: asdict(mean(by_edit(reports, block, name))) for name in METRICS}
     row |= {name: mean_known(report.get(name) for report in reports) for name in COSTS}
-    details = [report["locality_detail"]["edited"].get("where_base_answers", {}) for report in reports]
-    row["where_base_answers"] = mean_known(detail.get("mean") for detail in details)
+    details = [report["locality_detail"]["edited"] for report in reports]
+    for name in ("at_answer_length", "where_base_answers"):
+        row[name] = mean_known(detail.get(name, {}).get("mean") for detail in details)
     row["marks"] = list(dict.fromkeys(report["config"].get("editor_mark") for report in reports))
     row |= {"effects": effects(reports), "families": families(reports)}
     return row | {"by_age": reports[0]["by_age"] if reports else []}
@@ -151,7 +160,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for data, protocol, rows in by_place(summary):
         lines += [f"## {data}, {protocol}", ""]
         lines += _table(
-            ["method", "n", *measured(rows), f"score − {summary['against']}", *COSTS.values()],
+            ["method", "n", *columns(rows, summary["against"])],
             [[row["method"], str(row["n"]), *cells(row, measured(rows))] for row in rows],
         )
         lines += [f"\n{line}" for line in remarks(summary, data, protocol, rows)]
@@ -180,6 +189,8 @@ def csv_text(summary: Mapping[str, Any]) -> str:
                 found = [[metric[key] for key in ("mean", "low", "high")] for metric in (row[block][name], minus)]
                 n = [row[block][name]["n"], minus["n"]]
                 table.writerow([*start, block, name, n[0], *found[0], summary["against"], n[1], *found[1], files])
+        detail = ["locality_detail", "at_answer_length", row["n"], row["at_answer_length"]]
+        table.writerow([*start, *detail, *nothing, files])
         for name in COUNTS:
             table.writerow([*start, "count", name, row["n"], row[name], *nothing, files])
         for name in COSTS:
@@ -291,9 +302,15 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in METRICS if any(row["generation"][name]["mean"] is not None for row in rows)]
 
 
+def columns(rows: Sequence[Mapping[str, Any]], against: str) -> list[str]:
+    """The titles of :func:`cells`."""
+    return [*measured(rows), AT_ANSWER_LENGTH, f"score − {against}", *COSTS.values()]
+
+
 def cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """A row's generated metrics, difference and costs as they are written."""
     generated = [share(row["generation"][name]) for name in metrics]
+    generated.append("–" if row["at_answer_length"] is None else f"{row['at_answer_length']:.3f}")
     return [*generated, difference(row["minus"]["score"]), *(number(row[name]) for name in COSTS)]
 
 

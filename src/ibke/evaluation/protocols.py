@@ -7,7 +7,9 @@ says when it must find the words itself; teacher-forced figures are there to be 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -219,12 +221,12 @@ def _report(
     locality: the same tokens as the base), each of ``reliability``, ``generality``, ``locality`` and
     ``locality_accuracy`` (against the known answers) with mean and 95 % interval. ``by_age`` has the generated ones by
     the number of edits made later, youngest first; all edits of another protocol are of age 0. ``rate_nats`` is per
-    edit, None where the method has no code; ``seconds_per_edit`` is wall-clock; ``training_seconds`` what training took
-    up to the weights in use, caching included, None elsewhere; ``bytes_per_edit`` what is kept of an edit, without what
-    all of the method have in common (``shared_bytes``); ``memory_per_edit_mb`` what making one needs above what the
-    process held before (median); ``peak_memory_mb`` the peak of the process over loading, editing and scoring,
-    ``peak_memory_editing_mb`` up to the first answers. ``scores`` has the metrics edit by edit; ``side_effects``, given
-    a battery, what :meth:`Battery.report` says.
+    edit, None where the method has no code; ``seconds_per_edit`` is wall-clock, with joining those before it in a
+    sequence; ``training_seconds`` what training took up to the weights in use, caching included, None elsewhere;
+    ``bytes_per_edit`` what is kept of an edit, without what all of the method have in common (``shared_bytes``);
+    ``memory_per_edit_mb`` what making one needs above what the process held before (median); ``peak_memory_mb`` the
+    peak of the process over loading, editing and scoring, ``peak_memory_editing_mb`` up to the first answers.
+    ``scores`` has the metrics edit by edit; ``side_effects``, given a battery, what :meth:`Battery.report` says.
     """
     tally, count = exam.tally, len(exam.requests)
     later = _made_later(groups, costs.made)
@@ -306,16 +308,29 @@ def _sequential(
 def stay(edits: InSequence, costs: Costs, editor: Editor, edit: Edit) -> Editor:
     """Put an edit in force to stay; the editor for what follows.
 
-    Where that cannot be computed, sequence and editor are as they were, and the edit counts as not made.
+    What joining those before it takes, where gates are told apart again, is part of its time. Where that cannot be
+    computed, sequence and editor are as they were, and the edit counts as not made.
     """
     before = edits.whole
     try:
-        edits.add(edit)
+        with _timed(costs):
+            edits.add(edit)
         return costs.after(editor, edit)
     except FAILURES as error:
         edits.back_to(before)
         costs.unmake(error)
         return editor
+
+
+@contextmanager
+def _timed(costs: Costs) -> Iterator[None]:
+    """Adds what is done to the last attempt's time, also where it fails."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        last = costs.attempts[-1]
+        costs.attempts[-1] = replace(last, seconds=last.seconds + time.perf_counter() - began)
 
 
 def _for_editor(request: EditRequest, frame: EditFrame, tokenizer: Any) -> EditRequest:
