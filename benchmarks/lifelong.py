@@ -107,7 +107,7 @@ def digest_of(file: Path) -> str:
 def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
     """Edits of a source in random order; those for tuning are no others'.
 
-    Nothing was trained on the rest, but questions about entities are worded as the shipped editor's training words them.
+    Nothing was trained on the rest, but questions about entities are worded as the shipped editor's training has them.
     """
     if source == "counterfact":
         name = "train" if tuning else "val"
