@@ -31,6 +31,13 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path):
     assert is_special(pipe) and [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_file_is_no_folder_to_write_to(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "report.json", tmp_path / "none" / "report.json"):
+        with pytest.raises(IBKEError, match="cannot be written"):
+            check_writable(place)
+
+
 def test_a_device_is_written_to_and_stays_one():
     check_writable(Path(os.devnull))
     write_atomically(Path(os.devnull), b"nothing")

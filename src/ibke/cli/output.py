@@ -55,7 +55,13 @@ def check_writable(path: Path) -> None:
         IBKEError: its folder does not exist or is closed to us, or the file is a folder.
     """
     place = path.resolve()
-    if (is_there(place) and place.is_dir()) or not os.access(place if is_special(place) else place.parent, os.W_OK):
+    folder = place.parent
+    if is_special(place):
+        fine = os.access(place, os.W_OK)
+    else:
+        there = is_there(folder) and folder.is_dir() and os.access(folder, os.W_OK)
+        fine = there and not (is_there(place) and place.is_dir())
+    if not fine:
         raise IBKEError("it cannot be written.", str(path), "Name a file in a folder that exists.")
 
 
