@@ -193,7 +193,7 @@ def _region(clause: list[Word], whole: bool) -> tuple[list[Word], Verb]:
 def _asked_within(clause: list[Word]) -> list[Word]:
     """The question in "you know when …", "somebody tell me how …"; nothing where there is none."""
     at = next((at for at, word in enumerate(clause[:5]) if word.of("asking")), None)
-    return clause[at:] if at and clause[at:][1:] else []
+    return clause[at:] if at and at + 1 < len(clause) else []
 
 
 def _before_verb(clause: list[Word]) -> list[Word]:
