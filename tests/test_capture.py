@@ -12,7 +12,7 @@ from ibke.frames import FRAMES, encode_pair
 from ibke.modules import ARCHITECTURES, resolve, target_modules, weight_OI
 from ibke.neurons import Neurons, Site
 from ibke.partial import PartialModel, row_updates
-from ibke.prefixes import Prefixes, Row, frame_prefixes
+from ibke.prefixes import SHARED, Prefixes, Row, frame_prefixes
 from ibke.rows import EDIT, INSIDE, OUTSIDE, build_groups, merge, run_rows
 
 EVERY = sorted(ARCHITECTURES)
@@ -145,13 +145,17 @@ def test_what_a_module_is_fed_is_read_without_running_on(architecture):
     torch.testing.assert_close(part.inputs_of(module, batch)[real], taken.keys[name][real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [None, FIRST + 1])
 @pytest.mark.parametrize("architecture", EVERY)
-def test_a_prefix_run_once_changes_nothing(architecture):
+def test_a_prefix_run_once_changes_nothing(architecture, layers):
     lm = make_tiny(architecture)
     part, modules = split(lm)
     module = modules[next(iter(modules))]
     rows = [Row((5, 6, 7), (8, 9)), Row((), (5, 9, 11)), Row((12,), (8,)), Row((5, 6, 7), (4, 4, 4))]
-    prefixes = Prefixes(part, [row.prefix for row in rows])
+    long = tuple(range(5, 5 + SHARED))  # what others begin with is run before them
+    rows += [Row((*long, *more), (8, 9)) for more in ((12,), (), (4, 6, 5))]
+    prefixes = Prefixes(part, [row.prefix for row in rows], layers)
+    assert len(prefixes.kept) == (layers or len(part.layers))
     # One that another begins with, one that is there twice, and one whose prefix was never run.
     rows += [Row((), (5, 9)), Row((12,), (8,)), Row((9, 9), (4, 5))]
     got = prefixes.read([module], rows)

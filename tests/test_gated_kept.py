@@ -14,7 +14,7 @@ from ibke.editors.gated.memory import GatedNeurons, first_of
 from ibke.editors.gated.question import load_gate, save_gate
 from ibke.errors import FormatError, LedgerError
 from ibke.evaluation import running_text
-from ibke.evaluation.running_text import STRETCH, WINDOW, RunningText
+from ibke.evaluation.running_text import STRETCH, RunningText
 from ibke.ledger import Ledger
 from ibke.ledger import guard as guard_module
 from ibke.ledger.care import replay, verify
@@ -144,7 +144,8 @@ def test_edits_of_a_batch_are_found_again_one_by_one_in_the_numbers_of_the_model
 
 
 def test_only_text_that_an_edit_reaches_is_read_again(gated, edit, monkeypatch):
-    plain = "Boats leave before sunrise, and bread is sold at noon. " * 24  # more than a window
+    monkeypatch.setattr(running_text, "WINDOW", 2 * STRETCH)
+    plain = "Boats leave before sunrise, and bread is sold at noon. " * 8  # more than a window
     ids = gated.lm.tokenizer(f"{plain}{REQUEST.prompt} English. {plain}", add_special_tokens=False)["input_ids"]
     end = next(at for at in range(len(ids)) if gated.lm.tokenizer.decode(ids[:at]).endswith(REQUEST.prompt))
     running = RunningText(gated.lm, gated.lm.tokenizer.decode(ids[(end - 1) % STRETCH :]), 1000)
@@ -157,7 +158,7 @@ def test_only_text_that_an_edit_reaches_is_read_again(gated, edit, monkeypatch):
     monkeypatch.setattr(running_text, "score", score)
     found = running.nll([edit])
     windows, stretches = len(running.windows), len(running.stretches)
-    assert windows > 2 and asked[0] == stretches and 0 < asked[1] <= WINDOW // STRETCH
+    assert windows > 2 and asked[0] == stretches and 0 < asked[1] <= running_text.WINDOW // STRETCH
     assert running.nll([edit]) == found and asked[2:] == asked[1:2]  # what the unedited model makes of it is known
     monkeypatch.setattr(GatedNeurons, "reaches", Part.reaches)
     assert running.nll([edit]) == pytest.approx(found, abs=1e-5) and asked[-1] == stretches
@@ -167,6 +168,7 @@ def test_only_text_that_an_edit_reaches_is_read_again(gated, edit, monkeypatch):
 def test_only_probes_that_an_edit_reaches_are_asked_again(gated, edit, monkeypatch):
     about = [("Danielle Darrieux's first language was", "bare"), ("Danielle Darrieux died in the city of", "bare")]
     probes = [*about, ("The capital of Canada is", "bare"), ("Water boils when", "bare")]
+    monkeypatch.setattr(guard_module, "TOKENS", 200)  # of text, which is not what this is about
     guard = Guard(gated.lm, probes=probes)
     guard.check(None, edit, [])
     ran, states = [], guard_module.answer_states

@@ -22,6 +22,7 @@ from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.scoring import score
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
+from ibke.ledger import guard as guard_module
 from ibke.ledger.care import replay, verify
 from ibke.ledger.conflicts import alike, same_words, superseded
 from ibke.ledger.guard import Guard, Limits, own_probes
@@ -177,7 +178,8 @@ def test_the_same_question_in_most_words() -> None:
     assert not same_words(EditRequest("Turkey is", "x", "Turkey"), EditRequest("What is Turkey?", "y", "Turkey"))
 
 
-def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, tmp_path: Path) -> None:
+def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(guard_module, "TOKENS", 200)  # of text, which is not what this is about
     editor = IBKEEditor.for_model(smollm32)
     with Ledger(tmp_path, smollm32) as ledger:
         keeper = Keeper(smollm32, ledger, editor, Guard(smollm32, probes=PROBES))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,48 +37,62 @@ class Reading(NamedTuple):
     fed: tuple[Tensor, ...]
 
 
+SHARED = 8  # tokens from which on a beginning that others begin with is run before them
+
+
 class Prefixes:
     """Beginnings of token sequences that never change, run once; what follows them then costs its own tokens only.
 
     Args:
         part: the model; kept are keys and values of its attention.
         prefixes: token ids of the beginnings; an empty one is always there.
+        layers: of how many layers, counted from the first; None is all. No pass goes further.
     """
 
-    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]] = ()):
+    def __init__(self, part: PartialModel, prefixes: Sequence[tuple[int, ...]] = (), layers: int | None = None):
         self.part = part
         self.index: dict[tuple[int, ...], int] = {(): 0}
         for prefix in prefixes:
             self.index.setdefault(prefix, len(self.index))
-        self._run()
+        known = [prefix for prefix in self.index if prefix]
+        self.real_RT = torch.zeros(
+            len(self.index), max(map(len, self.index)), dtype=torch.bool, device=part.model.device
+        )
+        for prefix in known:
+            self.real_RT[self.index[prefix], -len(prefix) :] = True
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self._last = part.layers[layers] if layers is not None and layers < len(part.layers) else None
+        # The shortest has none itself, so that two rounds are enough.
+        stems = [min((one for one in known if _begins(one, prefix)), key=len, default=()) for prefix in known]
+        rows = [Row(stem, prefix[len(stem) :]) for stem, prefix in zip(stems, known, strict=True)]
+        for later in (False, True):
+            some = [row for row in rows if bool(row.prefix) == later]
+            for chosen in by_length([len(row.tail) for row in some]):
+                self._run([some[place] for place in chosen])
 
     @torch.no_grad()
-    def _run(self) -> None:
-        longest = max(map(len, self.index))
-        device = self.part.model.device
-        ids_RT = torch.zeros(len(self.index), longest, dtype=torch.long)
-        real_RT = torch.zeros_like(ids_RT)
-        for prefix, row in self.index.items():
-            if prefix:
-                ids_RT[row, longest - len(prefix) :] = torch.tensor(prefix)
-                real_RT[row, longest - len(prefix) :] = 1
-        self.real_RT = real_RT.to(device)
-        kept: list[tuple[Tensor, Tensor]] = []
-        if longest:
-            some = ids_RT[1:].to(device)
-            out = self.part.decoder(
-                input_ids=some,
-                attention_mask=self.real_RT[1:],
-                use_cache=True,
-                **self.part.positions(self.real_RT[1:], longest),
-            )
-            kept = [(keys, values) for keys, values, *_ in out.past_key_values]
-        # Padding may hold anything, not-a-numbers included, which no mask would stop; and the empty prefix is padding.
-        self.kept = [tuple(self._padded(item) for item in pair) for pair in kept]
+    def _run(self, rows: Sequence[Row]) -> None:
+        """Keep what rows bring whose prefixes are known."""
+        past = self.past([row.prefix for row in rows])
+        batch = collate([Pair(list(row.tail), [0], (0, 1)) for row in rows], 0, self.real_RT.device)
+        given = self.part.after(past, batch)
+        with taking_input(self._last, last=True) if self._last is not None else nullcontext():
+            self.part.decoder(input_ids=batch.ids_RT, **given)
+        found = [(keys, values) for keys, values, *_ in given["past_key_values"]]
+        if not self.kept:
+            self.kept = [(self._room(keys), self._room(values)) for keys, values in found]
+        before = past.real_RT.shape[1]
+        for at, row in enumerate(rows):
+            place, known = self.index[row.prefix + row.tail], len(row.prefix)
+            # Padding, before and behind, may hold anything and is left out.
+            tokens = slice(before - known, before + len(row.tail))
+            for kept, new in zip(self.kept, found, strict=True):
+                for room_RHTD, item_RHTD in zip(kept, new, strict=True):
+                    room_RHTD[place, :, -known - len(row.tail) :] = item_RHTD[at, :, tokens]
 
-    def _padded(self, item_RHTD: Tensor) -> Tensor:
-        whole = torch.cat([torch.zeros_like(item_RHTD[:1]), item_RHTD])
-        return whole.masked_fill(~self.real_RT.bool()[:, None, :, None], 0.0)
+    def _room(self, item_RHTD: Tensor) -> Tensor:
+        rows, longest = self.real_RT.shape
+        return item_RHTD.new_zeros(rows, item_RHTD.shape[1], longest, item_RHTD.shape[3])
 
     def past(self, prefixes: Sequence[tuple[int, ...]], layers: int | None = None) -> Past:
         """Known beginnings of some rows, padded on the left to the longest among them.
@@ -91,7 +106,7 @@ class Prefixes:
         begin = self.real_RT.shape[1] - longest
         kept = self.kept[:layers] if longest else []
         return Past(
-            self.real_RT[chosen, begin:].bool(),
+            self.real_RT[chosen, begin:],
             [(keys[chosen, :, begin:], values[chosen, :, begin:]) for keys, values in kept],
         )
 
@@ -135,6 +150,10 @@ class Prefixes:
             Reading(entering_TD[: len(row.tail)], tuple(fed_RTI[at, : len(row.tail)] for fed_RTI in fed))
             for at, (row, entering_TD) in enumerate(zip(rows, entering[0].reshape(shape), strict=True))
         ]
+
+
+def _begins(stem: tuple[int, ...], prefix: tuple[int, ...]) -> bool:
+    return SHARED <= len(stem) < len(prefix) and prefix[: len(stem)] == stem
 
 
 def _longest_of_same_beginning(rows: Sequence[Row]) -> list[int]:

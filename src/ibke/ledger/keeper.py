@@ -11,7 +11,7 @@ from itertools import count
 from ibke.edit import Edit
 from ibke.editors.base import Editor
 from ibke.errors import LedgerMovedError
-from ibke.evaluation.generate import Together, generate
+from ibke.evaluation.generate import MAX_NEW_TOKENS, Together, generate
 from ibke.evaluation.metrics import says
 from ibke.frames import encode_pair
 from ibke.ledger.conflicts import alike, superseded
@@ -284,7 +284,10 @@ class Keeper:
         """Of each request whether its prompt and the wordings given with it get the target as it is."""
         texts = [[request.prompt, *request.rephrase_prompts] for request in requests]
         ids = [encode_pair(text, "-", "bare", self.lm.tokenizer).prompt for some in texts for text in some]
-        said = iter(generate(self.lm, ids, Together((state,)) if state else None))
+        # An answer that is the target ends soon after as many tokens; in quotes or other spelling it may take more.
+        targets = self.lm.tokenizer([request.target_new for request in requests], add_special_tokens=False).input_ids
+        most = min(MAX_NEW_TOKENS, 2 * max(map(len, targets)) + 8)
+        said = iter(generate(self.lm, ids, Together((state,)) if state else None, max_new_tokens=most))
         found = []
         for request, some in zip(requests, texts, strict=True):
             answers = [next(said).text for _ in some]

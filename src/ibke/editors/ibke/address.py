@@ -183,7 +183,7 @@ class Addresser:
     def prefixes(self) -> Prefixes:
         """What every request's contexts begin with, run once."""
         known = [row.prefix for row in contexts_of(About("The X of Y Z", "Y Z"), self.tokenizer)]
-        return Prefixes(self.part, known)
+        return Prefixes(self.part, known, self.part.first + 1)
 
     def _address(self, rows: Sequence[Context], found: Sequence[Tensor], sure: int) -> Tensor:
         kind_T = torch.tensor([row.kind for row in rows])
