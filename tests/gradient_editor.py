@@ -16,7 +16,10 @@ from ibke.editors.base import Editor
 from ibke.frames import encode_pair
 from ibke.models import LanguageModel
 from ibke.modules import in_out, resolve, target_modules
+from ibke.partial import PartialModel
 from ibke.request import EditRequest
+
+LAYERS = (12, 16, 20)
 
 
 class GradientEditor(Editor):
@@ -28,7 +31,7 @@ class GradientEditor(Editor):
 
     def __init__(self, lm: LanguageModel):
         super().__init__(lm)
-        self.modules = resolve(lm.model, target_modules(lm, lm.architecture, (12, 16, 20)))
+        self.modules = resolve(lm.model, target_modules(lm, lm.architecture, LAYERS))
 
     def edit(self, requests: Sequence[EditRequest]) -> Edit:
         """One Edit for all requests."""
@@ -36,11 +39,14 @@ class GradientEditor(Editor):
         batch = collate(pairs, self.lm.tokenizer.pad_token_id, self.lm.device)
         generator = torch.Generator().manual_seed(0)
         factors = {name: self._start(module, generator) for name, module in self.modules.items()}
-        adam = torch.optim.Adam([tensor for pair in factors.values() for tensor in pair], lr=5e-3)
+        adam = torch.optim.Adam([tensor for pair in factors.values() for tensor in pair], lr=1e-2)
+        part = PartialModel(self.lm.model, self.lm.architecture.layers, LAYERS[0])
+        before = part.prefix(batch)
         for _ in range(self.steps):
             with self._in_force(factors):
-                logits = self.lm.model(input_ids=batch.ids_RT, attention_mask=batch.attention_RT.long()).logits
-            loss = F.cross_entropy(logits[batch.predicts_RT].float(), batch.labels_N)
+                loss = F.cross_entropy(part.suffix(before, batch), batch.labels_N)
+            if loss < 0.02:
+                break
             adam.zero_grad()
             loss.backward()
             adam.step()
