@@ -233,11 +233,12 @@ def taken_up(folder: Path, tried: Sequence[dict[str, Any]]) -> Edit | None:
 
 def go_on(sequence: InSequence, editor: Editor, folder: Path, tried: Sequence[dict[str, Any]]) -> Editor:
     """Put the edits of a run that was stopped in force again; returns the editor for what follows."""
-    if whole := taken_up(folder, tried):
-        sequence.session.attach(whole)
-        sequence.whole = whole
-        for edit in kept_of(folder, tried):
-            editor = editor.after(edit)
+    if type(editor).after is Editor.after:  # it remembers nothing, and joining all at once is quicker
+        sequence.back_to(taken_up(folder, tried))
+        return editor
+    for edit in kept_of(folder, tried):
+        sequence.add(edit)
+        editor = editor.after(edit)  # what it remembers may be of the model with those before it in force
     return editor
 
 

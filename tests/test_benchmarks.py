@@ -9,6 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from tests.locating import REQUESTS, make_editor
+
+from ibke.evaluation.sequence import InSequence
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -86,6 +90,23 @@ def test_a_stream_goes_on_with_the_edits_that_it_began_with(script: Any, tmp_pat
     with pytest.raises(SystemExit, match="another stream of this name"):
         lifelong.rows(result, "m", held, {})
     assert lifelong.rows(result, "another", held, {}) == []
+
+
+@pytest.mark.usefixtures("statistics_folder")
+def test_a_method_that_remembers_goes_on_as_if_it_had_not_stopped(script: Any, tmp_path: Path) -> None:
+    lifelong: ModuleType = script("lifelong")
+    editor, tried = make_editor("alphaedit"), []
+    with InSequence(editor.lm) as sequence:
+        whole = editor
+        for number, request in enumerate(REQUESTS):
+            whole, attempt = lifelong.one_more(tmp_path / f"{number:05d}", sequence, whole, [request])
+            tried.append(attempt)
+    with InSequence(editor.lm) as sequence:
+        again = lifelong.go_on(sequence, editor, tmp_path, tried)
+        assert sequence.whole is not None and sequence.whole.requests == tuple(REQUESTS)
+    assert editor.history == {} and again.history.keys() == whole.history.keys() != set()
+    for name, history in whole.history.items():
+        assert torch.allclose(again.history[name], history, rtol=1e-4, atol=1e-7)
 
 
 def test_points_of_another_editor_or_length_are_dropped(script: Any, tmp_path: Path) -> None:
