@@ -236,7 +236,11 @@ def test_the_command_line_keeps_and_refuses(run, smollm, tmp_path: Path) -> None
     Ledger(tmp_path / "other", make_tiny("llama")).close()
     refused(run("ask", ANKARA.prompt, "--ledger", tmp_path / "other"), "the ledger")
     out = str(tmp_path / "out.jsonl")
-    assert json.loads(run("export", out, "--ledger", place, "--json").stdout) == {"edits": 1, "file": out}
+    assert json.loads(run("export", out, "--ledger", place, "--json").stdout) == {
+        "edits": 1,
+        "file": out,
+        "changed_events": [],
+    }
     assert run("import", tmp_path / "out.jsonl", "--ledger", tmp_path / "copy").exit_code == 0
     assert json.loads(run("gc", "--ledger", tmp_path / "copy", "--json").stdout) == {"files": 0, "bytes": 0}
     assert run("log", "--ledger", tmp_path / "nowhere").exit_code == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny
 from random_editor import random_edit
+from tests.commands import Run
 
 from ibke.edit import Edit
 from ibke.errors import FormatError, LedgerError
@@ -91,6 +92,19 @@ def test_a_text_turned_into_bytes_breaks_its_seal(ledger: Ledger, edits: list[Ed
         away.rename(file)
         with pytest.raises(LedgerError, match="what is written down is damaged.*verify"):
             list(export_lines(damaged))
+
+
+@pytest.mark.parametrize("out", ["-", "out.jsonl"])
+def test_an_export_says_what_has_changed(ledger: Ledger, edits: list[Edit], run: Run, tmp_path: Path, out: str) -> None:
+    for edit in edits[:2]:
+        ledger.commit(edit)
+    file = out if out == "-" else tmp_path / out
+    assert run("export", file, "--ledger", ledger.folder).exit_code == 0
+    write_over(ledger, "events", "who = 'another' WHERE id = 1")
+    done = run("export", file, "--ledger", ledger.folder)
+    assert done.exit_code == 1 and "events 1 are not what they were" in " ".join(done.stderr.split())
+    lines = done.stdout.splitlines() if out == "-" else file.read_text().splitlines()
+    assert len(lines) == 1 + 2 + 2 and json.loads(lines[-2])["who"] == "another"  # it may be all that can be saved
 
 
 def test_a_text_that_is_none_breaks_its_seal(ledger: Ledger, edits: list[Edit]) -> None:

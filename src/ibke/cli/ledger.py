@@ -196,23 +196,29 @@ def export(
     folder: Folder = HOME,
     as_json: JSON = False,
 ) -> None:
-    """Write a ledger as JSON Lines, tensors included."""
+    """Write a ledger as JSON Lines, tensors included: exit code 1 if what is written down there has changed."""
     from ibke.ledger.exchange import export_lines
+    from ibke.ledger.schema import broken_seals
 
     with _open(folder) as ledger:
         if out == "-":
             for line in export_lines(ledger):
                 typer.echo(line, nl=False)
-            return
-        path = Path(out)
-        try:
-            write_atomically(path, (line.encode() for line in export_lines(ledger)))
-        except OSError as error:
-            raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
-        count = ledger.rows("SELECT count(*) FROM edits")[0][0]
-    screen(as_json).print(f"{count} edits written to {out}.", markup=False)
-    if as_json:
-        print_json({"edits": count, "file": out})
+        else:
+            try:
+                write_atomically(Path(out), (line.encode() for line in export_lines(ledger)))
+            except OSError as error:
+                raise LedgerError(f"it cannot be written ({error.strerror}).", out, "Choose another file.") from None
+        count, changed = ledger.rows("SELECT count(*) FROM edits")[0][0], broken_seals(ledger.base)
+    # It may be all that can be saved, so it is written; but whoever takes it in takes what it says for what was done.
+    if changed:
+        said = f"events {', '.join(map(str, changed))} are not what they were when they were written down"
+        screen(True).print(Text(f"{said}; see `ibke verify`.", style="red"))
+    if out != "-":
+        screen(as_json).print(f"{count} edits written to {out}.", markup=False)
+        if as_json:
+            print_json({"edits": count, "file": out, "changed_events": changed})
+    raise typer.Exit(NOT_ACHIEVED if changed else DONE)
 
 
 def import_(
