@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +20,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports one of them."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports one of them, for one test: by their names other packages may look for something else."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return import_module
+    yield import_module
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def row(data: str, method: str, **more: float) -> dict[str, Any]:
@@ -110,12 +114,12 @@ def test_a_method_that_remembers_goes_on_as_if_it_had_not_stopped(script: Any, t
 
 
 def test_points_of_another_editor_or_length_are_dropped(script: Any, tmp_path: Path) -> None:
-    bottleneck: ModuleType = script("bottleneck")
+    sweep: ModuleType = script("rate_sweep")
     path, points = tmp_path / "bottleneck.json", {"beta-1": {}}
     nothing = {"editor_mark": "m", "steps": 200, "points": {}}
-    assert bottleneck.known(path, "m", 200) == nothing
+    assert sweep.known(path, "m", 200) == nothing
     for report in ({"points": points}, nothing | {"editor_mark": "o", "points": points}, nothing | {"steps": 100}):
-        bottleneck.write(path, report)
-        assert bottleneck.known(path, "m", 200) == nothing
-    bottleneck.write(path, nothing | {"points": points})
-    assert bottleneck.known(path, "m", 200)["points"] == points
+        sweep.write(path, report)
+        assert sweep.known(path, "m", 200) == nothing
+    sweep.write(path, nothing | {"points": points})
+    assert sweep.known(path, "m", 200)["points"] == points

@@ -1,6 +1,6 @@
 """Is the bottleneck real? Swapped codes, and the rate against generality and locality over β.
 
-    IBKE_DATA=... python benchmarks/bottleneck.py [--steps 200]
+    IBKE_DATA=... python benchmarks/rate_sweep.py [--steps 200]
 
 Every point goes on from the shipped editor for the same number of steps under another β, on the same episodes, and is
 scored as the bare network (no refining) on the same held-out episodes. Controls: β = 0 without noise (no bottleneck at
@@ -83,7 +83,7 @@ def main() -> None:
     report = known(args.out, mark, args.steps)
     if not report["points"] or not args.only_swap:  # else what made the points is what is said
         command = "--only-swap" if args.only_swap else f"--steps {args.steps}"
-        report["command"] = f"python benchmarks/bottleneck.py {command}"
+        report["command"] = f"python benchmarks/rate_sweep.py {command}"
     report["machine"], report["seed"] = describe(lm.device), base.seed
     report["shipped"] = validate(network, ground.part, ground.site, validation)
     report["swapped"] = validate(network, ground.part, ground.site, validation, swap=True)
