@@ -258,7 +258,7 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": prompt, "target_new": target}) for prompt, target in facts]
     file = tmp_path / "requests.jsonl"
     file.write_text(lines[0] + "\n")
-    command = ("edit", "--requests", file, "--ledger", tmp_path / "kept", "--no-guard", "--json")
+    command = ("edit", "--requests", file, "--ledger", tmp_path / "kept", "--no-guard", "--no-refine", "--json")
     first = run(*command)
     assert first.exit_code == 0 and json.loads(first.stdout)["edits"][0]["edit"] == 1
     file.write_text("\n".join(lines[:2]))
@@ -284,7 +284,7 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     assert [one["outcome"] for one in more["edits"]] == ["there already", "kept"]
     nothing = tmp_path / "probes.txt"
     nothing.write_text(" \n")
-    refused(run(*command[:-2], "--probes", nothing), str(nothing), "no prompt in it")
+    refused(run(*command[:-3], "--probes", nothing), str(nothing), "no prompt in it")
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))
