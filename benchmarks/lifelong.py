@@ -19,7 +19,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rivals import ABILITIES, COUNTS, QUESTIONS, SEED, ready, running_text  # the script beside this one
+from rivals import (  # the script beside this one
+    ABILITIES,
+    COUNTS,
+    HARD_SPLIT,
+    QUESTIONS,
+    SEED,
+    ready,
+    running_text,
+    write_hard_split,
+)
 
 from ibke.data.readers import read
 from ibke.edit import Edit
@@ -42,7 +51,11 @@ DATA = data_folder()
 STREAMS, RUNS, RESULTS = Path("build/streams"), Path("runs/lifelong"), Path("benchmarks/results/lifelong")
 TRIED = "tried.json"  # what is known of each group so far
 TOKENS = 4096  # of running text
-SHARES = {"mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4}, "counterfact": {"counterfact": 1.0}}
+SHARES = {
+    "mixed": {"counterfact": 0.4, "zsre": 0.2, "questions": 0.4},
+    "counterfact": {"counterfact": 1.0},
+    "unmet": {"counterfact": 0.3, "zsre": 0.2, "held-out": 0.5},  # half of relations that training never sees
+}
 """By kind of stream, from where its edits come; what a source lacks is made up with questions where there are any."""
 
 
@@ -116,6 +129,11 @@ def edits(source: str, tuning: bool) -> Iterator[EditRequest]:
         everything = list(read(DATA / "zsre/zsre_mend_train-1k.json", "zsre", []))
         drawn = {request.prompt for count in COUNTS.values() for request in sample(everything, count, SEED)}
         found = [request for request in everything if (request.prompt in drawn) != tuning]
+    elif source == "held-out":
+        if tuning:
+            raise SystemExit("There are no edits of held-out relations to choose settings by.")
+        write_hard_split()
+        found = list(read(HARD_SPLIT, "jsonl", []))
     else:
         everything = list(read(DATA / "entityquestions/dev", "entityquestions", []))
         found = [request for index, request in enumerate(everything) if (index % 4 == 0) == tuning]
