@@ -87,9 +87,8 @@ def test_how_rows_are_batched_changes_no_answer(many):
     gated, facts, whole = many
     texts = ["Hi", *(fact.prompt for fact in facts), f"{'Boats leave before sunrise. ' * 9}{facts[0].prompt}"]
     prompts = [gated.pair(text, "-").prompt for text in texts]
-    force, tokens = Together((whole,)), 12  # as many as hold every target
-    alone = [generate(gated.lm, [prompt], force, max_new_tokens=tokens)[0].text for prompt in prompts]
-    assert [one.text for one in generate(gated.lm, prompts, force, max_new_tokens=tokens, batch_size=32)] == alone
+    alone = [generate(gated.lm, [prompt], Together((whole,)))[0].text for prompt in prompts]
+    assert [one.text for one in generate(gated.lm, prompts, Together((whole,)), batch_size=32)] == alone
 
 
 def test_made_once_more_with_another_answer_the_later_edit_is_in_force(many):

@@ -22,7 +22,6 @@ from ibke.evaluation.generate import Together, generate
 from ibke.evaluation.scoring import score
 from ibke.frames import encode_pair
 from ibke.ledger import Ledger
-from ibke.ledger import guard as guard_module
 from ibke.ledger.care import replay, verify
 from ibke.ledger.conflicts import alike, same_words, superseded
 from ibke.ledger.guard import Guard, Limits, own_probes
@@ -178,8 +177,7 @@ def test_the_same_question_in_most_words() -> None:
     assert not same_words(EditRequest("Turkey is", "x", "Turkey"), EditRequest("What is Turkey?", "y", "Turkey"))
 
 
-def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(guard_module, "TOKENS", 200)  # of text, which is not what this is about
+def test_a_newer_fact_takes_the_place_of_the_older_one(smollm32: LanguageModel, tmp_path: Path) -> None:
     editor = IBKEEditor.for_model(smollm32)
     with Ledger(tmp_path, smollm32) as ledger:
         keeper = Keeper(smollm32, ledger, editor, Guard(smollm32, probes=PROBES))
@@ -258,7 +256,7 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": prompt, "target_new": target}) for prompt, target in facts]
     file = tmp_path / "requests.jsonl"
     file.write_text(lines[0] + "\n")
-    command = ("edit", "--requests", file, "--ledger", tmp_path / "kept", "--no-guard", "--no-refine", "--json")
+    command = ("edit", "--requests", file, "--ledger", tmp_path / "kept", "--no-guard", "--json")
     first = run(*command)
     assert first.exit_code == 0 and json.loads(first.stdout)["edits"][0]["edit"] == 1
     file.write_text("\n".join(lines[:2]))
@@ -284,7 +282,7 @@ def test_a_file_goes_on_where_it_was_left(run, smollm, tmp_path: Path) -> None:
     assert [one["outcome"] for one in more["edits"]] == ["there already", "kept"]
     nothing = tmp_path / "probes.txt"
     nothing.write_text(" \n")
-    refused(run(*command[:-3], "--probes", nothing), str(nothing), "no prompt in it")
+    refused(run(*command[:-2], "--probes", nothing), str(nothing), "no prompt in it")
     file.write_text("\n".join(lines))
     refused(run(*command), "line 3")
     file.write_text("\n".join([*lines[:2], lines[1].replace("green", "red")]))
