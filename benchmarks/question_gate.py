@@ -8,10 +8,11 @@ An edit's key is made of its own prompt's states in three frames; the gate tells
 same is asked (:mod:`ibke.editors.gated.question`). It learns of the relations that there are facts of and of a share of
 our own that are only asked about. A sixth of the former is kept for validation, with whatever of ours may ask the same;
 thresholds are chosen there, and the evaluation sets only report. Prompts that leave out one answer ("Apart from X, …")
-are other questions too, and so are places in running text. `compare` knows none of the held-out relations, and
-`ship --leave-out` puts such a gate with an editor that has not met them either (`train_shipped.sh`) into LEFT_OUT, to
-be measured on them; what `ship` puts beside the editor itself has learned of them, too, by the same recipe. Either has
-in the end learned of validation's.
+are other questions too, and so are those that name the subject and ask nothing in particular ("Tell me about …"; those
+that the evaluation sets are asked are not learned of), and places in running text. `compare` knows none of the held-out
+relations, and `ship --leave-out` puts such a gate with an editor that has not met them either (`train_shipped.sh`) into
+LEFT_OUT, to be measured on them; what `ship` puts beside the editor itself has learned of them, too, by the same
+recipe. Either has in the end learned of validation's.
 
 `collect` can be stopped and gone on with; points that are there, of the same prompts, are not run again. `compare`
 reads fewer layers than were collected where it is told to.
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from question_prompts import EXCEPTION, MODEL, SEED, collected  # beside this, as the next one
+from question_others import EXCEPTION, MENTION  # beside this, as the next ones
+from question_prompts import MODEL, SEED, collected
 from question_training import Case, Known, Prompts, Recipe, train
 from single_edits import LEFT_OUT
 from torch import Tensor
@@ -41,9 +43,10 @@ from ibke.models import load_model
 KEPT_OUT = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of validation's other questions that thresholds keep out
 LAYERS = (12, 16, 20, 24, 29)
 FEWEST = 20  # values that a share is made of
-APART, PLACES = "exceptions", "places"  # counted apart: prompts that ask the same but for one answer; running text
+PLACES = "places"  # of running text, counted apart
 KEPT_PLACES = 4  # one place of running text in so many is not learned of
-EXCEPTIONS = (EXCEPTION, "forgetfulness")  # how our own and KnowEdit's are marked
+APART = {EXCEPTION: "exceptions", "forgetfulness": "exceptions", MENTION: "mentions"}
+"""Counted apart from other questions, by how they are marked (exceptions: our own and KnowEdit's)."""
 
 
 @torch.no_grad()
@@ -56,13 +59,13 @@ def scores(
     """
     query_RK, lean_R = gate.queries(prompts.states_RLD)
     key_BK, level_B = gate.keys(prompts.states_RLD[torch.tensor([case.key for case in cases])])
-    found: dict[str, list[float]] = {"own": [], "other": [], APART: []}
+    found: dict[str, list[float]] = {"own": [], "other": [], **{name: [] for name in APART.values()}}
     for case, key_K, level in zip(cases, key_BK, level_B, strict=True):
         for role in ("own", "other"):
             rows = getattr(case, role)
             for row, value in zip(rows, (query_RK[rows] @ key_K + lean_R[rows] - level).tolist(), strict=True):
-                apart = role == "other" and prompts.asked[row].relation in EXCEPTIONS
-                found[APART if apart else role].append(value)
+                apart = APART.get(prompts.asked[row].relation, role) if role == "other" else role
+                found[apart].append(value)
     sets = {role: torch.tensor(values) for role, values in found.items()}
     if places_RLD is not None:
         place_PK, lean_P = gate.queries(places_RLD)
@@ -79,7 +82,7 @@ def auc(found: dict[str, Tensor]) -> float | None:
 def at(threshold: float, found: dict[str, Tensor]) -> dict[str, float | None]:
     """Of other wordings the share that passes, of other questions the share that is kept out (ratios)."""
     shares = {"wordings_passed": found["own"] > threshold, "others_kept_out": found["other"] <= threshold}
-    for name in (APART, PLACES):
+    for name in (*APART.values(), PLACES):
         if len(found.get(name, ())):
             shares[f"{name}_kept_out"] = found[name] <= threshold
     return {name: mean(one) for name, one in shares.items()}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rivals import DATA, DATASETS, EXCLUDED, HARD_SPLIT, TEXT, UNREAD  # the script beside this one
+from question_others import EXCEPTION, excepting, mentions  # beside this, as the next one
+from rivals import DATA, DATASETS, EXCLUDED, HARD_SPLIT, TEXT, UNREAD
 from safetensors.torch import load_file, save
 
 from ibke.data.mixture import Source, Split, requests, triples
@@ -27,13 +28,14 @@ from ibke.models import load_model
 from ibke.partial import PartialModel
 from ibke.prefixes import frame_prefixes
 from ibke.request import EditRequest
+from ibke.subjects import subject_of
 from ibke.training.episodes import FRAME_WEIGHTS
 
 MODEL = "smollm2-135m"
 SEED = 5
 HELD_OUT_SHARE = 0.2
 TABLES = {"facts": 1, "pararel": 2, "lre": 1, "entityquestions": 3}  # shares, as in training
-OWN, OTHERS = 4, 4  # of an edit: other wordings, other questions
+OWN, OTHERS, MENTIONS = 4, 4, 2  # of an edit: other wordings, other questions, prompts that mention its subject
 CONTEXTS = 0.3  # how often running text stands before a bare one; two in five of them come out blank
 SETS: dict[str, Frame] = {"heldout": "chat", "knowedit": "bare", "counterfact": "bare", "zsre": "chat"}
 """Evaluation sets, and how their other wordings are put."""
@@ -43,52 +45,6 @@ RUNNING = "running text"  # what a place in the middle of a text is marked as: n
 LONGEST = 100  # words before such a place
 MID_WORD = 0.5  # how often a place is in the middle of a word
 PASSAGES = "text/squad_val.json"
-
-EXCEPTION = "exception"  # what a prompt asks that leaves out one answer, whatever it asks otherwise
-EXCEPTED = {
-    "question": (
-        "Apart from {name}, {first}?",
-        "Other than {name}, {first}?",
-        "Leaving out {name}, {first}?",
-        "{text}, if not {name}?",
-        "{text} besides {name}?",
-        "{text} (not {name})?",
-        "It is not {name}. {text}?",
-    ),
-    "statement": (
-        "Apart from {name}, {first}",
-        "Besides {name}, {first}",
-        "Not counting {name}, {first}",
-        "If it is not {name}, {first}",
-    ),
-    "verb": (
-        "{head}, which is not {name}, {verb}",
-        "{head}, other than {name}, {verb}",
-        "{head}, {name} aside, {verb}",
-        "{head} besides {name} {verb}",
-    ),
-}
-"""How a question, a statement, and a statement that ends in one of VERBS leave out an answer."""
-VERBS = ("is", "was", "are", "were")
-OPENINGS = (
-    "A",
-    "An",
-    "As",
-    "At",
-    "By",
-    "For",
-    "From",
-    "How",
-    "In",
-    "Is",
-    "On",
-    "The",
-    "What",
-    "When",
-    "Where",
-    "Which",
-    "Who",
-)
 
 Wording = tuple[str, str, str]
 """What is asked (a relation), in which words, and the kind of wording."""
@@ -136,17 +92,22 @@ class Drawn:
             if 20 < len(sentence) - 1 < 120 and "=" not in sentence
         ]
 
-    def add(self, source: str, edit: Wording, own: Sequence[Wording], others: Sequence[Wording]) -> None:
-        """An edit in every frame, and some of what else can be asked."""
+    def add(self, source: str, subject: str, edit: Wording, own: Sequence[Wording], others: Sequence[Wording]) -> None:
+        """An edit in every frame, and some of what else can be asked of its subject."""
         rng = self.rng
         self.asked += [Asked(source, self.cases, "key", edit[0], edit[1], frame) for frame in FRAMES]
+        rest = mentions(subject, [text for _, text, _ in (edit, *own)])
         own = [one for one in own if one[1] != edit[1]]
-        for role, some, most in (("own", own, OWN), ("other", others, OTHERS)):
-            for relation, text, kind in rng.sample(some, min(most, len(some))):
-                frame = rng.choices(FRAMES, FRAME_WEIGHTS[kind])[0]
+        for role, some, most in (("own", own, OWN), ("other", others, OTHERS), ("other", rest, MENTIONS)):
+            for wording in rng.sample(some, min(most, len(some))):
+                frame = self.frame(wording)
                 context = rng.choice(self.sentences) if frame == "bare" and rng.random() < CONTEXTS else ""
-                self.asked.append(Asked(source, self.cases, role, relation, text, frame, context))
+                self.asked.append(Asked(source, self.cases, role, *wording[:2], frame, context))
         self.cases += 1
+
+    def frame(self, wording: Wording) -> Frame:
+        """How a wording of its kind is put."""
+        return self.rng.choices(FRAMES, FRAME_WEIGHTS[wording[2]])[0]
 
     def one_each(self, relations: Iterable[Relation], subject: str) -> list[Wording]:
         """A wording of each relation."""
@@ -213,12 +174,13 @@ def of_facts(drawn: Drawn, facts: int, counterfact: int, of_held_out: bool) -> N
         for fact in in_turn(drawn, table, wanted, round(facts * share / sum(TABLES.values()))):
             told = filled(relations[fact.relation], fact.subject)
             drawn.rng.shuffle(told)
-            drawn.add(table, told[0], told[1:], others(fact.relation, fact.subject))
+            drawn.add(table, fact.subject, told[0], told[1:], others(fact.relation, fact.subject))
     for name, request in of_counterfact(drawn, wanted, counterfact):
         subject = request.subject or ""
         own = [(canonical(name), text, "statement") for text in request.rephrase_prompts]
         own += drawn.rng.sample(filled(relations[name], subject), 2)
-        drawn.add("counterfact", (canonical(name), request.prompt, "statement"), own, others(name, subject))
+        edit = (canonical(name), request.prompt, "statement")
+        drawn.add("counterfact", subject, edit, own, others(name, subject))
 
 
 def of_counterfact(drawn: Drawn, wanted: set[str], count: int) -> Iterator[tuple[str, EditRequest]]:
@@ -278,7 +240,7 @@ def of_names(drawn: Drawn, each: int) -> None:
             told = filled(mine, subject)
             drawn.rng.shuffle(told)
             others = drawn.one_each(drawn.rng.sample(rest, min(OTHERS, len(rest))), subject)
-            drawn.add("own", told[0], told[1:], others)
+            drawn.add("own", subject, told[0], told[1:], others)
 
 
 def of_exceptions(drawn: Drawn, asked: Sequence[Asked]) -> None:
@@ -294,16 +256,6 @@ def of_exceptions(drawn: Drawn, asked: Sequence[Asked]) -> None:
         drawn.asked.append(one._replace(role="other", relation=EXCEPTION, text=text))
 
 
-def excepting(text: str, name: str, rng: random.Random) -> str:
-    """A prompt that asks the same but leaves out an answer."""
-    first = text[:1].lower() + text[1:] if text.split()[0] in OPENINGS else text
-    if text.endswith("?"):
-        return rng.choice(EXCEPTED["question"]).format(name=name, text=text[:-1], first=first[:-1])
-    head, _, verb = text.rpartition(" ")
-    kind = rng.choice(("verb", "statement")) if verb in VERBS and head else "statement"
-    return rng.choice(EXCEPTED[kind]).format(name=name, first=first, head=head, verb=verb)
-
-
 def of_evaluation(drawn: Drawn, each: int) -> None:
     """Edits of the evaluation sets; paraphrases as they are, in the frame they are met in."""
     files = {name: (path, form) for name, (path, form, _) in DATASETS.items()}
@@ -313,13 +265,17 @@ def of_evaluation(drawn: Drawn, each: int) -> None:
         skipped: list[Skipped] = []
         found = list(read(find_file(path), form, skipped))
         for case, request in enumerate(drawn.rng.sample(found, min(each, len(found)))):
-            subject = (request.subject or request.prompt).lower()
+            subject = subject_of(request.prompt, request.subject)
             drawn.asked += [Asked(name, case, "key", "", request.prompt, one) for one in FRAMES]
             drawn.asked += [Asked(name, case, "own", "", text, frame) for text in request.rephrase_prompts[:OWN]]
             drawn.asked += [
                 Asked(name, case, "other", probe.family or "", probe.prompt, frame)
                 for probe in request.locality
-                if subject in probe.prompt.lower() and probe.prompt != request.prompt
+                if subject.lower() in probe.prompt.lower() and probe.prompt != request.prompt
+            ]
+            rest = mentions(subject, [request.prompt, *request.rephrase_prompts], kept=True)
+            drawn.asked += [
+                Asked(name, case, "other", *one[:2], drawn.frame(one)) for one in drawn.rng.sample(rest, OTHERS)
             ]
 
 

@@ -11,16 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from question_prompts import (  # beside this
-    EXCEPTION,
-    RUNNING,
-    SEED,
-    Asked,
-    canonical,
-    kept_out,
-    relations_of_facts,
-    said,
-)
+from question_others import EXCEPTION, MENTION  # beside this, as the next one
+from question_prompts import RUNNING, SEED, Asked, canonical, kept_out, relations_of_facts, said
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -76,7 +68,7 @@ class Prompts(NamedTuple):
 
     def cases(self, relations: Iterable[str] | None = None) -> list[Case]:
         """Edits of some relations, with other questions of those alone; all of both where none are named."""
-        wanted = None if relations is None else {*relations, EXCEPTION}
+        wanted = None if relations is None else {*relations, EXCEPTION, MENTION}
         found: dict[tuple[str, int], Case] = {}
         for row, one in enumerate(self.asked):
             if one.role == "key":
@@ -119,7 +111,7 @@ class Known:
                 for i, one in enumerate(self.names)
             ]
         )
-        # The last column, which is number -1 too, is of exceptions and text.
+        # The last column, which is number -1 too, is of exceptions, mentions and text.
         self.apart_NT = functional.pad(apart_NN, (0, 1), value=True)
 
 
