@@ -47,6 +47,7 @@ PLACES = "places"  # of running text, counted apart
 KEPT_PLACES = 4  # one place of running text in so many is not learned of
 APART = {EXCEPTION: "exceptions", "forgetfulness": "exceptions", MENTION: "mentions"}
 """Counted apart from other questions, by how they are marked (exceptions: our own and KnowEdit's)."""
+KINDS_APART = tuple(dict.fromkeys(APART.values()))
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def scores(
     """
     query_RK, lean_R = gate.queries(prompts.states_RLD)
     key_BK, level_B = gate.keys(prompts.states_RLD[torch.tensor([case.key for case in cases])])
-    found: dict[str, list[float]] = {"own": [], "other": [], **{name: [] for name in APART.values()}}
+    found: dict[str, list[float]] = {"own": [], "other": [], **{name: [] for name in KINDS_APART}}
     for case, key_K, level in zip(cases, key_BK, level_B, strict=True):
         for role in ("own", "other"):
             rows = getattr(case, role)
@@ -82,7 +83,7 @@ def auc(found: dict[str, Tensor]) -> float | None:
 def at(threshold: float, found: dict[str, Tensor]) -> dict[str, float | None]:
     """Of other wordings the share that passes, of other questions the share that is kept out (ratios)."""
     shares = {"wordings_passed": found["own"] > threshold, "others_kept_out": found["other"] <= threshold}
-    for name in (*APART.values(), PLACES):
+    for name in (*KINDS_APART, PLACES):
         if len(found.get(name, ())):
             shares[f"{name}_kept_out"] = found[name] <= threshold
     return {name: mean(one) for name, one in shares.items()}

@@ -7,6 +7,7 @@ asks nothing in particular ("Tell me about …", `mentions.json`). Some of the l
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 EXCEPTION = "exception"  # what a prompt asks that leaves out one answer, whatever it asks otherwise
@@ -67,13 +68,18 @@ def mentions(subject: str, asked: Sequence[str], kept: bool = False) -> list[tup
         asked: wordings of the edit's question.
         kept: those that nothing is learned of, instead of those that it is.
     """
-    texts = json.loads(Path(__file__).with_name("mentions.json").read_text(encoding="utf-8"))
     filled = [
         (MENTION, text.replace("{}", subject), kind)
-        for kind, some in texts["kept" if kept else "learned"].items()
+        for kind, some in worded()["kept" if kept else "learned"].items()
         for text in some
     ]
     return [one for one in filled if not any(begun(one[1], text) for text in asked)]
+
+
+@cache
+def worded() -> dict[str, dict[str, list[str]]]:
+    """Wordings by what they are for and by kind."""
+    return json.loads(Path(__file__).with_name("mentions.json").read_text(encoding="utf-8"))
 
 
 def begun(text: str, longer: str) -> bool:
