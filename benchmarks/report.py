@@ -323,6 +323,7 @@ def main() -> None:
         "text": text(),
         "alike": own("alike"),
         "everyday": own("everyday"),
+        "mentions": own("mentions"),
         "speed": speed(),
         "bottleneck": bottleneck(),
         "checkpoints": checkpoints(),
