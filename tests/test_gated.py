@@ -311,6 +311,7 @@ def plain_part(value, told):
         torch.tensor([0.1 * value]),
         {"mlp": Neurons(rows, None, rows.clone(), known)},
         {"mlp": torch.zeros(3, dtype=torch.long)},
+        torch.tensor([value == 1]),
     )
 
 
@@ -322,6 +323,7 @@ def test_joined_neurons_know_whose_they_are(told):
     assert joined.neurons["mlp"].out[:, 0].long().tolist() == joined.owners["mlp"].tolist()
     assert torch.equal(joined.keys_EK, torch.eye(4)[:3])
     assert torch.allclose(joined.levels_E, torch.tensor([0.0, 0.1, 0.2]))
+    assert joined.afar_E.tolist() == [False, True, False]
 
 
 def test_edits_of_different_maps_do_not_go_together():
@@ -336,6 +338,7 @@ def test_edits_of_different_maps_do_not_go_together():
         lambda tensors, record: tensors.pop("keys"),
         lambda tensors, record: tensors.update(levels=tensors["levels"] * torch.nan),
         lambda tensors, record: tensors.update(levels=tensors["levels"].repeat(2)),
+        lambda tensors, record: tensors.update(afar=tensors["afar"].long()),
         lambda tensors, record: tensors.update({"owner/mlp": tensors["owner/mlp"] + 1}),
         lambda tensors, record: tensors.update({"owner/mlp": tensors["owner/mlp"][:2]}),
         lambda tensors, record: record.update(mlps=["elsewhere"]),

@@ -17,6 +17,7 @@ def asking(question_RT, spoken_RE=None, real_RT=None):
     """What decides, with questions that stand at some tokens."""
     some = _Asking.__new__(_Asking)
     some.heard_RE, some.question_RT = None, torch.tensor(question_RT, dtype=torch.bool)
+    some.about_RT, some.afar_RE = some.question_RT, torch.zeros(len(question_RT), EDITS, dtype=torch.bool)
     some.real_RT = some.question_RT if real_RT is None else torch.tensor(real_RT, dtype=torch.bool)
     some.spoken_RE = torch.zeros(len(question_RT), EDITS, dtype=torch.bool) if spoken_RE is None else spoken_RE
     return some

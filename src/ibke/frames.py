@@ -65,13 +65,18 @@ def encode_pair(
     text = f"{context} {text}" if context else text
     encoding = tokenizer(text, add_special_tokens=not _is_template(frame, tokenizer), return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]
-    end = len(text) - len(_tail(frame, tokenizer, getattr(tokenizer, "chat_template", None)))
+    end = len(text) - len(tail(frame, tokenizer))
     begin = text.rindex(prompt.strip(), 0, end)
     span = _covering(offsets, begin, begin + len(prompt.strip()))
     place = place_of(subject, text[:end], begin) if subject else None
     about = _covering(offsets, *place) if place else None
     answer = tokenizer(joiner + target.strip(), add_special_tokens=False).input_ids
     return Pair(list(encoding["input_ids"]), [*answer, tokenizer.eos_token_id], span, about)
+
+
+def tail(frame: Frame, tokenizer: Any) -> str:
+    """What stands after a prompt in a frame."""
+    return _tail(frame, tokenizer, getattr(tokenizer, "chat_template", None))
 
 
 @lru_cache(maxsize=16)

@@ -51,7 +51,7 @@ class Verb(Enum):
 
 LONGEST, PLACE = 60, 8  # words of a clause, and of a place in it, that are looked at
 
-_SENTENCE = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[?!;\n]+|(?<![\s.]\w)(?<!\bdr)(?<!\bmr)(?<!\bmrs)(?<!\bst)\.+(?!\w)", re.IGNORECASE)
 _CLAUSE = re.compile(r"[,:]|\s[-–—]+\s")
 _WORD = re.compile(r"(\w(?:[\w+#&/.@-]*[\w+#])?)(['’]s(?!\w)|(?<=s)['’](?!\w))?")
 _PLURAL = re.compile("[^su]s$")
@@ -94,7 +94,7 @@ def noun_phrase(prompt: str) -> str | None:
     found: list[list[Word]] = []
     beside: list[list[Word]] = []
     begin = 0
-    for end in [*(stop.end() for stop in _SENTENCE.finditer(text)), len(text)]:
+    for end in [*(stop.end() for stop in SENTENCE_END.finditer(text)), len(text)]:
         ends = [cut.start() for cut in _CLAUSE.finditer(text, begin, end)] + [end]
         clauses = filter(None, (_read(text, *both)[:LONGEST] for both in zip([begin, *ends], ends, strict=False)))
         for number, clause in enumerate(clauses):

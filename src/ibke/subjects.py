@@ -27,10 +27,20 @@ _AFTER = re.compile(r"\s+(?:at|in|of|for|on|from|to|with)\b")
 
 def guess_subject(prompt: str) -> str | None:
     """What is quoted, or else a name, or else a noun phrase; None where there is none."""
-    text = _FORM.sub(lambda found: " " * len(found[0]), prompt)
+    return name_of(prompt) or noun_phrase(_unformed(prompt))
+
+
+def name_of(prompt: str) -> str | None:
+    """What is quoted, or else a name; None where there is none."""
+    text = _unformed(prompt)
     if quoted := _QUOTED.search(text):
         return next(filter(None, quoted.groups()))
-    return _name(text) or noun_phrase(text)
+    return _name(text)
+
+
+def _unformed(prompt: str) -> str:
+    """A prompt with blanks for what is around a question."""
+    return _FORM.sub(lambda found: " " * len(found[0]), prompt)
 
 
 def _name(prompt: str) -> str | None:

@@ -19,6 +19,7 @@ from ibke.batch import by_length, collate
 from ibke.edit import Edit
 from ibke.editors.gated.memory import GatedNeurons
 from ibke.editors.gated.question import QuestionGate, entrance, load_gate, prompt_states
+from ibke.editors.gated.sentence import named_afar
 from ibke.editors.ibke.config import IBKEConfig
 from ibke.editors.ibke.editor import IBKEEditor
 from ibke.editors.ibke.encoding import Encoded
@@ -105,13 +106,14 @@ class GatedIBKE(IBKEEditor):
         asked += [self._questions_as_asked(ends_BLD[noted])] if ends_BLD is not None and noted else []
         keys_BK, level_B = (torch.cat(some) for some in zip(*asked, strict=True))
         order = torch.tensor([*read, *noted]).argsort()
-        for edit, key_K, level in zip(edits, keys_BK[order], level_B[order], strict=True):
+        for edit, one, key_K, level in zip(edits, requests, keys_BK[order], level_B[order], strict=True):
             part = GatedNeurons(
                 self.gate.name,
                 key_K[None],
                 level[None],
                 edit.neurons,
                 {name: torch.zeros(some.count, dtype=torch.long) for name, some in edit.neurons.items()},
+                torch.tensor([named_afar(one.about, [one.prompt, *one.rephrase_prompts])]),
             )
             found.append(replace(edit, neurons={}, parts={place: part}))
         return found

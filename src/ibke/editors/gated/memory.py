@@ -5,7 +5,8 @@ then, and what is generated afterwards follows. Where rows hold answers too, cal
 (:func:`ibke.parts.asking`); else a row's last token ends its question.
 
 A row asks one question, so one edit answers it: of those whose question is asked the one whose first neurons are surest
-of their subject, somewhere in the question. To an answer no other is listened to: it may name what another is about.
+of their subject, somewhere in the question, or in the sentence that asks where that names something
+(:mod:`ibke.editors.gated.sentence`). To an answer no other is listened to: it may name what another is about.
 
 An edit's neurons in later layers, which listen for what its first ones have written, are heard only from a token on
 where those have spoken. So they need not be told apart from other edits', whose writes sound much alike.
@@ -30,6 +31,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from ibke.editors.gated.question import entrance, gate_file, offer_gate, question_gate, states_at
+from ibke.editors.gated.sentence import about
 from ibke.errors import FormatError
 from ibke.modules import in_out, layer_index
 from ibke.neurons import Neurons, Site, packed_told, unpacked_neurons
@@ -55,6 +57,8 @@ class GatedNeurons(Part):
         levels_E: cosine above which it is asked.
         neurons: by name of an MLP's output projection.
         owners: the edit each neuron belongs to (N), by the same names.
+        afar_E: edits that are looked for in the whole of a question, since their own requests name their subjects
+            before the sentence that asks.
     """
 
     gate: str
@@ -62,6 +66,7 @@ class GatedNeurons(Part):
     levels_E: Tensor
     neurons: dict[str, Neurons]
     owners: dict[str, Tensor]
+    afar_E: Tensor
 
     kind: ClassVar[str] = "gated-neurons"
     told: ClassVar[bool] = True
@@ -86,8 +91,8 @@ class GatedNeurons(Part):
         offer_gate(name, path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys, levels, owners (``owner/MLP``), neurons (``neurons/MLP/…``) and what tells them apart (``told/…``)."""
-        found = {"keys": self.keys_EK, "levels": self.levels_E}
+        """Keys, levels, who is ``afar``, owners (``owner/MLP``), neurons and what tells them apart (``told/…``)."""
+        found = {"keys": self.keys_EK, "levels": self.levels_E, "afar": self.afar_E}
         for name, some in self.neurons.items():
             found[f"owner/{name}"] = self.owners[name]
             found |= {f"neurons/{name}/{part}": tensor for part, tensor in some.tensors().items()}
@@ -113,6 +118,7 @@ class GatedNeurons(Part):
                 tensors["levels"],
                 neurons,
                 {name: tensors[f"owner/{name}"] for name in names},
+                tensors.get("afar", torch.zeros(len(tensors["keys"]), dtype=torch.bool)),  # none in older files
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"these are no gated neurons ({error}).", "parts", "Make the edit again.") from error
@@ -120,7 +126,8 @@ class GatedNeurons(Part):
         sound = (
             part.keys_EK.dim() == 2
             and count > 0
-            and part.levels_E.shape == (count,)
+            and part.levels_E.shape == part.afar_E.shape == (count,)
+            and part.afar_E.dtype == torch.bool
             and all(one.dtype == torch.float32 and torch.isfinite(one).all() for one in (part.keys_EK, part.levels_E))
             and all(
                 owner_N.shape == (neurons[name].count,)
@@ -157,8 +164,10 @@ class GatedNeurons(Part):
                 [owner_N[:count] for (_, owner_N), count in zip(some, heard, strict=True)]
                 + [owner_N[count:] for (_, owner_N), count in zip(some, heard, strict=True)]
             )
-        keys_EK, levels_E = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys_EK", "levels_E"))
-        return cls(parts[0].gate, keys_EK, levels_E, neurons, owners)
+        keys_EK, levels_E, afar_E = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("keys_EK", "levels_E", "afar_E")
+        )
+        return cls(parts[0].gate, keys_EK, levels_E, neurons, owners, afar_E)
 
     def check(self, lm: LanguageModel, place: str) -> None:
         """Refuse a model, or a place, that neurons or questions are not of.
@@ -218,7 +227,7 @@ class _Asking:
     """
 
     def __init__(self, lm: LanguageModel, rows: Sequence[GatedNeurons | None]):
-        self.device, self.rows = lm.device, rows
+        self.device, self.rows, self.tokenizer = lm.device, rows, lm.tokenizer
         self.places: dict[GatedNeurons, list[int]] = {}
         for row, part in enumerate(rows):
             if part:
@@ -233,7 +242,9 @@ class _Asking:
         self.spoken_RE: Tensor | None = None
         self.since_RE: Tensor | None = None  # the token of this pass from which on they have
         self.heard_RE: Tensor | None = None  # the edit that answers a row's latest question; None until it is known
+        self.afar_RE: Tensor | None = None  # edits that are looked for everywhere in a question
         self.question_RT: Tensor | None = None  # which tokens of this pass belong to a question
+        self.about_RT: Tensor | None = None  # and which of them may name what it asks about
         self.real_RT: Tensor | None = None  # and which are no padding
 
     def neurons(self) -> dict[str, tuple[Neurons, Callable[[Tensor], Tensor]]]:
@@ -279,8 +290,13 @@ class _Asking:
 
     def _surest(self, owners_RN: Tensor, said_RTN: Tensor) -> Tensor:
         """The edit that says most in a row's question, if any is heard at all; of equals the latest (R × E)."""
-        assert self.spoken_RE is not None and self.question_RT is not None
-        most_RN = (said_RTN * self.question_RT[..., None]).amax(1)
+        assert self.spoken_RE is not None and self.afar_RE is not None
+        assert self.question_RT is not None and self.about_RT is not None
+        most_RN = torch.where(
+            self.afar_RE.gather(1, owners_RN),
+            (said_RTN * self.question_RT[..., None]).amax(1),
+            (said_RTN * self.about_RT[..., None]).amax(1),
+        )
         most_RE = torch.zeros_like(self.spoken_RE, dtype=most_RN.dtype).scatter_reduce(1, owners_RN, most_RN, "amax")
         surest_R = most_RE.shape[1] - 1 - most_RE.flip(1).argmax(1)
         return functional.one_hot(surest_R, most_RE.shape[1]).bool() & (most_RE > SPOKEN)
@@ -303,6 +319,8 @@ class _Asking:
             self.open_RE, self.spoken_RE, self.heard_RE = known
             return
         self.heard_RE, self.question_RT = None, of_question(self.real_RT)
+        ids_RT = given.get("input_ids")
+        self.about_RT = self.question_RT if ids_RT is None else about(self.tokenizer, ids_RT, self.question_RT)
         # What is read leaves no trace in keys and values that are kept.
         given["past_key_values"] = copy.deepcopy(cache) if cache is not None and cache.get_seq_length() else None
         self.open_RE = self._decide(module, given)
@@ -321,6 +339,7 @@ class _Asking:
         states_RLD = states_at(list(self.entrances.values()), lambda: module.forward(**given), question_ends(given))
         rows, order = len(states_RLD), list(self.entrances)
         open_RE = torch.zeros(rows, max(len(part.keys_EK) for part in self.places), device=states_RLD.device)
+        self.afar_RE = torch.zeros_like(open_RE, dtype=torch.bool)
         # Once for all rows: where each has an edit of its own, there are as many parts.
         asked = {
             gate.name: gate.queries(states_RLD[:, [order.index(layer) for layer in gate.config.layers]])
@@ -330,6 +349,7 @@ class _Asking:
             query_RK, lean_R = asked[part.gate]
             index = slice(None) if len(self.rows) == 1 else places
             cosine_RE = query_RK[index] @ part.keys_EK.to(query_RK).T + lean_R[index, None]
+            self.afar_RE[index, : len(part.keys_EK)] = part.afar_E.to(self.device)
             open_RE[index, : len(part.keys_EK)] = (cosine_RE > part.levels_E.to(query_RK)).float()
         return open_RE
 
